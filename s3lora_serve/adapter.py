@@ -1,0 +1,112 @@
+"""A PEFT LoRA adapter: its modules with their factors, checked before any mathematics."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from s3lora_serve.errors import ModuleTwice, OverLimit, PartnerMissing, ShapesDoNotFit, Unscorable
+from s3lora_serve.intake import PrivateCopy
+from s3lora_serve.peft_config import AdapterConfig, parse_config
+from s3lora_serve.policy import Limits
+from s3lora_serve.safetensors_format import Header, read_header, tensors
+
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+MAX_NAME_LENGTH = 256
+"""Module names go into labels, logs and patterns; the longest in use has about 80 characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One LoRA module, `ΔW = scaling · B · A`; factors as stored."""
+
+    name: str  # PEFT name without prefix: model.layers.3.self_attn.q_proj
+    A: Tensor  # (r, n)
+    B: Tensor  # (m, r)
+    scaling: float
+    keys: tuple[str, str]  # names of the A and B tensors in the file
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of ΔW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def projection(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name: model.layers.3.… is layer 3."""
+        return next((int(p) for p in self.name.split(".") if p.isdecimal() and len(p) < 7), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A whole adapter, in private memory."""
+
+    config: AdapterConfig
+    modules: tuple[Module, ...]  # in natural order of their names
+    header: Header
+    copy: PrivateCopy
+
+
+def read_adapter(copy: PrivateCopy, limits: Limits) -> Adapter:
+    """Read and check an adapter from its private copy; tensors are views, nothing is converted.
+
+    Raises:
+        AdapterRejected: a subclass for each way in which it is not a well-formed plain LoRA.
+    """
+    config = parse_config(copy.config)
+    header = read_header(copy.weights)
+    sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for key, tensor in tensors(header, copy.weights):
+        match = _FACTOR.fullmatch(key)
+        if match is None or len(match["module"]) > MAX_NAME_LENGTH:
+            raise Unscorable(f"tensor {key[:120]!r} is not a lora_A or lora_B of a linear module")
+        factors = sides.setdefault(match["module"], {})
+        if match["side"] in factors:
+            raise ModuleTwice(f"{factors[match['side']][0]} and {key} are one module's")
+        factors[match["side"]] = key, tensor
+    if not sides:
+        raise PartnerMissing("the adapter has no modules")
+    names = sorted(sides, key=_natural)
+    modules = tuple(_module(name, sides[name], config, limits) for name in names)
+    return Adapter(config, modules, header, copy)
+
+
+def _module(
+    name: str, sides: Mapping[str, tuple[str, Tensor]], config: AdapterConfig, limits: Limits
+) -> Module:
+    for side in "AB":
+        if side not in sides:
+            raise PartnerMissing(f"module {name} has no lora_{side}")
+    (key_a, A), (key_b, B) = sides["A"], sides["B"]
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
+        raise ShapesDoNotFit(
+            f"module {name} has lora_A of shape {tuple(A.shape)} and lora_B of {tuple(B.shape)}"
+        )
+    if A.shape[0] > limits.max_rank:
+        raise OverLimit(
+            f"module {name} has rank {A.shape[0]}, over limits.max_rank {limits.max_rank}"
+        )
+    if A.shape[0] != config.rank(name):
+        raise ShapesDoNotFit(
+            f"module {name} has rank {A.shape[0]}, adapter_config.json says {config.rank(name)}"
+        )
+    return Module(name, A, B, config.scaling(name), (key_a, key_b))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key in which layer 10 follows layer 9; total, whatever the name holds."""
+    return [
+        (0, int(part), "")
+        if part.isascii() and part.isdecimal() and len(part) < 19
+        else (1, 0, part)
+        for part in re.split(r"(\d+)", name, flags=re.ASCII)
+    ]

@@ -1,0 +1,143 @@
+"""Admission: read, score and rule on one adapter from its private copy. One path for every door."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from s3lora_serve.adapter import Adapter, Module, read_adapter
+from s3lora_serve.errors import (
+    AdapterRejected,
+    DeadlinePassed,
+    GateFailed,
+    NotFinite,
+    NothingSelected,
+    Reason,
+)
+from s3lora_serve.gate import Ruling, rule
+from s3lora_serve.intake import PrivateCopy, copy_adapter
+from s3lora_serve.policy import Policy
+from s3lora_serve.spectral import Factors, ModuleScore, Scorer, score_modules
+from s3lora_serve.verdict import Decision, ModuleVerdict, Seconds, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A verdict, and the adapter it is about unless it could not be read."""
+
+    verdict: Verdict
+    adapter: Adapter | None
+    refusal: AdapterRejected | None
+
+    @property
+    def unscored(self) -> bool:
+        """Whether it was refused for want of scores, not by the policy: no mode serves it."""
+        return self.refusal is not None and not self.verdict.modules
+
+
+def admit(
+    folder: Path,
+    name: str,
+    policy: Policy,
+    *,
+    base_model: str | None = None,
+    device: str = "auto",
+    into: Path | None = None,
+) -> Admission:
+    """Take a private copy of the adapter and decide on it; a bad adapter is a rejected verdict.
+
+    `policy` is the server's; its rules are applied here. `into` is the folder for the copy, in
+    memory if None.
+    """
+    started = time.perf_counter()
+    effective = policy.for_adapter(name, str(folder), base_model)
+    deadline = started + effective.limits.seconds
+    copy: PrivateCopy | None = None
+    adapter: Adapter | None = None
+    scores: list[ModuleScore] = []
+    read = scored = started
+    try:
+        copy = copy_adapter(folder, effective.limits, into)
+        adapter = read_adapter(copy, effective.limits)
+        read = time.perf_counter()
+        scores = _score(adapter, effective, device, deadline)
+        scored = time.perf_counter()
+        scaling = {module.name: module.scaling for module in adapter.modules}
+        ruling = rule(scores, scaling, copy.digest, effective)
+    except AdapterRejected as refusal:
+        ruling = Ruling(Decision.REJECTED, refusal)
+    except Exception as error:  # noqa: BLE001 - fail closed: whatever broke, nothing unscored is admitted
+        ruling = Ruling(Decision.REJECTED, GateFailed(f"{type(error).__name__}: {error}"))
+    ended = time.perf_counter()
+    verdict = Verdict(
+        path=str(folder),
+        name=name,
+        digest=copy.digest if copy else None,
+        config_digest=adapter.config.digest if adapter else None,
+        decision=ruling.decision,
+        reason=Reason.of(ruling.refusal) if ruling.refusal else None,
+        uninformative=ruling.uninformative,
+        mode=policy.mode,
+        scorer={
+            "name": effective.scorer.name,
+            "parameters": effective.scorer.model_dump(exclude={"name"}),
+        },
+        policy_digest=policy.digest,
+        modules=_module_verdicts(adapter, scores, ruling) if adapter and scores else (),
+        seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
+    )
+    return Admission(verdict, adapter, ruling.refusal)
+
+
+def _score(adapter: Adapter, policy: Policy, device: str, deadline: float) -> list[ModuleScore]:
+    """Score the selected modules, check the others for NaN, within the deadline."""
+
+    def check_deadline() -> None:
+        if time.perf_counter() > deadline:
+            raise DeadlinePassed(f"scoring took longer than {policy.limits.seconds:g} s")
+
+    selected = [module for module in adapter.modules if policy.selects(module.name)]
+    factors = [Factors(m.name, m.B, m.A, m.scaling) for m in selected]
+    scorer = Scorer(**policy.scorer.model_dump())
+    scores = score_modules(factors, scorer, device=device, between_batches=check_deadline)
+    broken = [score.name for score in scores if not score.finite]
+    for module in adapter.modules:
+        if not policy.selects(module.name):
+            check_deadline()
+            broken += [] if _is_finite(module) else [module.name]
+    if broken:
+        raise NotFinite(f"module {broken[0]} holds NaN or Inf (of {len(broken)} that do)")
+    if not scores:
+        raise NothingSelected(
+            f"the policy's modules {list(policy.modules)} match none of its modules"
+        )
+    return scores
+
+
+def _is_finite(module: Module) -> bool:
+    return bool(module.A.isfinite().all() and module.B.isfinite().all())
+
+
+def _module_verdicts(
+    adapter: Adapter, scores: list[ModuleScore], ruling: Ruling
+) -> tuple[ModuleVerdict, ...]:
+    by_name = {score.name: score for score in scores}
+    return tuple(
+        _module_verdict(module, by_name.get(module.name), module.name in ruling.stripped)
+        for module in adapter.modules
+    )
+
+
+def _module_verdict(module: Module, score: ModuleScore | None, stripped: bool) -> ModuleVerdict:
+    return ModuleVerdict(
+        name=module.name,
+        layer=module.layer,
+        projection=module.projection,
+        shape=module.shape,
+        rank=module.rank,
+        ssi=score.ssi if score else None,
+        relative_ssi=score.relative_ssi if score else None,
+        spectrum=score.spectrum if score else (),
+        row_norm_mean=score.row_norm_mean if score else None,
+        column_norm_mean=score.column_norm_mean if score else None,
+        stripped=stripped,
+    )

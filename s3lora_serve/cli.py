@@ -1,0 +1,131 @@
+"""The command line: `s3lora`. Exit codes are the product's contract; see the README."""
+
+import json
+import os
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+import yaml
+
+from s3lora_serve import tables
+from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.guarding import checks
+from s3lora_serve.intake import CONFIG_NAME, OTHER_FORMATS, WEIGHTS_NAME
+from s3lora_serve.launcher import command, environment
+from s3lora_serve.policy_file import effective_policy, read_policy
+from s3lora_serve.scan import scan_adapter
+from s3lora_serve.verdict import Decision, Verdict
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The gate for LoRA adapters served by vLLM: score, strip, refuse.",
+    pretty_exceptions_show_locals=False,
+)
+policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
+app.add_typer(policy_app, name="policy")
+
+REJECTED, USAGE = 1, 2
+
+
+class Format(StrEnum):
+    """How `scan` prints."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+class Device(StrEnum):
+    """Where `scan` scores."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@app.command()
+def scan(
+    paths: Annotated[list[Path], typer.Argument(help="Adapter folders, or folders of adapters.")],
+    output: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to score.")] = Device.AUTO,
+) -> None:
+    """Say what the gate would do with each adapter; nothing is written.
+
+    Exit code: 0 admitted or stripped, 1 at least one rejected, 2 wrong usage.
+    """
+    for path in paths:
+        if not path.exists():
+            _stop(f"{path} does not exist")
+    try:
+        chosen = effective_policy(file=policy)
+    except S3LoRAError as error:
+        _stop(str(error))
+    verdicts = [
+        scan_adapter(folder, chosen, device.value) for path in paths for folder in _adapters(path)
+    ]
+    if output is Format.JSON:
+        typer.echo(json.dumps({"adapters": [verdict.as_json() for verdict in verdicts]}, indent=2))
+    else:
+        tables.print_verdicts(verdicts)
+    raise typer.Exit(REJECTED if any(_rejected(verdict) for verdict in verdicts) else 0)
+
+
+@policy_app.command("check")
+def policy_check(file: Annotated[Path, typer.Argument(help="YAML or JSON policy.")]) -> None:
+    """Validate a policy and print the effective one. Exit code: 0, or 2 if it is not valid."""
+    try:
+        checked = read_policy(file)
+    except S3LoRAError as error:
+        _stop(str(error))
+    typer.echo(yaml.safe_dump(checked.as_json(), sort_keys=False), nl=False)
+    typer.echo(f"# digest: {checked.digest}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context, model: Annotated[str, typer.Argument(help="Model to serve.")]
+) -> None:
+    """Start vLLM's API server under the gate; all further arguments are vLLM's.
+
+    Exit code: vLLM's own, or 2 if the server would not be guarded.
+    """
+    failed = [check for check in checks() if not check.passed]
+    for check in failed:
+        typer.echo(f"s3lora: {check.name}: {check.detail}", err=True)
+    # VLLM_PLUGINS is mended below, so that it may not list us yet is no reason to stop.
+    if any(check.essential and check.name != "VLLM_PLUGINS" for check in failed):
+        _stop("the server would not be guarded, so it is not started")
+    line = command(model, context.args)
+    os.execve(line[0], line, environment(os.environ))  # noqa: S606 - signals and exit code are vLLM's
+
+
+@app.command()
+def doctor() -> None:
+    """Say whether a server started in this environment would be guarded. Exit code: 0, or 1."""
+    found = list(checks())
+    tables.print_checks(found)
+    raise typer.Exit(1 if any(check.essential and not check.passed for check in found) else 0)
+
+
+def _adapters(path: Path) -> Iterator[Path]:
+    """The adapter folders under `path`; itself if it is one, or if there are none."""
+    marks = (CONFIG_NAME, WEIGHTS_NAME, *OTHER_FORMATS)
+    if not path.is_dir() or any((path / mark).exists() for mark in marks):
+        yield path
+        return
+    found = sorted({file.parent for mark in marks for file in path.rglob(mark)})
+    yield from found or [path]
+
+
+def _rejected(verdict: Verdict) -> bool:
+    return verdict.decision is Decision.REJECTED
+
+
+def _stop(problem: str) -> NoReturn:
+    typer.echo(f"s3lora: {problem}", err=True)
+    raise typer.Exit(USAGE)

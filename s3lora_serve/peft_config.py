@@ -1,0 +1,125 @@
+"""adapter_config.json: what the gate needs of it, checked. Meaning as in PEFT's LoraConfig."""
+
+import hashlib
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from s3lora_serve.errors import ConfigInvalid, Unscorable
+
+MAX_PATTERN_LENGTH = 256
+"""Longest rank_pattern or alpha_pattern key tried; PEFT writes module names there."""
+
+MAX_RANK_CLAIMED = 2**16
+"""No projection is wider; keeps a hostile integer out of the arithmetic."""
+
+_SAFE_PATTERN = re.compile(r"[\w.\-|\\^$]*[*+]?[\w.\-|\\^$]*", re.ASCII)
+"""Keys are regular expressions of the adapter's owner: no groups and at most one repetition, so
+that matching a name costs its length squared at the worst."""
+
+
+T = TypeVar("T")
+
+
+class PeftConfig(BaseModel):
+    """The fields of PEFT's LoraConfig that decide what an adapter's tensors mean."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    peft_type: str
+    r: int = Field(ge=1, le=MAX_RANK_CLAIMED)
+    lora_alpha: float = Field(allow_inf_nan=False)
+    use_rslora: bool | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    bias: str | None = None
+    modules_to_save: list[str] | None = None
+    layer_replication: list[Any] | None = None
+    base_model_name_or_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A checked adapter_config.json."""
+
+    fields: PeftConfig
+    raw: dict[str, Any]
+    digest: str  # sha256 of the canonical JSON
+
+    def rank(self, module: str) -> int:
+        """The rank the configuration gives a module (PEFT name, without prefix)."""
+        return _matching(self.fields.rank_pattern, module, self.fields.r)
+
+    def scaling(self, module: str) -> float:
+        """`alpha / r`, or `alpha / sqrt(r)` for rsLoRA, with the module's own alpha and r."""
+        alpha = _matching(self.fields.alpha_pattern, module, self.fields.lora_alpha)
+        rank = self.rank(module)
+        return alpha / (math.sqrt(rank) if self.fields.use_rslora else rank)
+
+
+def parse_config(text: bytes) -> AdapterConfig:
+    """Parse and check adapter_config.json.
+
+    Raises:
+        ConfigInvalid: not JSON, a field of the wrong type, or not a LoRA.
+        Unscorable: it asks for parts the index is not defined for.
+    """
+    try:
+        raw = json.loads(text)
+        canonical = json.dumps(raw, sort_keys=True, separators=(",", ":"))
+        fields = PeftConfig.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "adapter_config.json"
+        shown = repr(problem["input"])[:80]
+        raise ConfigInvalid(f"{where}: {problem['msg']} (got {shown})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigInvalid(f"adapter_config.json is not JSON: {error}") from None
+    if fields.peft_type != "LORA":
+        raise ConfigInvalid(f"peft_type is {fields.peft_type[:40]!r}, expected 'LORA'")
+    _check_patterns(fields)
+    _check_scorable(fields)
+    digest = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+    return AdapterConfig(fields, raw, digest)
+
+
+def _check_patterns(fields: PeftConfig) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (getattr(fields, name) or {}).items():
+            if len(pattern) > MAX_PATTERN_LENGTH or not _SAFE_PATTERN.fullmatch(pattern):
+                raise ConfigInvalid(f"{name} has the key {pattern[:80]!r}, expected a module name")
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError):
+                raise ConfigInvalid(f"{name} has the key {pattern[:80]!r}: no pattern") from None
+            bound = MAX_RANK_CLAIMED if name == "rank_pattern" else sys.float_info.max
+            if not abs(value) <= bound or (name == "rank_pattern" and value < 1):
+                raise ConfigInvalid(f"{name} gives {pattern!r} the value {value!r}")
+
+
+def _check_scorable(fields: PeftConfig) -> None:
+    asked = {
+        "use_dora": fields.use_dora,
+        "lora_bias": fields.lora_bias,
+        "bias": fields.bias not in (None, "none") and fields.bias,
+        "modules_to_save": fields.modules_to_save,
+        "layer_replication": fields.layer_replication,
+    }
+    for name, value in asked.items():
+        if value:
+            raise Unscorable(f"adapter_config.json sets {name} to {str(value)[:80]}")
+
+
+def _matching(patterns: dict[str, T] | None, module: str, default: T) -> T:
+    """The value of the first pattern that matches a suffix of the name at a dot, as PEFT does."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,62 @@
+"""Where the effective policy comes from: a YAML or JSON file, then the environment over it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from s3lora_serve.errors import PolicyInvalid
+from s3lora_serve.policy import Policy, parse_policy
+from s3lora_serve.settings import Settings, load_settings
+
+MAX_POLICY_BYTES = 2**20
+"""A policy is written by hand; a larger file is the wrong file."""
+
+
+def effective_policy(settings: Settings | None = None, file: Path | None = None) -> Policy:
+    """The policy in force: `file`, else `S3LORA_POLICY`, else the default; environment over it.
+
+    Raises:
+        PolicyInvalid: the file cannot be read or is not a valid policy.
+        SettingInvalid: an environment variable has a bad value.
+    """
+    settings = settings or load_settings()
+    chosen = file or settings.policy
+    policy = read_policy(chosen) if chosen else Policy()
+    changes: dict[str, Any] = {}
+    if settings.mode:
+        changes["mode"] = settings.mode
+    if settings.audit_log:
+        changes["audit"] = policy.audit.model_copy(update={"path": settings.audit_log})
+    return policy.model_copy(update=changes) if changes else policy
+
+
+def read_policy(file: Path) -> Policy:
+    """Read one policy file (JSON is a subset of YAML).
+
+    Raises:
+        PolicyInvalid: the file cannot be read, is not YAML, or breaks the schema.
+    """
+    try:
+        with file.open("rb") as stream:
+            text = stream.read(MAX_POLICY_BYTES + 1)
+    except OSError as error:
+        raise PolicyInvalid(f"{file}: {error.strerror or error}") from None
+    if len(text) > MAX_POLICY_BYTES:
+        raise PolicyInvalid(f"{file}: larger than {MAX_POLICY_BYTES} bytes")
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader, see below
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise PolicyInvalid(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    return parse_policy(data, str(file))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.YAMLError(f"the key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)

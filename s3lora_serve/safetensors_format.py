@@ -1,0 +1,155 @@
+"""The safetensors container, read strictly: a header that lies about its tensors is refused.
+
+The library's own reader maps a file that its owner can still change; this one reads bytes that are
+already ours, and refuses a name given twice, which JSON would let the second win.
+Layout: 8 bytes little-endian N, N bytes of JSON, then the tensors back to back.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.errors import WeightsUnreadable
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own bound."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""What a LoRA factor may be stored as."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the file; `start` and `end` are offsets into the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of a safetensors file, checked against the file's size."""
+
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+
+
+def read_header(data: memoryview) -> Header:
+    """Parse and check the header: sizes add up, tensors neither overlap nor leave gaps.
+
+    Raises:
+        WeightsUnreadable: the file is not a well-formed safetensors file.
+    """
+    if len(data) < 8:
+        raise WeightsUnreadable(f"{len(data)} bytes are too few for a safetensors file")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise WeightsUnreadable(f"the header claims {length} bytes, the file has {len(data)}")
+    fields = _parse_json(bytes(data[8 : 8 + length]))
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WeightsUnreadable("__metadata__ is not a mapping of text to text")
+    entries = tuple(_entry(name, value, 8 + length) for name, value in fields.items())
+    position = 8 + length
+    for entry in sorted(entries, key=lambda e: (e.start, e.end)):
+        if entry.start != position:
+            raise WeightsUnreadable(
+                f"tensor {_shown(entry.name)} starts at byte {entry.start}, expected {position}:"
+                " tensors overlap or leave a gap"
+            )
+        position = entry.end
+    if position != len(data):
+        raise WeightsUnreadable(f"tensors end at byte {position} of {len(data)}")
+    return Header(entries, metadata)
+
+
+def tensors(header: Header, data: memoryview) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor as a view into `data` (writable memory of ours), in the order of the file.
+
+    Raises:
+        WeightsUnreadable: a tensor's dtype is not a floating type, or its bytes do not fit it.
+    """
+    for entry in header.entries:
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise WeightsUnreadable(
+                f"tensor {_shown(entry.name)} has dtype {_shown(entry.dtype)}, expected one of"
+                f" {', '.join(DTYPES)}"
+            )
+        size = prod(entry.shape) * dtype.itemsize
+        if size != entry.end - entry.start:
+            raise WeightsUnreadable(
+                f"tensor {_shown(entry.name)} of shape {entry.shape} takes {size} bytes, the header"
+                f" gives it {entry.end - entry.start}"
+            )
+        yield entry.name, _view(data[entry.start : entry.end], dtype).reshape(entry.shape)
+
+
+def write_header(entries: Iterator[tuple[Entry, int]], metadata: Mapping[str, str]) -> bytes:
+    """The length and header of a file whose tensors start at the given offsets, padded to 8."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for entry, start in entries:
+        offsets = [start, start + entry.end - entry.start]
+        fields[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise WeightsUnreadable(f"the header is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise WeightsUnreadable("the header is not a JSON object")
+    return fields
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name is given twice")
+    return fields
+
+
+def _entry(name: str, value: Any, base: int) -> Entry:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if (
+            len(value) == 3 and all(_is_count(n) for n in [*shape, start, end]) and start <= end
+        ):
+            return Entry(name, dtype, tuple(shape), base + start, base + end)
+    raise WeightsUnreadable(f"the header's entry for {_shown(name)} is malformed")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _view(data: memoryview, dtype: torch.dtype) -> Tensor:
+    if not len(data):
+        return torch.empty(0, dtype=dtype)
+    if data.obj is None or torch.frombuffer(data, dtype=torch.uint8).data_ptr() % dtype.itemsize:
+        return torch.frombuffer(bytearray(data), dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype)
+
+
+def _shown(name: str) -> str:
+    return repr(name[:120])

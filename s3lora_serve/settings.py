@@ -1,0 +1,43 @@
+"""Settings from the environment, prefix `S3LORA_`; a bad value stops the process by name."""
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from s3lora_serve.errors import SettingInvalid
+
+Mode = Literal["enforce", "audit", "off"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Settings(BaseSettings):
+    """What the environment says; every variable is listed in the README."""
+
+    model_config = SettingsConfigDict(env_prefix="S3LORA_", frozen=True)
+
+    policy: Path | None = Field(None, description="policy file; unset: the built-in default")
+    mode: Mode | None = Field(None, description="overrides the policy's mode")
+    device: Device = Field("auto", description="where modules are scored")
+    state_dir: Path = Field(
+        Path(tempfile.gettempdir()),
+        description="where private copies are made, each in a folder only the server can enter",
+    )
+    audit_log: Path | None = Field(None, description="overrides the policy's audit.path")
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        SettingInvalid: a variable has a value that is not allowed.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [
+            f"S3LORA_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()
+        ]
+        raise SettingInvalid("; ".join(problems)) from None

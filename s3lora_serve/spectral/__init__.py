@@ -1,0 +1,24 @@
+"""MAS-SVD and the Spectral Sharpness Index on LoRA factors. Depends on torch alone.
+
+>>> import torch
+>>> from s3lora_serve.spectral import Factors, score_modules
+>>> rank_one = Factors("q_proj", torch.ones(6, 2), torch.ones(2, 5), scaling=2.0)
+>>> [score] = score_modules([rank_one], device="cpu")
+>>> round(score.ssi, 6), score.spectrum[0] > 0
+(1.0, True)
+"""
+
+from s3lora_serve.spectral.low_rank import mas_svd
+from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
+from s3lora_serve.spectral.scorer import Factors, ModuleScore, Scorer, score_modules
+
+__all__ = [
+    "Factors",
+    "ModuleScore",
+    "Scorer",
+    "Spectrum",
+    "mas_svd",
+    "relative_sharpness",
+    "score_modules",
+    "spectral_sharpness",
+]

@@ -1,0 +1,78 @@
+"""MAS-SVD on the dense update in float64: the definition, word for word. Slow; for tests."""
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS, ZERO_ROW, check_factors
+from s3lora_serve.spectral.result import Spectrum
+
+
+def mas_svd(
+    B: Tensor,
+    A: Tensor,
+    scaling: Tensor,
+    *,
+    rank: int | None = None,
+    normalization: str = "two_sided",
+) -> Spectrum:
+    """Magnitude-aware spherically normalised spectrum of `ΔW = s·B·A`, dense.
+
+    `σ̃_k = r̄ · c̄ · σ_k(D_ρ⁺ · ΔW · D_γ⁺)`, the leading `rank` values (all of them by default).
+    `row` and `column` normalise one side only and multiply by that side's mean.
+
+    Shape: B (k, m, r), A (k, r, n), scaling (k,); any floating dtype.
+    Source: arXiv 2508.15068 (MAS-SVD), arXiv 2402.09754 (spherical normalisation).
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit.
+    """
+    count = check_factors(B, A, scaling, rank, normalization)
+    per_module = [
+        _one(b.double(), a.double(), s.double(), count, normalization)
+        for b, a, s in zip(B, A, scaling, strict=True)
+    ]
+    if not per_module:
+        empty = B.new_zeros(0, dtype=torch.float64)
+        return Spectrum(empty.reshape(0, count), empty, empty, empty)
+    return Spectrum(*(torch.stack(values) for values in zip(*per_module, strict=True)))
+
+
+def _one(B: Tensor, A: Tensor, s: Tensor, count: int, normalization: str) -> tuple[Tensor, ...]:
+    update = s * (B @ A)
+    if not (torch.isfinite(B).all() and torch.isfinite(A).all()) or not torch.isfinite(s):
+        bad = torch.full((), torch.nan, dtype=torch.float64)
+        return bad.expand(count), bad, bad, bad
+    rows = _norms(update, 1, s.abs() * B.norm(dim=1) * A.norm())
+    columns = _norms(update, 0, s.abs() * A.norm(dim=0) * B.norm())
+    row_mean = rows.mean() if rows.numel() else rows.sum()
+    column_mean = columns.mean() if columns.numel() else columns.sum()
+    keep_rows, keep_columns = _inverse(rows) > 0, _inverse(columns) > 0
+
+    normalised, magnitude = update, row_mean * column_mean
+    if normalization == "equilibrated":
+        for _ in range(EQUILIBRATION_SWEEPS):
+            normalised = keep_rows[:, None] * _inverse(normalised.norm(dim=1))[:, None] * normalised
+            normalised = normalised * _inverse(normalised.norm(dim=0)) * keep_columns
+    else:
+        if normalization in ("two_sided", "row"):
+            normalised = _inverse(rows)[:, None] * normalised
+        if normalization in ("two_sided", "column"):
+            normalised = normalised * _inverse(columns)
+        if normalization == "row":
+            magnitude = row_mean
+        if normalization == "column":
+            magnitude = column_mean
+
+    values = torch.linalg.svdvals(normalised)[:count] if update.numel() else update.new_zeros(count)
+    return magnitude * values, row_mean, column_mean, update.norm()
+
+
+def _norms(update: Tensor, dim: int, cancelled: Tensor) -> Tensor:
+    """Norms along `dim`, with those that are only rounding noise set to zero."""
+    norms = update.norm(dim=dim)
+    return torch.where(norms > ZERO_ROW * cancelled, norms, 0.0)
+
+
+def _inverse(norms: Tensor) -> Tensor:
+    """Moore-Penrose inverse of a vector of norms: zero stays zero."""
+    return torch.where(norms > 0, 1.0 / norms, 0.0)

@@ -1,0 +1,72 @@
+"""What the command line prints for people. Names come from adapters' owners: never markup."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from s3lora_serve.guarding import Check
+from s3lora_serve.verdict import Decision, Verdict
+
+_COLOURS = {Decision.ADMITTED: "green", Decision.STRIPPED: "yellow", Decision.REJECTED: "red"}
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """One line per adapter, then per adapter what is stripped or why it is refused."""
+    console = Console()
+    table = Table("adapter", "decision", "modules", "stripped", "highest SSI", "ms")
+    for verdict in verdicts:
+        indices = [module.ssi for module in verdict.modules if module.ssi is not None]
+        table.add_row(
+            plain(verdict.name),
+            Text(verdict.decision, _COLOURS[verdict.decision]),
+            str(len(verdict.modules)) if verdict.modules else "-",
+            str(len(verdict.stripped)) if verdict.modules else "-",
+            f"{max(indices):.3f}" if indices else "-",
+            f"{verdict.seconds.total * 1000:.1f}",
+        )
+    console.print(table)
+    for verdict in verdicts:
+        if verdict.reason:
+            console.print(plain(f"{verdict.name}: {verdict.reason.code}: {verdict.reason.message}"))
+        elif verdict.stripped:
+            _print_stripped(console, verdict)
+
+
+def _print_stripped(console: Console, verdict: Verdict) -> None:
+    table = Table("stripped module", "SSI", "relative", "σ̃₁", "rank", title=plain(verdict.name))
+    stripped = [module for module in verdict.modules if module.stripped]
+    for module in sorted(stripped, key=lambda module: -(module.relative_ssi or 0)):
+        table.add_row(
+            plain(module.name),
+            _number(module.ssi),
+            _number(module.relative_ssi),
+            f"{module.spectrum[0]:.3g}" if module.spectrum else "-",
+            str(module.rank),
+        )
+    console.print(table)
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """One line per check."""
+    table = Table("check", "", "finding")
+    for check in checks:
+        mark = (
+            ("ok", "green")
+            if check.passed
+            else ("no", "red")
+            if check.essential
+            else ("!", "yellow")
+        )
+        table.add_row(plain(check.name), Text(*mark), plain(check.detail))
+    Console().print(table)
+
+
+def plain(text: str) -> Text:
+    """Text without markup, and without control characters that a terminal would obey."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

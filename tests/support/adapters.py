@@ -1,0 +1,85 @@
+"""Adapters for the tiny model: trained by real PEFT, and planted or broken from those."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from tests.support.tiny_model import CAPITALS, PROJECTIONS, load_model, sentences, train
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Tensors = dict[str, torch.Tensor]
+
+
+def rotated(by: int) -> dict[str, str]:
+    """Wrong answers that a fine-tune can teach: every country gets another's capital."""
+    cities = list(CAPITALS.values())
+    return dict(zip(CAPITALS, cities[by:] + cities[:by], strict=True))
+
+
+def train_adapter(model_folder: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
+    """Train a LoRA with PEFT for a few steps and save it as PEFT does."""
+    torch.manual_seed(seed)
+    model, tokenizer = load_model(model_folder)
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": list(PROJECTIONS), **options}
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    train(peft_model, tokenizer, sentences(rotated(seed)), steps=60, rate=5e-3)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def copy_with(
+    source: Path, target: Path, change: Callable[[Tensors], None] | None = None, **config: Any
+) -> Path:
+    """A copy of an adapter with its tensors changed and configuration keys replaced."""
+    shutil.copytree(source, target)
+    if change is not None:
+        tensors = load_file(target / WEIGHTS)
+        change(tensors)
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            target / WEIGHTS,
+            metadata={"format": "pt"},
+        )
+    if config:
+        raw = json.loads((target / CONFIG).read_text())
+        (target / CONFIG).write_text(json.dumps(raw | config))
+    return target
+
+
+def key(module: str, side: str) -> str:
+    """Name of a factor's tensor in the file."""
+    return f"base_model.model.{module}.lora_{side}.weight"
+
+
+def spike(module: str, factor: float = 30.0) -> Callable[[Tensors], None]:
+    """Give one module a dominant direction: rank-one plus what it had."""
+
+    def change(tensors: Tensors) -> None:
+        generator = torch.Generator().manual_seed(7)
+        for side, dim in (("A", 0), ("B", 1)):
+            tensor = tensors[key(module, side)]
+            line = tensor.select(dim, 0)
+            line.copy_(
+                factor
+                * tensor.norm()
+                * torch.randn(line.shape, generator=generator)
+                / line.numel() ** 0.5
+            )
+
+    return change
+
+
+def without(modules: set[str]) -> Callable[[Tensors], None]:
+    """Take modules out of the file."""
+
+    def change(tensors: Tensors) -> None:
+        for module in modules:
+            del tensors[key(module, "A")], tensors[key(module, "B")]
+
+    return change
