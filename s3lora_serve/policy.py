@@ -112,8 +112,11 @@ class Policy(_Section):
 
     @model_validator(mode="after")
     def _rules_are_policies(self) -> Self:
-        for rule in self.rules:
-            self._overridden(rule)
+        for place, rule in enumerate(self.rules):
+            try:
+                self._overridden(rule)
+            except ValidationError as error:
+                raise ValueError(f"rules.{place}: {_explain(error.errors())}") from None
         return self
 
     @property

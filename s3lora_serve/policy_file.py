@@ -1,7 +1,7 @@
 """Where the effective policy comes from: a YAML or JSON file, then the environment over it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -52,7 +52,13 @@ def read_policy(file: Path) -> Policy:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: the second would silently win."""
+    """SafeLoader that refuses a key given twice (the second would silently win), and to which
+    `off` is a word: YAML 1.1 makes a boolean of it, and `mode: off` is a policy."""
+
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
+        first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool") or first in "tTfF"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

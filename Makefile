@@ -1,0 +1,41 @@
+# One virtual environment, made from deploy/requirements-cpu.txt; every target brings it up first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-fast test-all lint format bench clean
+
+demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
+	$(BIN)/python -m deploy.demo
+
+test: $(READY)  ## all tests that CI runs, those on real vLLM included
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)  ## everything that needs no vLLM engine
+	$(BIN)/python -m pytest -m "not serving"
+
+test-all: test  ## what takes longer than CI allows is added here
+
+lint: $(READY)  ## style, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
+	$(BIN)/python -m tests.benchmarks
+
+$(READY): deploy/requirements-cpu.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"the pinned environment is for Python 3.11, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r deploy/requirements-cpu.txt || { cat deploy/no-cpu-torch.txt >&2; exit 1; }
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

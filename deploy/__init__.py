@@ -1,0 +1,1 @@
+"""Deployment material; the demo lives here too."""

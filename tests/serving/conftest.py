@@ -1,0 +1,90 @@
+"""Real vLLM servers, each started once and shared by the tests of a module."""
+
+import pytest
+
+from s3lora_serve import scan_adapter
+from s3lora_serve.policy_file import read_policy
+from tests.support.adapters import copy_with, key, without
+from tests.support.server import OPEN_LOADING, Server
+from tests.support.tiny_model import PROMPT
+
+TOP_K = 3
+PROMPTS = [PROMPT.format(country) for country in ("Peru", "France", "Kenya")]
+
+
+@pytest.fixture(scope="session")
+def policy_file(workplace):
+    file = workplace / "policy.yaml"
+    file.write_text(f"strip: {{top_k: {TOP_K}}}\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def resolver_folder(spiked, model, workplace):
+    """A folder that vLLM's filesystem resolver looks adapters up in."""
+    folder = workplace / "resolver"
+    folder.mkdir()
+    copy_with(spiked, folder / "resolved", base_model_name_or_path=str(model))
+
+    def wreck(tensors):
+        tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
+
+    copy_with(spiked, folder / "resolved-nan", wreck, base_model_name_or_path=str(model))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def enforcing(model, spiked, policy_file, resolver_folder, workplace):
+    """A guarded server that strips; one adapter is given on the command line."""
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(policy_file),
+        "S3LORA_AUDIT_LOG": str(workplace / "audit.jsonl"),
+        "VLLM_LORA_RESOLVER_CACHE_DIR": str(resolver_folder),
+    }
+    arguments = ("--lora-modules", f"static={spiked}")
+    with Server(model, workplace / "enforcing.log", arguments, environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def auditing(model, policy_file, workplace):
+    """A guarded server that only writes down what it would have done."""
+    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy_file), "S3LORA_MODE": "audit"}
+    with Server(model, workplace / "auditing.log", (), environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def switched_off(model, policy_file, workplace):
+    """A server started by `s3lora serve` with the gate switched off."""
+    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy_file), "S3LORA_MODE": "off"}
+    with Server(model, workplace / "off.log", (), environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def expected(model, spiked, trained, policy_file, workplace):
+    """Log-probabilities on vLLM without the gate, by what is served there.
+
+    The base model, the spiked adapter whole, and both adapters written without the modules that
+    the policy strips.
+    """
+    policy = read_policy(policy_file)
+    folders = {"whole": spiked}
+    for name, source in (("by-hand", spiked), ("trained by-hand", trained)):
+        stripped = set(scan_adapter(source, policy).stripped)
+        assert len(stripped) == TOP_K
+        folders[name] = copy_with(source, workplace / name, without(stripped))
+    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
+    with Server(model, workplace / "stock.log", (), environment, guarded=False) as stock:
+        for name, folder in folders.items():
+            assert stock.load(name, folder).status_code == 200
+        return {name: answers(stock, name) for name in ("base", *folders)}
+
+
+def answers(server, name):
+    """Everything the server says about the probe prompts under one adapter.
+
+    `prompt_logprobs` is never answered from the prefix cache: every asking computes.
+    """
+    return [server.logprobs(name, prompt) for prompt in PROMPTS]

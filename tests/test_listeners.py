@@ -1,0 +1,97 @@
+"""Metrics and the audit log say what was decided, and nothing an adapter's owner could choose."""
+
+import json
+import threading
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.audit import AuditLog
+from s3lora_serve.metrics import Metrics
+from s3lora_serve.policy import Strip
+
+TWO = Policy(strip=Strip(top_k=2))
+PLACES = [(str(i), p) for i in range(4) for p in ("q_proj", "v_proj", "down_proj")]
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry):
+    made = Metrics(registry)
+    made.know_model(PLACES)
+    return made
+
+
+def test_closed_label_sets_exist_at_zero_from_the_start(registry, metrics):
+    def value(name, **labels):
+        return registry.get_sample_value(name, labels)
+
+    for decision in ("admitted", "stripped", "rejected"):
+        for mode in ("enforce", "audit"):
+            assert value("s3lora_admissions_total", decision=decision, mode=mode) == 0
+    assert value("s3lora_modules_stripped_total", layer="3", projection="q_proj") == 0
+    assert value("s3lora_modules_scored_total", projection="other") == 0
+    assert value("s3lora_admission_seconds_count", phase="strip") == 0
+    assert value("s3lora_gate_active") == 0
+
+
+def test_an_admission_is_counted_as_its_verdict_says(registry, metrics, trained):
+    verdict = scan_adapter(trained, TWO)
+    metrics.record(verdict, "cpu")
+    labels = {"decision": "stripped", "mode": "enforce"}
+    assert registry.get_sample_value("s3lora_admissions_total", labels) == 1
+    scored = {"projection": "down_proj"}
+    assert registry.get_sample_value("s3lora_modules_scored_total", scored) == 4
+    total = sum(
+        sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "s3lora_modules_stripped_total"
+    )
+    assert total == 2
+
+
+def test_audit_mode_counts_no_module_as_stripped(registry, metrics, trained):
+    metrics.record(scan_adapter(trained, TWO.model_copy(update={"mode": "audit"})), "cpu")
+    text = generate_latest(registry).decode()
+    stripped = [line for line in text.splitlines() if line.startswith("s3lora_modules_stripped_t")]
+    assert stripped
+    assert all(line.endswith(" 0.0") for line in stripped)
+
+
+def test_modules_the_base_model_does_not_have_are_other(registry, metrics, trained):
+    metrics.record(scan_adapter(trained, TWO), "cpu")
+    text = generate_latest(registry).decode()
+    assert 's3lora_modules_scored_total{projection="other"} 16.0' in text
+    assert "up_proj" not in text
+
+
+def test_gate_is_inactive_when_the_policy_is_off(registry, metrics):
+    metrics.activate("sha256:x", "off", "1")
+    assert registry.get_sample_value("s3lora_gate_active") == 0
+    metrics.activate("sha256:x", "enforce", "1")
+    assert registry.get_sample_value("s3lora_gate_active") == 1
+
+
+def test_audit_lines_of_concurrent_writers_stay_whole(trained, tmp_path):
+    verdict = scan_adapter(trained, TWO)
+    log = AuditLog(tmp_path / "audit.jsonl", "0.32.0")
+    threads = [
+        threading.Thread(target=lambda: [log.record(verdict, "engine") for _ in range(50)])
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert len(lines) == 200
+    assert {line["digest"] for line in lines} == {verdict.digest}
+    assert lines[0]["stripped"] == list(verdict.stripped)
+    assert lines[0]["time"].endswith("Z")
+    assert (tmp_path / "audit.jsonl").stat().st_mode & 0o777 == 0o600
