@@ -1,4 +1,4 @@
-"""`make demo`: tenants register adapters on a real vLLM while it runs, and the gate does its job."""
+"""`make demo`: tenants register adapters on a real vLLM while it runs; the gate does its job."""
 
 import json
 import tempfile
