@@ -102,7 +102,7 @@ class Guard:
         folder = compat.adapter_folder(request)
         if folder is None:
             raise compat.not_found(request)
-        private = Path(tempfile.mkdtemp(prefix="s3lora-", dir=self.settings.state_dir))
+        private = _private_folder(self.settings.state_dir)
         try:
             admission = admit(
                 folder,
@@ -179,6 +179,14 @@ class _Refused(AdapterRejected):
 
     def __init__(self, reason: Reason) -> None:
         Exception.__init__(self, f"{reason.code}: {reason.message}")
+
+
+def _private_folder(parent: Path) -> Path:
+    """A new folder that only this user can enter."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="s3lora-", dir=parent))
+    except OSError as error:
+        raise GateFailed(f"no private copy in {parent}: {error.strerror}") from None
 
 
 def _fitted(manager: Any, adapter: Adapter) -> dict[str, str]:
