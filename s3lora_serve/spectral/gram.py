@@ -1,99 +1,154 @@
-"""The Gram route: everything from r×r Gram matrices, in float64, with a bound on its own error.
+"""The Gram route: two passes over each factor, then everything from r×r matrices.
 
-Two passes over B and A, O((m+n)·r²) per module. Squaring the factors squares their condition
-number, so nearly singular modules come back with a large `doubt` and belong to the QR route.
+The passes run in float32 or float64; what follows is float64. Squaring the factors squares their
+condition number, so every solution comes with `doubt`, a bound on its own error, by which the
+caller decides whether a slower arithmetic has to look again.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS, ZERO_ROW
+from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS
+from s3lora_serve.spectral.panels import Side
 
-_EPS = torch.finfo(torch.float64).eps
+UNIT = {torch.float32: 2.0**-21, torch.float64: 2.0**-50}
+"""Relative error of one Gram matrix, normwise, beside a common factor that the index cannot see.
+Eight times the unit roundoff, for sums of LONGEST_SUM and ranks from FLOAT32_RANK on.
+tests/spectral/test_switch.py measures it and holds `doubt` above every error seen."""
+
+FLOAT32_RANK = 16
+"""Smallest rank that float32 is tried for: below it BLAS libraries sum row after row, and the error
+of a long sum reaches 2e-6 (measured, MKL, 4096 rows, r = 8; 3e-7 at r = 16)."""
+
+SANE_TRACE = (1e-20, 1e30)
+"""Traces for which float32 squares that vanish are too small to matter, and none overflow."""
+
+Factors = tuple[Tensor, Tensor]  # B (m, r), A (r, n), as stored
 
 
 class Solution(NamedTuple):
-    """A batch of unscaled (s = 1) low-rank solutions."""
+    """Spectra for s = 1, before magnitudes."""
 
-    normalised: Tensor  # (k, r) descending singular values of X, zero-padded beyond the rank of X
-    rows: Tensor  # (k, m) ρ_i of B·A, zero where cancelled
-    columns: Tensor  # (k, n) γ_j of B·A
+    normalised: Tensor  # (k, r) descending singular values of X; beyond min(m, n) only noise
+    row_mean: Tensor  # (k,) mean of ρ_i of B·A
+    column_mean: Tensor  # (k,) mean of γ_j of B·A
     frobenius: Tensor  # (k,) ‖B·A‖_F
-    doubt: Tensor  # (k,) bound on |error of SSI|
+    doubt: Tensor  # (k,) bound on |error of SSI|; inf where nothing is known
 
 
-def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
-    """Singular values of `X = D_ρ⁺·B·A·D_γ⁺` as `sqrt(eig(P·Q))`, `P = B̂ᵀB̂`, `Q = ÂÂᵀ`.
+class Half(NamedTuple):
+    """Cholesky factors of Gram matrices, ready to take norms with."""
 
-    Shape: B (k, m, r), A (k, r, n), float64 and finite.
-    Source: spec of the exact low-rank form; eig(P·Q) taken as eig(P^{1/2} Q P^{1/2}).
+    lower: Tensor  # (k, r, r) L with L·Lᵀ = G / tr(G), in the working dtype
+    trace: Tensor  # (k,) tr(G)
+    slack: Tensor  # (k,) relative error of the squared norms it gives; inf if it gives none
+
+
+def solve(
+    modules: Sequence[Factors],
+    normalization: str,
+    dtype: torch.dtype,
+    between_batches: Callable[[], None],
+) -> Solution:
+    """Singular values of X from `P = Σ_i b_i·b_iᵀ/ρ_i²` with `ρ_i² = b_iᵀ·(A·Aᵀ)·b_i`; Q alike.
+
+    `equilibrated` alternates the two on each other's result. The passes sum in `dtype`.
+    Shape: B (m, r), A (r, n), one r for all -> fields of k = len(modules) rows, float64.
     """
-    gram_a, gram_b = A @ A.mT, B.mT @ B
-    rows, rows_doubt = _norms(B, gram_a)
-    columns, columns_doubt = _norms(A.mT, gram_b)
-    frobenius = rows.square().sum(-1).sqrt()
-
-    row_weights, column_weights = _weights(B, A, gram_a, rows, columns, normalization)
-    weighted_b = B * row_weights.unsqueeze(-1)
-    weighted_a = A * column_weights.unsqueeze(-2)
-    values, spectral_doubt = _spectrum(weighted_b.mT @ weighted_b, weighted_a @ weighted_a.mT)
-    doubt = torch.stack((rows_doubt, columns_doubt, spectral_doubt)).amax(0)
-    return Solution(values, rows, columns, frobenius, doubt)
-
-
-def _norms(vectors: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """`sqrt(vᵀ·G·v)` for each vector, and the relative error the worst of them may carry.
-
-    Shape: vectors (k, m, r), gram (k, r, r) -> (k, m), (k,).
-    """
-    squares = ((vectors @ gram) * vectors).sum(-1).clamp_min(0.0)
-    bounds = vectors.square().sum(-1) * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    # b_i = 0 is an honest zero row; anything else that small here is for the QR route to judge.
-    kept = torch.where(squares > ZERO_ROW**2 * bounds, squares, 0.0)
-    ratio = torch.where(bounds > 0, bounds / squares, 0.0)
-    worst = ratio.amax(-1) if ratio.shape[-1] else ratio.sum(-1)
-    return kept.sqrt(), gram.shape[-1] * _EPS * worst
-
-
-def _weights(
-    B: Tensor, A: Tensor, gram_a: Tensor, rows: Tensor, columns: Tensor, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """Diagonals of the row and column scalings that turn ΔW into X. Shape: (k, m), (k, n)."""
-    inverse_rows, inverse_columns = inverse(rows), inverse(columns)
+    rows = Side([B for B, _ in modules], dtype, between_batches)
+    columns = Side([A.mT for _, A in modules], dtype, between_batches)
+    gram_b, gram_a = rows.gram(), columns.gram()
+    P, row_mean, slack = _normalised(rows, gram_a)
+    Q, column_mean, column_slack = _normalised(columns, gram_b)
+    slack = slack + column_slack
     if normalization == "row":
-        return inverse_rows, torch.ones_like(columns)
-    if normalization == "column":
-        return torch.ones_like(rows), inverse_columns
-    if normalization == "two_sided":
-        return inverse_rows, inverse_columns
-    weighted_gram = gram_a
-    for _ in range(EQUILIBRATION_SWEEPS):
-        row_weights = inverse(_norms(B, weighted_gram)[0]) * (rows > 0)
-        weighted_b = B * row_weights.unsqueeze(-1)
-        column_weights = inverse(_norms(A.mT, weighted_b.mT @ weighted_b)[0]) * (columns > 0)
-        weighted_a = A * column_weights.unsqueeze(-2)
-        weighted_gram = weighted_a @ weighted_a.mT
-    return row_weights, column_weights
+        Q = gram_a
+    elif normalization == "column":
+        P = gram_b
+    elif normalization == "equilibrated":
+        for side in (columns, *(rows, columns) * (EQUILIBRATION_SWEEPS - 1)):
+            swept, _, more = _normalised(side, P if side is columns else Q)
+            P, Q = (P, swept) if side is columns else (swept, Q)
+            slack = slack + more
+    values, doubt = _spectrum(P, Q, slack, UNIT[dtype])
+    frobenius = (gram_a * gram_b).sum((-1, -2)).clamp_min(0.0).sqrt()
+    return Solution(values, row_mean, column_mean, frobenius, doubt)
 
 
-def _spectrum(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """`sqrt(eig(P·Q))`, descending, and a bound on the relative error of their sum.
+def _normalised(side: Side, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(k, r, r) normalised Gram, (k,) mean norm, (k,) relative slack of the squared norms."""
+    half = _half(other, side.dtype)
+    total, mean, lost = side.normalised_gram(half.lower)
+    slack = torch.where(lost == 0, half.slack, torch.inf)
+    return total / half.trace[:, None, None], mean * half.trace.sqrt(), slack
 
-    An eigenvalue is known to δ = r·eps·‖P‖·‖Q‖, hence its root to min(√δ, δ/σ).
-    Shape: P, Q (k, r, r) -> (k, r), (k,).
+
+def _half(matrix: Tensor, dtype: torch.dtype) -> Half:
+    """Factor Gram matrices, scaled to unit trace so that float32 stays in its range.
+
+    With S = G scaled to a unit diagonal (rounding errors of G scale likewise), ρ² = bᵀ·G·b errs by
+    at most unit·‖S‖/λ_min(S) of itself for G, and by unit·√(r/λ_min(S)) for the rounding of bᵀ·L.
     """
-    eigenvalues, vectors = torch.linalg.eigh(P)
-    half = vectors * eigenvalues.clamp_min(0.0).sqrt().unsqueeze(-2)
-    squares = torch.linalg.eigvalsh(half.mT @ Q @ half).flip(-1).clamp_min(0.0)
-    values = squares.sqrt()
-    delta = P.shape[-1] * _EPS * torch.linalg.matrix_norm(P) * torch.linalg.matrix_norm(Q)
-    slack = delta.unsqueeze(-1) / torch.maximum(values, delta.sqrt().unsqueeze(-1))
+    trace = _diagonal(matrix).sum(-1)
+    size = (_diagonal(matrix) / trace.unsqueeze(-1)).nan_to_num().clamp_min(1e-300).sqrt()
+    scaled = (matrix / trace[:, None, None] / size.unsqueeze(-1) / size.unsqueeze(-2)).nan_to_num()
+    lower, failed = torch.linalg.cholesky_ex(scaled)
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype).expand_as(lower)
+    root_inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    steepest = _spectral_norm(root_inverse.mT @ root_inverse)
+    rank = matrix.shape[-1]
+    slack = UNIT[dtype] * (_spectral_norm(scaled) * steepest + (rank * steepest).sqrt())
+    lower = lower * size.unsqueeze(-1)
+    known = (failed == 0) & (trace > 0) & trace.isfinite() & slack.isfinite()
+    if dtype == torch.float32:
+        known &= (SANE_TRACE[0] < trace) & (trace < SANE_TRACE[1])
+    return Half(lower.to(dtype), trace, torch.where(known, slack, torch.inf))
+
+
+def _spectrum(P: Tensor, Q: Tensor, slack: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """`sqrt(eig(P·Q))`, descending, and the bound on the index's error.
+
+    With `P = C·Cᵀ`, eig(P·Q) = eig(Cᵀ·Q·C). An eigenvalue λ is known to
+    δ = unit·(‖P‖_F·‖Q‖₂ + ‖P‖₂·‖Q‖_F) in the inner scaling that makes the product small, hence its
+    root to √λ − √(λ − δ), or √δ where λ < δ. Singular values follow the weights 1/ρ_i one to one
+    (Ostrowski), so half the slack of the squared norms goes into each of σ_1 and Σσ.
+    """
+    P, Q = torch.nan_to_num(P), torch.nan_to_num(Q)
+    half, failed = torch.linalg.cholesky_ex(P)
+    squares = torch.linalg.eigvalsh(torch.nan_to_num(half.mT @ Q @ half)).flip(-1)
+    values = squares.clamp_min(0.0).sqrt()
+    delta = unit * _uncertainty(P, Q).unsqueeze(-1)
+    wobble = values - (squares - delta).clamp_min(0.0).sqrt()
+    wobble = torch.where(squares > delta, wobble, delta.sqrt()).sum(-1)
     total = values.sum(-1)
-    return values, torch.where(total > 0, slack.nan_to_num().sum(-1) / total, 0.0)
+    doubt = values[:, 0] / total * (wobble / total + slack)
+    return values, torch.where((failed == 0) & doubt.isfinite(), doubt, torch.inf)
 
 
-def inverse(norms: Tensor) -> Tensor:
-    """Moore-Penrose inverse of a diagonal of norms: zero stays zero."""
-    return torch.where(norms > 0, 1.0 / norms, 0.0)
+def _uncertainty(P: Tensor, Q: Tensor) -> Tensor:
+    """`‖P'‖_F·‖Q'‖₂ + ‖P'‖₂·‖Q'‖_F` for P' = D·P·D, Q' = D⁻¹·Q·D⁻¹ with diagonals made alike.
+
+    Rounding errors of a Gram matrix scale with D, so a lopsided inner basis costs nothing.
+    Shape: (k, r, r) -> (k,).
+    """
+    scale = (_diagonal(Q) / _diagonal(P)).nan_to_num().clamp(1e-60, 1e60).pow(0.25)
+    across = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    P, Q = P * across, Q / across
+    norm = torch.linalg.matrix_norm
+    sum_of_both: Tensor = norm(P) * _spectral_norm(Q) + _spectral_norm(P) * norm(Q)
+    return sum_of_both
+
+
+def _spectral_norm(matrix: Tensor) -> Tensor:
+    """Schatten 8-norm of a symmetric matrix: at most r^(1/8) over its spectral norm."""
+    size = torch.linalg.matrix_norm(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
+    fourth = torch.linalg.matrix_power(matrix / size[:, None, None], 4)
+    bound: Tensor = size * torch.linalg.matrix_norm(fourth).pow(0.25)
+    return bound
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)

@@ -1,15 +1,14 @@
-"""MAS-SVD without ever forming ΔW: the Gram route, and QR for the modules it cannot vouch for."""
+"""MAS-SVD without ever forming ΔW, for a batch of modules of one shape."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral import gram, orthogonal
+from s3lora_serve.spectral import ladder
 from s3lora_serve.spectral._checks import check_factors
+from s3lora_serve.spectral.gram import Solution
 from s3lora_serve.spectral.result import Spectrum
-
-GRAM_DOUBT = 1e-8
-"""Largest error bound at which a Gram solution is taken; the promise is |SSI error| ≤ 1e-6, and
-the bound leaves out constants of a few times r. Held by tests/spectral/test_low_rank.py."""
 
 
 def mas_svd(
@@ -32,45 +31,34 @@ def mas_svd(
         ValueError: shapes, dtypes or options do not fit.
     """
     count = check_factors(B, A, scaling, rank, normalization)
-    scaling = scaling.double()
-    wide_b, wide_a = B.double(), A.double()
-    finite = wide_b.isfinite().flatten(1).all(1) & wide_a.isfinite().flatten(1).all(1)
-    finite &= scaling.isfinite()
-    # NaN stops LAPACK for the whole batch: such modules are scored as zero and marked after.
-    wide_b = torch.where(finite[:, None, None], wide_b, 0.0)
-    wide_a = torch.where(finite[:, None, None], wide_a, 0.0)
-
-    solution = gram.solve(wide_b, wide_a, normalization)
-    doubtful = ~(solution.doubt <= GRAM_DOUBT)  # NaN doubt counts as doubt
-    if doubtful.any():
-        exact = orthogonal.solve(wide_b[doubtful], wide_a[doubtful], normalization)
-        for kept, better in zip(solution, exact, strict=True):
-            kept[doubtful] = better
-    return _magnitudes(solution, scaling.abs(), finite, count, normalization)
+    if not B.shape[0] or not count:
+        empty = torch.zeros(B.shape[0], dtype=torch.float64)
+        return Spectrum(empty.new_zeros(B.shape[0], count), empty, empty, empty)
+    solution = ladder.solve(list(zip(B, A, strict=True)), normalization)
+    return with_magnitudes(solution, scaling, [count] * B.shape[0], normalization)
 
 
-def _magnitudes(
-    solution: gram.Solution, scaling: Tensor, finite: Tensor, count: int, normalization: str
+def with_magnitudes(
+    solution: Solution, scaling: Tensor, counts: Sequence[int], normalization: str
 ) -> Spectrum:
-    """Give the solution for s = 1 its magnitudes: D⁺·ΔW·D⁺ goes with 1/s, the others not at all."""
-    row_mean = _mean(solution.rows) * scaling
-    column_mean = _mean(solution.columns) * scaling
-    magnitude = {
-        "two_sided": row_mean * _mean(solution.columns),
-        "row": row_mean,
-        "column": column_mean,
-        "equilibrated": row_mean * column_mean,
-    }[normalization]
-    values = magnitude.unsqueeze(-1) * solution.normalised[:, :count]
-    frobenius = solution.frobenius * scaling
-    spectrum = (values, row_mean, column_mean, frobenius)
-    marked = (torch.where(_like(finite, value), value, torch.nan) for value in spectrum)
-    return Spectrum(*(value.cpu() for value in marked))
+    """Give solutions for s = 1 their magnitudes, and cut each spectrum to its own M.
 
-
-def _mean(norms: Tensor) -> Tensor:
-    return norms.mean(-1) if norms.shape[-1] else norms.sum(-1)
-
-
-def _like(flags: Tensor, value: Tensor) -> Tensor:
-    return flags.unsqueeze(-1) if value.ndim == 2 else flags
+    D⁺·ΔW·D⁺ goes with 1/s, the one-sided and the equilibrated X not at all.
+    Shape: scaling (k,) -> singular_values (k, max(counts)), zero beyond each count.
+    """
+    s = scaling.double().abs()
+    means = {
+        "two_sided": s * solution.row_mean * solution.column_mean,
+        "row": s * solution.row_mean,
+        "column": s * solution.column_mean,
+        "equilibrated": s * s * solution.row_mean * solution.column_mean,
+    }
+    most = max(counts)
+    inside = torch.arange(most) < torch.tensor(counts).unsqueeze(-1)
+    values = means[normalization].unsqueeze(-1) * solution.normalised[:, :most]
+    return Spectrum(
+        torch.where(inside, values, 0.0),
+        s * solution.row_mean,
+        s * solution.column_mean,
+        s * solution.frobenius,
+    )

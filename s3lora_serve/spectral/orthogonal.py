@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS, ZERO_ROW
-from s3lora_serve.spectral.gram import Solution, inverse
+from s3lora_serve.spectral.gram import Solution
 
 
 def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
-    """Singular values of `X = D_ρ⁺·B·A·D_γ⁺` from thin QRs; same contract as `gram.solve`.
+    """Singular values of `X = D_ρ⁺·B·A·D_γ⁺` from thin QRs; same meaning as `gram.finish`.
 
     With Aᵀ = Q·R the update is (B·Rᵀ)·Qᵀ: the rows of B·Rᵀ have the norms ρ_i themselves, so
     whatever cancels between B and A has cancelled before anything is squared or divided.
@@ -27,7 +27,7 @@ def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
     rows = _kept(left.norm(dim=-1), row_bounds)
     columns = _kept(right.norm(dim=-2), column_bounds)
 
-    row_weights, column_weights = inverse(rows), inverse(columns)
+    row_weights, column_weights = _inverse(rows), _inverse(columns)
     if normalization == "row":
         column_weights = torch.ones_like(columns)
     elif normalization == "column":
@@ -40,7 +40,7 @@ def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
     values = torch.linalg.svdvals(core @ other.mT)
     padded = torch.nn.functional.pad(values, (0, B.shape[-1] - values.shape[-1]))
     frobenius = torch.linalg.matrix_norm(left)
-    return Solution(padded, rows, columns, frobenius, torch.zeros_like(frobenius))
+    return Solution(padded, rows.mean(-1), columns.mean(-1), frobenius, torch.zeros_like(frobenius))
 
 
 def _core(tall: Tensor) -> Tensor:
@@ -53,6 +53,11 @@ def _kept(norms: Tensor, bounds: Tensor) -> Tensor:
     return torch.where(norms > ZERO_ROW * bounds, norms, 0.0)
 
 
+def _inverse(norms: Tensor) -> Tensor:
+    """Moore-Penrose inverse of a diagonal of norms: zero stays zero."""
+    return torch.where(norms > 0, 1.0 / norms, 0.0)
+
+
 def _equilibrate(
     left: Tensor, right_basis: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +65,7 @@ def _equilibrate(
     column_weights = torch.ones_like(columns)
     for _ in range(EQUILIBRATION_SWEEPS):
         core = _core(right_basis * column_weights.unsqueeze(-1))
-        row_weights = inverse((left @ core.mT).norm(dim=-1)) * (rows > 0)
+        row_weights = _inverse((left @ core.mT).norm(dim=-1)) * (rows > 0)
         core = _core(left * row_weights.unsqueeze(-1))
-        column_weights = inverse((right_basis @ core.mT).norm(dim=-1)) * (columns > 0)
+        column_weights = _inverse((right_basis @ core.mT).norm(dim=-1)) * (columns > 0)
     return row_weights, column_weights

@@ -29,13 +29,12 @@ def spectral_sharpness(singular_values: Tensor) -> Tensor:
     return where(total > 0, singular_values[..., 0] / total, nan)
 
 
-def relative_sharpness(index: Tensor, count: int) -> Tensor:
+def relative_sharpness(index: float, count: int) -> float:
     """SSI rescaled to [0, 1] over its range: `(SSI − 1/M) / (1 − 1/M)`, M = `count`.
 
     The fair order between modules of different M. Undefined (NaN) for M = 1.
-    Shape: index (k,) -> (k,).
     """
     if count <= 1:
-        return index * nan
+        return nan
     floor = 1.0 / count
     return (index - floor) / (1.0 - floor)

@@ -1,18 +1,16 @@
 """Score the modules of a whole adapter: group them by shape, run bounded batches, name results."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral.low_rank import mas_svd
+from s3lora_serve.spectral import ladder
+from s3lora_serve.spectral.low_rank import with_magnitudes
 from s3lora_serve.spectral.result import relative_sharpness, spectral_sharpness
-
-BATCH_BYTES = 64 * 2**20
-"""Float64 working set of one batch: it bounds memory, and the time between two deadline checks."""
 
 
 class Factors(NamedTuple):
@@ -51,7 +49,7 @@ def score_modules(
     modules: Sequence[Factors],
     scorer: Scorer | None = None,
     *,
-    device: str = "auto",
+    device: str = "auto",  # noqa: ARG001 - see _resolve
     between_batches: Callable[[], None] = lambda: None,
 ) -> list[ModuleScore]:
     """Score every module with MAS-SVD and the Spectral Sharpness Index, in the order given.
@@ -64,30 +62,26 @@ def score_modules(
     scorer = scorer or Scorer()
     if scorer.name != "mas-svd":
         raise ValueError(f"expected scorer 'mas-svd', got {scorer.name!r}")
-    target = torch.device(_resolve_device(device))
     scores: dict[int, ModuleScore] = {}
-    for batch in _batches(modules):
-        between_batches()
-        members = [modules[i] for i in batch]
-        spectrum = mas_svd(
-            torch.stack([module.B for module in members]).to(target),
-            torch.stack([module.A for module in members]).to(target),
-            torch.tensor([module.scaling for module in members], dtype=torch.float64).to(target),
-            rank=scorer.rank,
-            normalization=scorer.normalization,
+    for indices in _by_rank(modules):
+        members = [modules[i] for i in indices]
+        solution = ladder.solve(
+            [(module.B, module.A) for module in members], scorer.normalization, between_batches
         )
+        scaling = torch.tensor([module.scaling for module in members], dtype=torch.float64)
+        counts = [_count(module, scorer.rank) for module in members]
+        spectrum = with_magnitudes(solution, scaling, counts, scorer.normalization)
         index = spectral_sharpness(spectrum.singular_values)
-        relative = relative_sharpness(index, spectrum.singular_values.shape[-1])
-        columns = (index, relative, *spectrum)
-        for i, row in zip(batch, zip(*(c.tolist() for c in columns), strict=True), strict=True):
-            scores[i] = _named(modules[i].name, *row)
+        values = zip(*(column.tolist() for column in (index, *spectrum)), strict=True)
+        for i, count, row in zip(indices, counts, values, strict=True):
+            scores[i] = _named(modules[i].name, count, *row)
     return [scores[i] for i in range(len(modules))]
 
 
 def _named(
     name: str,
+    count: int,
     ssi: float,
-    relative: float,
     spectrum: list[float],
     row_mean: float,
     column_mean: float,
@@ -97,8 +91,8 @@ def _named(
         name=name,
         finite=math.isfinite(frobenius),
         ssi=_defined(ssi),
-        relative_ssi=_defined(relative),
-        spectrum=tuple(spectrum),
+        relative_ssi=_defined(relative_sharpness(ssi, count)),
+        spectrum=tuple(spectrum[:count]),
         row_norm_mean=row_mean,
         column_norm_mean=column_mean,
         frobenius_norm=frobenius,
@@ -109,19 +103,20 @@ def _defined(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _batches(modules: Sequence[Factors]) -> Iterator[list[int]]:
-    """Indices of modules that share shape and dtype, at most BATCH_BYTES of float64 at a time."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for i, (_, B, A, _) in enumerate(modules):
-        alike.setdefault((B.shape, A.shape, B.dtype, A.dtype), []).append(i)
-    for indices in alike.values():
-        first = modules[indices[0]]
-        each = 8 * (first.B.numel() + first.A.numel())
-        size = max(1, BATCH_BYTES // max(each, 1))
-        yield from (indices[at : at + size] for at in range(0, len(indices), size))
+def _by_rank(modules: Sequence[Factors]) -> list[list[int]]:
+    """Indices of the modules of each rank: their r×r matrices are solved together."""
+    alike: dict[int, list[int]] = {}
+    for i, module in enumerate(modules):
+        if module.B.ndim != 2 or module.A.ndim != 2 or module.B.shape[1] != module.A.shape[0]:
+            raise ValueError(
+                f"{module.name}: expected B (m, r) and A (r, n), got {tuple(module.B.shape)} and"
+                f" {tuple(module.A.shape)}"
+            )
+        alike.setdefault(module.B.shape[1], []).append(i)
+    return list(alike.values())
 
 
-def _resolve_device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _count(module: Factors, rank: int | None) -> int:
+    """M of one module."""
+    full: int = min(*module.B.shape, module.A.shape[1])
+    return full if rank is None else min(rank, full)

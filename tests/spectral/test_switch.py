@@ -1,0 +1,118 @@
+"""The switch between arithmetics is safe: no error seen is larger than the doubt it comes with."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s3lora_serve.spectral import gram, ladder, orthogonal, spectral_sharpness
+from s3lora_serve.spectral._checks import NORMALIZATIONS
+from s3lora_serve.spectral.panels import LONGEST_SUM
+from tests.support.factors import HARD, gaussian
+
+
+def orthonormal(X):
+    return torch.linalg.qr(X)[0]
+
+
+def decaying(B, A, decades):
+    """Singular values of B over some decades, hidden in a mixed inner basis."""
+    r = B.shape[-1]
+    fall = torch.logspace(0, -decades, r, dtype=torch.float64)
+    return orthonormal(B) * fall @ orthonormal(gaussian(r, r, r, k=len(B))[0]), A
+
+
+def spiked(B, A, decades):
+    return torch.cat([B[..., :1] * 10**decades, B[..., 1:]], -1), A
+
+
+def scaled_rows(B, A, decades):
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.rand(B.shape[1], 1, generator=generator, dtype=torch.float64)
+    columns = torch.rand(A.shape[2], generator=generator, dtype=torch.float64)
+    return B * 10 ** (-decades * rows), A * 10 ** (-decades * columns)
+
+
+def outlier(B, A, decades):
+    B = B.clone()
+    B[:, 3] *= 10**decades
+    return B, A
+
+
+def one_column_cancels(B, A, decades):
+    """Column 5 of A is turned until B nearly annihilates it, relative to its length."""
+    A = A.clone()
+    weakest = torch.linalg.svd(B)[2][:, -1]
+    A[:, :, 5] = weakest * A[:, :, 5].norm(dim=-1, keepdim=True) * 10**decades
+    return B, A
+
+
+FAMILIES = [decaying, spiked, scaled_rows, outlier, one_column_cancels]
+
+
+ARITHMETICS = [(torch.float32, 16), (torch.float32, 32), *((torch.float64, r) for r in (2, 4, 16))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    decades=st.floats(0, 6),
+    seed=st.integers(0, 10**6),
+    m=st.sampled_from([60, 200, 1000]),
+    n=st.sampled_from([64, 300, 1000]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    normalization=st.sampled_from(NORMALIZATIONS),
+    arithmetic=st.sampled_from(ARITHMETICS),
+)
+def test_no_error_exceeds_its_doubt(family, decades, seed, m, n, dtype, normalization, arithmetic):
+    arithmetic, r = arithmetic
+    B, A = (X.to(dtype) for X in family(*gaussian(m, n, r, k=2, seed=seed), decades))
+    found = gram.solve(list(zip(B, A, strict=True)), normalization, arithmetic, lambda: None)
+    exact = orthogonal.solve(B.double(), A.double(), normalization)
+    error = (spectral_sharpness(found.normalised) - spectral_sharpness(exact.normalised)).abs()
+    assert (error.nan_to_num() <= found.doubt + 1e-12).all(), (error / found.doubt, found.doubt)
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_cases_are_doubted_wherever_they_are_wrong(case):
+    B, A = HARD[case]()
+    if not len(B):
+        return
+    exact = spectral_sharpness(orthogonal.solve(B, A, "two_sided").normalised)
+    for arithmetic in (torch.float32, torch.float64)[B.shape[-1] < gram.FLOAT32_RANK :]:
+        found = gram.solve(list(zip(B, A, strict=True)), "two_sided", arithmetic, lambda: None)
+        error = (spectral_sharpness(found.normalised) - exact).abs().nan_to_num()
+        assert (error <= found.doubt + 1e-12).all()
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gram_matrix_errs_by_less_than_its_unit(rank, dtype):
+    X = gaussian(LONGEST_SUM, 1, rank, k=4)[0].to(dtype)
+    exact = X.double().mT @ X.double()
+    found = torch.bmm(X.float().mT, X.float()).double()
+    # A common factor is no error to the index: it cancels in a ratio of singular values.
+    common = (found * exact).sum((1, 2)) / exact.square().sum((1, 2))
+    error = torch.linalg.matrix_norm(found - common[:, None, None] * exact, 2)
+    worst = (error / torch.linalg.matrix_norm(exact, 2)).max()
+    assert worst <= gram.UNIT[torch.float32]
+
+
+def test_well_conditioned_modules_take_the_fast_arithmetic():
+    modules = list(zip(*gaussian(1000, 1000, 16, k=3), strict=True))
+    assert (
+        gram.solve(modules, "two_sided", torch.float32, lambda: None).doubt <= ladder.DOUBT
+    ).all()
+
+
+def test_backends_rank_alike_wherever_the_gap_exceeds_their_accuracy():
+    B, A = gaussian(400, 300, 16, k=40)
+    B[:, :, 0] *= torch.linspace(1.0, 3.0, 40, dtype=torch.float64)[:, None]
+    modules = list(zip(B, A, strict=True))
+    exact = spectral_sharpness(orthogonal.solve(B, A, "two_sided").normalised)
+    order = exact.argsort()
+    for arithmetic in (torch.float32, torch.float64):
+        found = gram.solve(modules, "two_sided", arithmetic, lambda: None).normalised
+        index = spectral_sharpness(found)[order]
+        gaps = exact[order].diff()
+        assert (index.diff()[gaps > 2e-6] > 0).all()
