@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.spectral import gram, orthogonal
-from s3lora_serve.spectral.gram import FLOAT32_RANK, Factors, Solution
-
-DOUBT = 1e-6
-"""Largest `doubt` at which a solution is taken: the accuracy promised, |SSI error| ≤ 1e-6.
-tests/spectral/test_switch.py holds that no error seen exceeds its doubt."""
+from s3lora_serve.spectral.gram import DOUBT, FLOAT32_RANK, Factors, Solution
 
 GRAM_BYTES = 2**25
 """Gram matrices held at a time; four of r×r float64 a module, and as much again in passing."""

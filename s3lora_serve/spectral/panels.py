@@ -44,13 +44,16 @@ class Side:
             total[batch] += gram(chunk)
         return total
 
-    def normalised_gram(self, half: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def normalised_gram(self, half: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`Σ_i x_i·x_iᵀ/ρ_i²`, the mean of `ρ_i = ‖x_iᵀ·half‖₂`, and how many rows were lost.
 
-        Shape: half (k, r, r) of the working dtype -> (k, r, r), (k,), (k,) float64.
+        Modules that are not `chosen` are passed over and come back as zeros.
+
+        Shape: half (k, r, r) of the working dtype, chosen (k,) bool -> (k, r, r), (k,), (k,)
+        float64.
         """
         total, sums, lost = self._zeros(self._rank, self._rank), self._zeros(), self._zeros()
-        for batch, chunk in self._chunks():
+        for batch, chunk in self._chunks(chosen):
             parts = normalised_gram(chunk, half[batch], self._scratch[: chunk.numel()])
             for whole, part in zip((total, sums, lost), parts, strict=True):
                 whole[batch] += part
@@ -71,9 +74,12 @@ class Side:
     def _step(self, rank: int, count: int) -> int:
         return min(LONGEST_SUM, max(256, BATCH_ELEMENTS // max(1, rank * count)))
 
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(self, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices of a batch, and some of its rows (k, d, r) in the working dtype."""
-        for batch in self._batches:
+        for whole in self._batches:
+            batch = whole if chosen is None else whole[chosen[whole]]
+            if not len(batch):
+                continue
             self._between_batches()
             members = [self.factors[i] for i in batch.tolist()]
             rows, rank = members[0].shape
