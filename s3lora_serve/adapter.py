@@ -12,7 +12,10 @@ from s3lora_serve.peft_config import AdapterConfig, parse_config
 from s3lora_serve.policy import Limits
 from s3lora_serve.safetensors_format import Header, read_header, tensors
 
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.weight", re.ASCII
+)
+PREFIX = "base_model.model."
 MAX_NAME_LENGTH = 256
 """Module names go into labels, logs and patterns; the longest in use has about 80 characters."""
 
@@ -67,7 +70,8 @@ def read_adapter(copy: PrivateCopy, limits: Limits) -> Adapter:
     sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, tensor in tensors(header, copy.weights):
         match = _FACTOR.fullmatch(key)
-        if match is None or len(match["module"]) > MAX_NAME_LENGTH:
+        # vLLM takes the prefix out wherever it stands: a name that holds it twice is two names.
+        if match is None or len(key) > MAX_NAME_LENGTH or PREFIX in match["module"]:
             raise Unscorable(f"tensor {key[:120]!r} is not a lora_A or lora_B of a linear module")
         factors = sides.setdefault(match["module"], {})
         if match["side"] in factors:

@@ -1,12 +1,14 @@
 """Admission: read, score and rule on one adapter from its private copy. One path for every door."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from s3lora_serve.adapter import Adapter, Module, read_adapter
 from s3lora_serve.errors import (
     AdapterRejected,
+    Cancels,
     DeadlinePassed,
     GateFailed,
     NotFinite,
@@ -18,6 +20,10 @@ from s3lora_serve.intake import PrivateCopy, copy_adapter
 from s3lora_serve.policy import Policy
 from s3lora_serve.spectral import Factors, ModuleScore, Scorer, score_modules
 from s3lora_serve.verdict import Decision, ModuleVerdict, Seconds, Verdict
+
+MOST_CANCELLATION = 1e3
+"""Largest ‖B‖·‖A‖/‖B·A‖ scored. Trained factors have about √r; from 2^8 on, products rounded to
+bfloat16 err by as much as the product itself, and the index describes something never served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +47,22 @@ def admit(
     *,
     base_model: str | None = None,
     device: str = "auto",
-    into: Path | None = None,
+    into: Callable[[], Path] | None = None,
 ) -> Admission:
     """Take a private copy of the adapter and decide on it; a bad adapter is a rejected verdict.
 
-    `policy` is the server's; its rules are applied here. `into` is the folder for the copy, in
-    memory if None.
+    `policy` is the server's; its rules are applied here. `into` makes the folder for the
+    copy, which is in memory if None.
     """
     started = time.perf_counter()
-    effective = policy.for_adapter(name, str(folder), base_model)
+    effective = policy.for_adapter(name, str(folder.resolve()), base_model)
     deadline = started + effective.limits.seconds
     copy: PrivateCopy | None = None
     adapter: Adapter | None = None
     scores: list[ModuleScore] = []
     read = scored = started
     try:
-        copy = copy_adapter(folder, effective.limits, into)
+        copy = copy_adapter(folder, effective.limits, into() if into else None)
         adapter = read_adapter(copy, effective.limits)
         read = time.perf_counter()
         scores = _score(adapter, effective, device, deadline)
@@ -106,6 +112,11 @@ def _score(adapter: Adapter, policy: Policy, device: str, deadline: float) -> li
             broken += [] if _is_finite(module) else [module.name]
     if broken:
         raise NotFinite(f"module {broken[0]} holds NaN or Inf (of {len(broken)} that do)")
+    for score in scores:
+        if not score.cancellation <= MOST_CANCELLATION:
+            raise Cancels(
+                f"module {score.name} has factors {score.cancellation:.1e} times its product"
+            )
     if not scores:
         raise NothingSelected(
             f"the policy's modules {list(policy.modules)} match none of its modules"

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import torch
 import typer
 import yaml
 
@@ -52,15 +53,21 @@ def scan(
     policy: Annotated[
         Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where to score.")] = Device.AUTO,
+    device: Annotated[
+        Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
+    ] = Device.AUTO,
 ) -> None:
     """Say what the gate would do with each adapter; nothing is written.
 
     Exit code: 0 admitted or stripped, 1 at least one rejected, 2 wrong usage.
     """
     for path in paths:
-        if not path.exists():
-            _stop(f"{path} does not exist")
+        try:
+            path.stat()
+        except OSError as error:
+            _stop(f"{str(path)[:200]}: {error.strerror}")
+    if device is Device.CUDA and not torch.cuda.is_available():
+        _stop("--device cuda: torch finds no CUDA device here")
     try:
         chosen = effective_policy(file=policy)
     except S3LoRAError as error:
@@ -109,7 +116,8 @@ def doctor() -> None:
     """Say whether a server started in this environment would be guarded. Exit code: 0, or 1."""
     found = list(checks())
     tables.print_checks(found)
-    raise typer.Exit(1 if any(check.essential and not check.passed for check in found) else 0)
+    unguarded = [check for check in found if not check.passed and check.guards]
+    raise typer.Exit(1 if unguarded else 0)
 
 
 def _adapters(path: Path) -> Iterator[Path]:
@@ -118,8 +126,25 @@ def _adapters(path: Path) -> Iterator[Path]:
     if not path.is_dir() or any((path / mark).exists() for mark in marks):
         yield path
         return
-    found = sorted({file.parent for mark in marks for file in path.rglob(mark)})
+    found = sorted(_walk(path, set(marks)))
     yield from found or [path]
+
+
+def _walk(top: Path, marks: set[str]) -> Iterator[Path]:
+    """Folders that hold one of the files, links followed, each real folder once."""
+
+    def unreadable(error: OSError) -> None:
+        _stop(f"{error.filename}: {error.strerror}")
+
+    seen: set[str] = set()
+    for name, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(name)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if marks.intersection(files):
+            yield Path(name)
 
 
 def _rejected(verdict: Verdict) -> bool:

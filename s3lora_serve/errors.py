@@ -86,6 +86,11 @@ class ModuleTwice(AdapterRejected):
     remedy = "Two tensors claim one module: save the adapter again with PEFT."
 
 
+class Cancels(AdapterRejected):
+    code = "S3LORA-112"
+    remedy = "What is served is rounding noise, not what was scored: save smaller factors."
+
+
 class OverLimit(AdapterRejected):
     code = "S3LORA-201"
     remedy = "Shrink the adapter, or raise the limit in the policy."

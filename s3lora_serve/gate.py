@@ -50,10 +50,10 @@ def rule(
     """
     if digest in policy.deny:
         return _rejected(Denied(f"the adapter {digest} is on the policy's deny list"))
-    if digest in policy.allow:
-        return Ruling(Decision.ADMITTED)
     if excess := _over_limit(scores, scaling, policy):
         return _rejected(excess)
+    if digest in policy.allow:  # the digest is the weights'; what s makes of them is bounded above
+        return Ruling(Decision.ADMITTED)
     if blindness := _blind(scores):
         uninformative = isinstance(blindness, Uninformative)
         if policy.on_uninformative == "reject":

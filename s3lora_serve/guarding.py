@@ -29,7 +29,12 @@ class Check:
     name: str
     passed: bool
     detail: str
-    essential: bool = True
+    essential: bool = True  # without it, `serve` does not start
+
+    @property
+    def guards(self) -> bool:
+        """Whether a server that fails this check is unguarded, be it on purpose."""
+        return self.essential or self.name == "policy"
 
 
 def installed_vllm() -> tuple[str, str] | None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +14,12 @@ from s3lora_serve.errors import ConfigInvalid, Unscorable
 MAX_PATTERN_LENGTH = 256
 """Longest rank_pattern or alpha_pattern key tried; PEFT writes module names there."""
 
+MAX_PATTERNS = 2048
+"""Keys of one pattern map; PEFT writes at most one for each module."""
+
+MAX_ALPHA = 1e30
+"""Keeps scalings finite; limits.max_scaling is what bounds them."""
+
 MAX_RANK_CLAIMED = 2**16
 """No projection is wider; keeps a hostile integer out of the arithmetic."""
 
@@ -23,7 +28,8 @@ _SAFE_PATTERN = re.compile(r"[\w.\-|\\^$]*[*+]?[\w.\-|\\^$]*", re.ASCII)
 that matching a name costs its length squared at the worst."""
 
 
-T = TypeVar("T")
+T = TypeVar("T", int, float)
+Patterns = tuple[tuple[re.Pattern[str], T], ...]
 
 
 class PeftConfig(BaseModel):
@@ -33,7 +39,7 @@ class PeftConfig(BaseModel):
 
     peft_type: str
     r: int = Field(ge=1, le=MAX_RANK_CLAIMED)
-    lora_alpha: float = Field(allow_inf_nan=False)
+    lora_alpha: float = Field(ge=-1e30, le=1e30)
     use_rslora: bool | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -42,6 +48,9 @@ class PeftConfig(BaseModel):
     bias: str | None = None
     modules_to_save: list[str] | None = None
     layer_replication: list[Any] | None = None
+    alora_invocation_tokens: list[Any] | None = None
+    use_qalora: bool | None = None
+    use_bdlora: dict[str, Any] | None = None
     base_model_name_or_path: str | None = None
 
 
@@ -52,14 +61,16 @@ class AdapterConfig:
     fields: PeftConfig
     raw: dict[str, Any]
     digest: str  # sha256 of the canonical JSON
+    ranks: Patterns[int]
+    alphas: Patterns[float]
 
     def rank(self, module: str) -> int:
         """The rank the configuration gives a module (PEFT name, without prefix)."""
-        return _matching(self.fields.rank_pattern, module, self.fields.r)
+        return _matching(self.ranks, module, self.fields.r)
 
     def scaling(self, module: str) -> float:
         """`alpha / r`, or `alpha / sqrt(r)` for rsLoRA, with the module's own alpha and r."""
-        alpha = _matching(self.fields.alpha_pattern, module, self.fields.lora_alpha)
+        alpha = _matching(self.alphas, module, self.fields.lora_alpha)
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.fields.use_rslora else rank)
 
@@ -78,30 +89,37 @@ def parse_config(text: bytes) -> AdapterConfig:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "adapter_config.json"
-        shown = repr(problem["input"])[:80]
-        raise ConfigInvalid(f"{where}: {problem['msg']} (got {shown})") from None
+        # Of a missing field the input is the whole file, which may be a link to somebody's secret.
+        whole = problem["type"] == "missing" or not problem["loc"]
+        shown = "" if whole else f" (got {str(problem['input'])[:40]!r})"
+        raise ConfigInvalid(f"{where}: {problem['msg']}{shown}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigInvalid(f"adapter_config.json is not JSON: {error}") from None
     if fields.peft_type != "LORA":
         raise ConfigInvalid(f"peft_type is {fields.peft_type[:40]!r}, expected 'LORA'")
-    _check_patterns(fields)
     _check_scorable(fields)
     digest = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
-    return AdapterConfig(fields, raw, digest)
+    ranks = _compiled("rank_pattern", fields.rank_pattern or {}, 1, MAX_RANK_CLAIMED)
+    alphas = _compiled("alpha_pattern", fields.alpha_pattern or {}, -MAX_ALPHA, MAX_ALPHA)
+    return AdapterConfig(fields, raw, digest, ranks, alphas)
 
 
-def _check_patterns(fields: PeftConfig) -> None:
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in (getattr(fields, name) or {}).items():
-            if len(pattern) > MAX_PATTERN_LENGTH or not _SAFE_PATTERN.fullmatch(pattern):
-                raise ConfigInvalid(f"{name} has the key {pattern[:80]!r}, expected a module name")
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError):
-                raise ConfigInvalid(f"{name} has the key {pattern[:80]!r}: no pattern") from None
-            bound = MAX_RANK_CLAIMED if name == "rank_pattern" else sys.float_info.max
-            if not abs(value) <= bound or (name == "rank_pattern" and value < 1):
-                raise ConfigInvalid(f"{name} gives {pattern!r} the value {value!r}")
+def _compiled(name: str, patterns: dict[str, T], least: float, most: float) -> Patterns[T]:
+    """Each key as PEFT matches it: against a suffix of the module's name that starts at a dot."""
+    if len(patterns) > MAX_PATTERNS:
+        raise ConfigInvalid(f"{name} has {len(patterns)} keys, over {MAX_PATTERNS}")
+    compiled = []
+    for pattern, value in patterns.items():
+        if len(pattern) > MAX_PATTERN_LENGTH or not _SAFE_PATTERN.fullmatch(pattern):
+            raise ConfigInvalid(f"{name} has the key {pattern[:80]!r}, expected a module name")
+        if not least <= value <= most:
+            raise ConfigInvalid(f"{name} gives {pattern!r} the value {str(value)[:40]}")
+        try:
+            re.compile(pattern)
+            compiled.append((re.compile(rf"(?:.*\.)?(?:{pattern})$"), value))
+        except (re.error, RecursionError):
+            raise ConfigInvalid(f"{name} has the key {pattern[:80]!r}: no pattern") from None
+    return tuple(compiled)
 
 
 def _check_scorable(fields: PeftConfig) -> None:
@@ -111,15 +129,14 @@ def _check_scorable(fields: PeftConfig) -> None:
         "bias": fields.bias not in (None, "none") and fields.bias,
         "modules_to_save": fields.modules_to_save,
         "layer_replication": fields.layer_replication,
+        "alora_invocation_tokens": fields.alora_invocation_tokens,
+        "use_qalora": fields.use_qalora,
+        "use_bdlora": fields.use_bdlora,
     }
     for name, value in asked.items():
         if value:
             raise Unscorable(f"adapter_config.json sets {name} to {str(value)[:80]}")
 
 
-def _matching(patterns: dict[str, T] | None, module: str, default: T) -> T:
-    """The value of the first pattern that matches a suffix of the name at a dot, as PEFT does."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
-            return value
-    return default
+def _matching(patterns: Patterns[T], module: str, default: T) -> T:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)

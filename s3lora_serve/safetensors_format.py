@@ -19,6 +19,9 @@ from s3lora_serve.errors import WeightsUnreadable
 MAX_HEADER_BYTES = 100_000_000
 """The format's own bound."""
 
+MAX_DIMENSIONS = 8
+"""No tensor of an adapter has more; multiplying out a long hostile shape would take hours."""
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -133,7 +136,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, value: Any, base: int) -> Entry:
     match value:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if (
-            len(value) == 3 and all(_is_count(n) for n in [*shape, start, end]) and start <= end
+            len(value) == 3
+            and len(shape) <= MAX_DIMENSIONS
+            and all(_is_count(n) for n in [*shape, start, end])
+            and start <= end
         ):
             return Entry(name, dtype, tuple(shape), base + start, base + end)
     raise WeightsUnreadable(f"the header's entry for {_shown(name)} is malformed")

@@ -60,6 +60,15 @@ def test_scan_walks_folders_and_one_broken_adapter_stops_no_other(trained, broke
     assert done.exit_code == 1
 
 
+def test_scan_walks_links_and_stops_at_unreadable_folders(broken, tmp_path):
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "latest").symlink_to(broken)
+    (tmp_path / "registry" / "loop").symlink_to(tmp_path / "registry")
+    done = run("scan", tmp_path / "registry", "--format", "json")
+    assert done.exit_code == 1
+    assert [a["name"] for a in json.loads(done.stdout)["adapters"]] == ["latest"]
+
+
 def test_a_refusal_exits_with_one_and_shows_its_code(broken):
     done = run("scan", broken)
     assert done.exit_code == 1
@@ -83,7 +92,8 @@ def test_names_cannot_inject_terminal_codes_or_markup(trained, tmp_path):
     "arguments",
     [["scan"], ["scan", "/nowhere/at/all"], ["scan", ".", "--format", "xml"],
      ["scan", ".", "--device", "tpu"], ["scan", ".", "--policy", "/nowhere.yaml"],
-     ["policy", "check", "/nowhere.yaml"], ["nonsense"]],
+     ["policy", "check", "/nowhere.yaml"], ["nonsense"], ["scan", "x" * 5000],
+     ["scan", ".", "--device", "cuda"]],
 )  # fmt: skip
 def test_wrong_usage_exits_with_two(arguments):
     assert run(*arguments).exit_code == 2
@@ -129,6 +139,7 @@ def test_a_bad_setting_is_wrong_usage_without_a_traceback(trained):
 
 def test_doctor_exits_with_one_when_vllm_would_skip_the_plugin():
     assert run("doctor").exit_code == 0
+    assert run("doctor", S3LORA_MODE="off").exit_code == 1
     done = run("doctor", VLLM_PLUGINS="lora_filesystem_resolver")
     assert done.exit_code == 1
     assert "VLLM_PLUGINS" in done.stdout

@@ -15,7 +15,7 @@ DIGEST = "sha256:" + "0" * 64
 
 def score(name, relative, ssi=None, norm=1.0):
     index = relative if ssi is None else ssi
-    return ModuleScore(name, True, index, relative, (1.0,), 1.0, 1.0, norm)
+    return ModuleScore(name, True, index, relative, (1.0,), 1.0, 1.0, norm, 1.0)
 
 
 def scores(*relatives):
@@ -110,6 +110,11 @@ def test_denied_digest_is_refused_and_allowed_one_passes_whole():
     assert isinstance(ruled(found, deny=[DIGEST], allow=[DIGEST]).refusal, Denied)
     allowed = ruled(found, allow=[DIGEST])
     assert (allowed.decision, allowed.stripped) == (Decision.ADMITTED, frozenset())
+
+
+def test_allowed_weights_are_still_bound_by_the_scaling_limit():
+    ruling = rule(scores(0.1, 0.9), {"m00": 1e9}, DIGEST, Policy(allow=[DIGEST]))
+    assert isinstance(ruling.refusal, OverLimit)
 
 
 @pytest.mark.parametrize("value", [65.0, -65.0, float("nan"), float("inf")])

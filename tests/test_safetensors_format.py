@@ -78,9 +78,10 @@ def test_reads_tensors_that_lie_at_odd_offsets():
         file({"x": {"dtype": "F32"}}, bytes(8)),
         file({"x": entry(8, 0)}, bytes(8)),
         file({"x": entry(0, 8, [2**40, 2**40])}, bytes(8)),
+        file({"x": entry(0, 8, [2**62] * 100_000)}, bytes(8)),
         file(b'{"x":%b,"x":%b}' % ((json.dumps(entry(0, 8)).encode(),) * 2), bytes(8)),
     ],
-    ids=range(24),
+    ids=range(25),
 )
 def test_a_file_that_is_not_well_formed_is_refused(data):
     with pytest.raises(WeightsUnreadable, match="S3LORA-104"):

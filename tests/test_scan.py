@@ -119,6 +119,12 @@ def add(name, tensor):
     return lambda tensors: tensors.update({name: tensor})
 
 
+def cancel(tensors):
+    """Hide a module: what its first two rank-one terms add up to is exactly nothing."""
+    tensors[A][0], tensors[B][:, 0] = 1e13, 1.0
+    tensors[A][1], tensors[B][:, 1] = -1e13, 1.0
+
+
 BAD_WEIGHTS = {
     "NaN": (set_tensor(A, first_row(math.nan)), "109"),
     "infinity": (set_tensor(B, first_row(math.inf)), "109"),
@@ -131,6 +137,9 @@ BAD_WEIGHTS = {
     "no modules": (lambda tensors: tensors.clear(), "108"),
     "a module twice": (add(f"{MODULE}.lora_A.weight", torch.ones(8, 128)), "111"),
     "an embedding": (add(EMBEDDING, torch.ones(8, 3)), "110"),
+    "the prefix twice": (add(f"base_model.model.{A}", torch.ones(8, 128)), "110"),
+    "escape codes in a name": (add(f"\x1b[31m{A}", torch.ones(8, 128)), "110"),
+    "factors that cancel": (lambda tensors: cancel(tensors), "112"),
     "a DoRA magnitude": (add(MAGNITUDE, torch.ones(8)), "110"),
 }
 
@@ -156,6 +165,9 @@ BAD_CONFIG = {
     "groups in a pattern": ({"rank_pattern": {"(a|a)(a|a)": 8}}, "103"),
     "two repetitions in a pattern": ({"alpha_pattern": {".*.*q_proj": 8}}, "103"),
     "no pattern at all": ({"rank_pattern": {"*": 8}}, "103"),
+    "thousands of patterns": ({"alpha_pattern": {f"m{i}": 8 for i in range(3000)}}, "103"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, "110"),
+    "QALoRA": ({"use_qalora": True}, "110"),
     "pattern with rank zero": ({"rank_pattern": {"q_proj": 0}}, "103"),
     "scaling over the limit": ({"lora_alpha": 8 * 65}, "201"),
     "DoRA": ({"use_dora": True}, "110"),
@@ -245,6 +257,27 @@ def test_only_adapters_under_the_roots_are_read_links_resolved(trained, tmp_path
     inside = copy_with(trained, tmp_path / "inside")
     assert scan_adapter(inside, policy).decision == "stripped"
     assert scan_adapter(tmp_path / "inside" / ".." / "inside", policy).decision == "stripped"
+
+
+def test_a_linked_configuration_does_not_leak_into_the_refusal(trained, tmp_path):
+    folder = copy_with(trained, tmp_path / "spy")
+    (tmp_path / "secret.json").write_text('{"password": "hunter2"}')
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).symlink_to(tmp_path / "secret.json")
+    verdict = scan_adapter(folder, TWO)
+    assert verdict.reason.code == "S3LORA-103"
+    assert "hunter2" not in verdict.reason.message
+
+
+def test_rules_match_the_real_path(trained, tmp_path):
+    (tmp_path / "trusted").mkdir()
+    rule = {"match": {"path": f"{tmp_path}/trusted/**"}, "strip": {"top_k": 0}}
+    policy = Policy(strip=Strip(top_k=2), rules=[rule])
+    inside = copy_with(trained, tmp_path / "trusted" / "a")
+    outside = copy_with(trained, tmp_path / "b")
+    assert scan_adapter(inside, policy).decision == "admitted"
+    assert scan_adapter(tmp_path / "trusted" / ".." / "b", policy).decision == "stripped"
+    assert scan_adapter(outside, policy).decision == "stripped"
 
 
 def test_a_passed_deadline_rejects(trained):

@@ -10,7 +10,13 @@
 
 from s3lora_serve.spectral.low_rank import mas_svd
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
-from s3lora_serve.spectral.scorer import Factors, ModuleScore, Scorer, score_modules
+from s3lora_serve.spectral.scorer import (
+    Factors,
+    ModuleScore,
+    Scorer,
+    resolve_device,
+    score_modules,
+)
 
 __all__ = [
     "Factors",
@@ -19,6 +25,7 @@ __all__ = [
     "Spectrum",
     "mas_svd",
     "relative_sharpness",
+    "resolve_device",
     "score_modules",
     "spectral_sharpness",
 ]

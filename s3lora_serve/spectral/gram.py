@@ -40,6 +40,7 @@ class Solution(NamedTuple):
     row_mean: Tensor  # (k,) mean of ρ_i of B·A
     column_mean: Tensor  # (k,) mean of γ_j of B·A
     frobenius: Tensor  # (k,) ‖B·A‖_F
+    factors: Tensor  # (k,) ‖B‖_F·‖A‖_F
     doubt: Tensor  # (k,) bound on |error of SSI|; inf where nothing is known
 
 
@@ -56,14 +57,15 @@ def solve(
     normalization: str,
     dtype: torch.dtype,
     between_batches: Callable[[], None],
+    device: str = "cpu",
 ) -> Solution:
     """Singular values of X from `P = Σ_i b_i·b_iᵀ/ρ_i²` with `ρ_i² = b_iᵀ·(A·Aᵀ)·b_i`; Q alike.
 
     `equilibrated` alternates the two on each other's result. The passes sum in `dtype`.
     Shape: B (m, r), A (r, n), one r for all -> fields of k = len(modules) rows, float64.
     """
-    rows = Side([B for B, _ in modules], dtype, between_batches)
-    columns = Side([A.mT for _, A in modules], dtype, between_batches)
+    rows = Side([B for B, _ in modules], dtype, between_batches, device)
+    columns = Side([A.mT for _, A in modules], dtype, between_batches, device)
     gram_b, gram_a = rows.gram(), columns.gram()
     half_a, half_b = _half(gram_a, dtype), _half(gram_b, dtype)
     # The index is at least 1/r, so that much slack alone is too much: no second pass for those.
@@ -83,7 +85,8 @@ def solve(
             slack = slack + more
     values, doubt = _spectrum(P, Q, slack, UNIT[dtype])
     frobenius = (gram_a * gram_b).sum((-1, -2)).clamp_min(0.0).sqrt()
-    return Solution(values, row_mean, column_mean, frobenius, doubt)
+    factors = (half_a.trace * half_b.trace).sqrt()
+    return Solution(values, row_mean, column_mean, frobenius, factors, doubt)
 
 
 def _normalised(side: Side, half: Half, hopeful: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ def solve(
     modules: Sequence[Factors],
     normalization: str,
     between_batches: Callable[[], None] = lambda: None,
+    device: str = "cpu",
 ) -> Solution:
     """Solve modules of one rank and any shapes and dtypes, in the order given.
 
@@ -30,42 +31,54 @@ def solve(
     rank = modules[0][0].shape[1]
     size = max(1, GRAM_BYTES // (32 * rank * rank))
     parts = [
-        _climb(modules[at : at + size], normalization, between_batches)
+        _climb(modules[at : at + size], normalization, between_batches, device)
         for at in range(0, len(modules), size)
     ]
     return _cat(parts)
 
 
 def _climb(
-    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+    modules: Sequence[Factors],
+    normalization: str,
+    between_batches: Callable[[], None],
+    device: str,
 ) -> Solution:
     steps = [_float32, _float64, _qr] if modules[0][0].shape[1] >= FLOAT32_RANK else [_float64, _qr]
-    solution = steps[0](modules, normalization, between_batches)
+    solution = steps[0](modules, normalization, between_batches, device)
     for again in steps[1:]:
         doubtful = (~(solution.doubt <= DOUBT)).nonzero().flatten()
         if doubtful.numel():
-            better = again([modules[i] for i in doubtful], normalization, between_batches)
+            better = again([modules[i] for i in doubtful], normalization, between_batches, device)
             for kept, value in zip(solution, better, strict=True):
                 kept[doubtful] = value
     return solution
 
 
 def _float32(
-    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+    modules: Sequence[Factors],
+    normalization: str,
+    between_batches: Callable[[], None],
+    device: str,
 ) -> Solution:
-    return gram.solve(modules, normalization, torch.float32, between_batches)
+    return gram.solve(modules, normalization, torch.float32, between_batches, device)
 
 
 def _float64(
-    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+    modules: Sequence[Factors],
+    normalization: str,
+    between_batches: Callable[[], None],
+    device: str,
 ) -> Solution:
-    return gram.solve(modules, normalization, torch.float64, between_batches)
+    return gram.solve(modules, normalization, torch.float64, between_batches, device)
 
 
 def _qr(
-    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+    modules: Sequence[Factors],
+    normalization: str,
+    between_batches: Callable[[], None],
+    device: str,  # noqa: ARG001 - a step of the ladder like the others
 ) -> Solution:
-    """One module at a time: what is left here is rare, and zero, not finite, or nearly singular."""
+    """One by one on the CPU: what is left is rare, and zero, not finite, or nearly singular."""
     solved = []
     for B, A in modules:
         between_batches()
@@ -83,7 +96,7 @@ def _one(B: Tensor, A: Tensor, normalization: str) -> Solution:
 
 def _constant(rank: int, value: float) -> Solution:
     one = torch.full((1,), value, dtype=torch.float64)
-    return Solution(one.expand(1, rank), one, one, one, torch.zeros_like(one))
+    return Solution(one.expand(1, rank), one, one, one, one, torch.zeros_like(one))
 
 
 def _cat(parts: Sequence[Solution]) -> Solution:

@@ -39,8 +39,10 @@ def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
     other = _core(right_basis * column_weights.unsqueeze(-1))
     values = torch.linalg.svdvals(core @ other.mT)
     padded = torch.nn.functional.pad(values, (0, B.shape[-1] - values.shape[-1]))
-    frobenius = torch.linalg.matrix_norm(left)
-    return Solution(padded, rows.mean(-1), columns.mean(-1), frobenius, torch.zeros_like(frobenius))
+    norm = torch.linalg.matrix_norm
+    frobenius, factors = norm(left), norm(B) * norm(A)
+    none = torch.zeros_like(frobenius)
+    return Solution(padded, rows.mean(-1), columns.mean(-1), frobenius, factors, none)
 
 
 def _core(tall: Tensor) -> Tensor:

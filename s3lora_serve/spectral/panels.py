@@ -27,6 +27,7 @@ class Side:
         factors: Sequence[Tensor],
         dtype: torch.dtype,
         between_batches: Callable[[], None] = lambda: None,
+        device: str = "cpu",
     ) -> None:
         """Take factors (d, r) of any shape, stride and dtype; sums are taken in `dtype`."""
         self.factors = factors
@@ -34,14 +35,14 @@ class Side:
         self._between_batches = between_batches
         self._batches = list(_batches(factors))
         most = max((self._size(batch) for batch in self._batches), default=0)
-        self._memory = torch.empty(most, dtype=dtype)
-        self._scratch = torch.empty(most, dtype=dtype)
+        self._memory = torch.empty(most, dtype=dtype, device=device)
+        self._scratch = torch.empty(most, dtype=dtype, device=device)
 
     def gram(self) -> Tensor:
         """`Xᵀ·X` of every factor. Shape: (k, r, r) float64."""
         total = self._zeros(self._rank, self._rank)
         for batch, chunk in self._chunks():
-            total[batch] += gram(chunk)
+            total[batch] += gram(chunk).cpu()
         return total
 
     def normalised_gram(self, half: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,9 +55,10 @@ class Side:
         """
         total, sums, lost = self._zeros(self._rank, self._rank), self._zeros(), self._zeros()
         for batch, chunk in self._chunks(chosen):
-            parts = normalised_gram(chunk, half[batch], self._scratch[: chunk.numel()])
+            own_half = half[batch].to(chunk.device)
+            parts = normalised_gram(chunk, own_half, self._scratch[: chunk.numel()])
             for whole, part in zip((total, sums, lost), parts, strict=True):
-                whole[batch] += part
+                whole[batch] += part.cpu()
         rows = torch.tensor([max(1, factor.shape[0]) for factor in self.factors])
         return total, sums / rows, lost
 

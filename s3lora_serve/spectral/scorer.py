@@ -43,13 +43,14 @@ class ModuleScore:
     row_norm_mean: float
     column_norm_mean: float
     frobenius_norm: float
+    cancellation: float  # ‖B‖_F·‖A‖_F over ‖B·A‖_F: about √r as trained; 1 when a factor is 0
 
 
 def score_modules(
     modules: Sequence[Factors],
     scorer: Scorer | None = None,
     *,
-    device: str = "auto",  # noqa: ARG001 - see _resolve
+    device: str = "auto",
     between_batches: Callable[[], None] = lambda: None,
 ) -> list[ModuleScore]:
     """Score every module with MAS-SVD and the Spectral Sharpness Index, in the order given.
@@ -66,13 +67,18 @@ def score_modules(
     for indices in _by_rank(modules):
         members = [modules[i] for i in indices]
         solution = ladder.solve(
-            [(module.B, module.A) for module in members], scorer.normalization, between_batches
+            [(module.B, module.A) for module in members],
+            scorer.normalization,
+            between_batches,
+            resolve_device(device),
         )
         scaling = torch.tensor([module.scaling for module in members], dtype=torch.float64)
         counts = [_count(module, scorer.rank) for module in members]
         spectrum = with_magnitudes(solution, scaling, counts, scorer.normalization)
         index = spectral_sharpness(spectrum.singular_values)
-        values = zip(*(column.tolist() for column in (index, *spectrum)), strict=True)
+        ratio = torch.where(solution.factors > 0, solution.factors / solution.frobenius, 1.0)
+        columns = (index, *spectrum, ratio)
+        values = zip(*(column.tolist() for column in columns), strict=True)
         for i, count, row in zip(indices, counts, values, strict=True):
             scores[i] = _named(modules[i].name, count, *row)
     return [scores[i] for i in range(len(modules))]
@@ -86,6 +92,7 @@ def _named(
     row_mean: float,
     column_mean: float,
     frobenius: float,
+    cancellation: float,
 ) -> ModuleScore:
     return ModuleScore(
         name=name,
@@ -96,6 +103,7 @@ def _named(
         row_norm_mean=row_mean,
         column_norm_mean=column_mean,
         frobenius_norm=frobenius,
+        cancellation=cancellation,
     )
 
 
@@ -120,3 +128,8 @@ def _count(module: Factors, rank: int | None) -> int:
     """M of one module."""
     full: int = min(*module.B.shape, module.A.shape[1])
     return full if rank is None else min(rank, full)
+
+
+def resolve_device(device: str) -> str:
+    """The device that `auto` stands for here: the CPU, until the CUDA path has been measured."""
+    return "cpu" if device == "auto" else device

@@ -29,12 +29,12 @@ def normalised_gram(
     -> (k, r, r), (k,), (k,) float64.
     """
     k, d, r = X.shape
-    scratch = torch.empty(X.numel(), dtype=X.dtype) if scratch is None else scratch
+    scratch = torch.empty(X.numel(), dtype=X.dtype, device=X.device) if scratch is None else scratch
     # (k, r, d): the sum over r then runs along whole cache lines.
     images = torch.bmm(half.mT, X.mT, out=scratch.view(k, r, d))
     squares = images.square_().sum(1)
     small = squares < FLOOR[X.dtype]
-    lost = torch.zeros(k, dtype=torch.float64)
+    lost = torch.zeros(k, dtype=torch.float64, device=X.device)
     if small.any():
         lost += (small & (X != 0).any(-1)).sum(-1)
     weights = squares.clamp_min(FLOOR[X.dtype]).rsqrt_().unsqueeze(-1)

@@ -1,6 +1,7 @@
 """The choke point: every adapter a worker loads is copied, scored, ruled on and stripped here."""
 
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from s3lora_serve.adapter import Adapter, Module
 from s3lora_serve.admission import Admission, admit
@@ -26,6 +27,7 @@ from s3lora_serve.metrics import OTHER, Metrics
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import effective_policy
 from s3lora_serve.settings import Settings, load_settings
+from s3lora_serve.spectral import resolve_device
 from s3lora_serve.verdict import Decision, Verdict
 from s3lora_serve.vllm_plugin import compat
 
@@ -102,20 +104,17 @@ class Guard:
         folder = compat.adapter_folder(request)
         if folder is None:
             raise compat.not_found(request)
-        private = _private_folder(self.settings.state_dir)
-        try:
+        with _PrivateFolder(self.settings.state_dir) as private:
             admission = admit(
                 folder,
                 request.lora_name,
                 self.policy,
                 base_model=_base_model(manager),
                 device=self.settings.device,
-                into=private,
+                into=private.make,
             )
-            lora, verdict = self._enforce(manager, request, original, admission, private)
-        finally:
-            # What vLLM mapped from the copy stays readable: the mapping holds the file.
-            shutil.rmtree(private, ignore_errors=True)
+            copied = compat.with_path(request, private.path)
+            lora, verdict = self._enforce(manager, copied, original, admission)
         self._record(verdict)
         if lora is None and verdict.reason:
             raise _Refused(verdict.reason)
@@ -127,7 +126,6 @@ class Guard:
         request: Any,
         original: Callable[..., Any],
         admission: Admission,
-        private: Path,
     ) -> tuple[Any | None, Verdict]:
         """The LoRAModel that vLLM may take, or None with a rejected verdict."""
         verdict, refusal = admission.verdict, admission.refusal
@@ -137,16 +135,15 @@ class Guard:
         started = time.perf_counter()
         try:
             served = _fitted(manager, adapter)
-            lora = _load_copy(manager, compat.with_path(request, private), original)
-            if unscored := set(lora.loras) - set(served.values()):
-                raise DoesNotFitModel(f"vLLM loaded {sorted(unscored)[0]}, which was not scored")
+            lora = _load_copy(manager, request, original)
+            _check_loaded(lora, served, adapter)
             if verdict.mode == "enforce":
                 for name in verdict.stripped:
                     lora.loras.pop(served[name], None)
             if not lora.loras:
                 compat.make_inert(lora)
         except AdapterRejected as error:
-            return None, replace(verdict, decision=Decision.REJECTED, reason=Reason.of(error))
+            return None, _rejected(verdict, error)
         if self.metrics:
             self.metrics.observe_strip(time.perf_counter() - started)
         return lora, verdict
@@ -161,7 +158,7 @@ class Guard:
         say = logger.warning if verdict.decision is Decision.REJECTED else logger.info
         say("s3lora: adapter %r %s", verdict.name, _summary(verdict))
         if self.metrics:
-            self.metrics.record(verdict, "cuda" if self.settings.device == "cuda" else "cpu")
+            self.metrics.record(verdict, resolve_device(self.settings.device))
             for error, reason in ((GateFailed, "score"), (DeadlinePassed, "deadline")):
                 if verdict.reason and verdict.reason.code == error.code:
                     self.metrics.failures.labels(reason).inc()
@@ -181,12 +178,48 @@ class _Refused(AdapterRejected):
         Exception.__init__(self, f"{reason.code}: {reason.message}")
 
 
-def _private_folder(parent: Path) -> Path:
-    """A new folder that only this user can enter."""
-    try:
-        return Path(tempfile.mkdtemp(prefix="s3lora-", dir=parent))
-    except OSError as error:
-        raise GateFailed(f"no private copy in {parent}: {error.strerror}") from None
+class _PrivateFolder:
+    """A folder that only this user can enter, made when asked for, gone at the end of the block.
+
+    What vLLM has mapped from it stays readable: the mapping holds the file.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        self._parent = parent
+        self.path = parent / "s3lora-none"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def make(self) -> Path:
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="s3lora-", dir=self._parent))
+        except OSError as error:
+            raise GateFailed(f"no private copy in {self._parent}: {error.strerror}") from None
+        return self.path
+
+
+def _rejected(verdict: Verdict, refusal: AdapterRejected) -> Verdict:
+    """The verdict once the model or vLLM has refused what the gate would have let pass."""
+    kept = tuple(replace(module, stripped=False) for module in verdict.modules)
+    reason = Reason.of(refusal)
+    return replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
+
+
+def _check_loaded(lora: Any, served: dict[str, str], adapter: Adapter) -> None:
+    """What vLLM made of the copy is what was scored: the same modules, with the same scaling."""
+    if unscored := set(lora.loras) - set(served.values()):
+        raise DoesNotFitModel(f"vLLM loaded {sorted(unscored)[0]}, which was not scored")
+    for module in adapter.modules:
+        loaded = lora.loras.get(served[module.name])
+        if loaded is not None and not math.isclose(loaded.scaling, module.scaling, rel_tol=1e-6):
+            raise DoesNotFitModel(
+                f"vLLM would scale {module.name} by {loaded.scaling:g}, it was scored with"
+                f" {module.scaling:g} (this version may not know rank_pattern and alpha_pattern)"
+            )
 
 
 def _fitted(manager: Any, adapter: Adapter) -> dict[str, str]:
