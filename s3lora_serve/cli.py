@@ -38,6 +38,14 @@ class Format(StrEnum):
     JSON = "json"
 
 
+class Scorer(StrEnum):
+    """The index `scan` scores with; all but the first are slow."""
+
+    MAS_SVD = "mas-svd"
+    SVD = "svd"
+    SPSVD = "spsvd"
+
+
 class Device(StrEnum):
     """Where `scan` scores."""
 
@@ -52,6 +60,9 @@ def scan(
     output: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
     policy: Annotated[
         Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
+    ] = None,
+    scorer: Annotated[
+        Scorer | None, typer.Option(help="Another index than the policy's, to compare.")
     ] = None,
     device: Annotated[
         Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
@@ -72,6 +83,9 @@ def scan(
         chosen = effective_policy(file=policy)
     except S3LoRAError as error:
         _stop(str(error))
+    if scorer is not None:
+        choice = chosen.scorer.model_copy(update={"name": scorer.value})
+        chosen = chosen.model_copy(update={"scorer": choice})
     verdicts = [
         scan_adapter(folder, chosen, device.value) for path in paths for folder in _adapters(path)
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from s3lora_serve.errors import S3LoRAError
-from s3lora_serve.policy_file import effective_policy
+from s3lora_serve.policy_file import serving_policy
 from s3lora_serve.settings import load_settings
 
 PLUGIN = "s3lora"
@@ -88,7 +88,7 @@ def _plugin() -> Iterator[Check]:
 
 def _policy() -> Check:
     try:
-        policy = effective_policy()
+        policy = serving_policy()
     except S3LoRAError as error:
         return Check("policy", False, str(error))
     if policy.mode == "off":

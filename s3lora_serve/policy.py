@@ -24,7 +24,7 @@ class _Section(BaseModel):
 class ScorerChoice(_Section):
     """Which index, with all parameters that influence it."""
 
-    name: Literal["mas-svd"] = "mas-svd"  # arXiv 2508.15068
+    name: Literal["mas-svd", "svd", "spsvd", "dense"] = "mas-svd"  # arXiv 2508.15068
     rank: Annotated[int, Field(ge=1)] | None = None  # M; None: min(r, m, n)
     normalization: Literal["two_sided", "row", "column", "equilibrated"] = "two_sided"
 
@@ -140,6 +140,10 @@ class Policy(_Section):
             if all(glob_matches(pattern, facts[key]) for key, pattern in globs.items()):
                 return self._overridden(rule)
         return self
+
+    def variants(self) -> list["Policy"]:
+        """What each rule makes of the policy."""
+        return [self._overridden(rule) for rule in self.rules]
 
     def selects(self, module: str) -> bool:
         """Whether `modules` asks for this one, by its projection or its full name."""

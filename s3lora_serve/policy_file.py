@@ -8,6 +8,7 @@ import yaml
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy import Policy, parse_policy
 from s3lora_serve.settings import Settings, load_settings
+from s3lora_serve.spectral import SERVING
 
 MAX_POLICY_BYTES = 2**20
 """A policy is written by hand; a larger file is the wrong file."""
@@ -29,6 +30,21 @@ def effective_policy(settings: Settings | None = None, file: Path | None = None)
     if settings.audit_log:
         changes["audit"] = policy.audit.model_copy(update={"path": settings.audit_log})
     return policy.model_copy(update=changes) if changes else policy
+
+
+def serving_policy(settings: Settings | None = None) -> Policy:
+    """The effective policy of a server, which scores with nothing slow.
+
+    Raises:
+        PolicyInvalid, SettingInvalid: as `effective_policy`; the scorer is for offline use only.
+    """
+    policy = effective_policy(settings)
+    used = {policy.scorer.name, *(each.scorer.name for each in policy.variants())}
+    if slow := sorted(used - {SERVING}):
+        raise PolicyInvalid(
+            f"scorer.name is {slow[0]!r}, which is for offline use: serve {SERVING}"
+        )
+    return policy
 
 
 def read_policy(file: Path) -> Policy:

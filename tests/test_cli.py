@@ -113,6 +113,17 @@ def test_scan_takes_the_policy_from_option_then_environment(trained, tmp_path):
     assert stripped("--policy", two, S3LORA_POLICY=str(one)) == 2
 
 
+def test_scan_scores_with_another_index_on_request(trained):
+    verdicts = {}
+    for name in ("mas-svd", "svd", "spsvd"):
+        done = run("scan", trained, "--format", "json", "--scorer", name)
+        [verdicts[name]] = json.loads(done.stdout)["adapters"]
+        assert verdicts[name]["scorer"]["name"] == name
+    indices = [[m["ssi"] for m in verdict["modules"]] for verdict in verdicts.values()]
+    assert indices[0] != indices[1] != indices[2]
+    assert all(1 / 8 <= ssi <= 1 for row in indices for ssi in row)
+
+
 def test_policy_check_prints_the_effective_policy(tmp_path):
     file = tmp_path / "policy.yaml"
     file.write_text("strip: {threshold: 0.4}")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from s3lora_serve.errors import PolicyInvalid, SettingInvalid
 from s3lora_serve.patterns import glob_matches
 from s3lora_serve.policy import Policy, parse_policy
-from s3lora_serve.policy_file import effective_policy, read_policy
+from s3lora_serve.policy_file import effective_policy, read_policy, serving_policy
 from s3lora_serve.settings import load_settings
 
 WHOLE = """
@@ -78,7 +78,7 @@ def test_json_is_accepted_too(tmp_path):
         ("rules: [{match: {adapter: x}, strip: {}}]", r"rules\.0: strip"),
         ("rules: [{match: {adapter: x}, mode: off}]", "server's"),
         ("rules: [{match: {tenant: x}}]", "tenant"),
-        ("scorer: {name: spsvd}", "scorer"),
+        ("scorer: {name: magic}", "scorer"),
     ],
 )
 def test_a_bad_policy_is_refused_by_name(tmp_path, text, words):
@@ -111,6 +111,16 @@ def test_environment_beats_file(tmp_path, monkeypatch):
     policy = effective_policy()
     assert (policy.mode, policy.strip.top_k) == ("enforce", 1)
     assert policy.audit.path == Path("/var/log/s3lora.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text", ["scorer: {name: spsvd}", "rules: [{match: {adapter: x}, scorer: {name: svd}}]"]
+)
+def test_a_slow_scorer_is_for_offline_use_only(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("S3LORA_POLICY", str(write(tmp_path, text)))
+    assert effective_policy()
+    with pytest.raises(PolicyInvalid, match="offline"):
+        serving_policy()
 
 
 def test_a_bad_setting_names_itself_and_its_value(monkeypatch):

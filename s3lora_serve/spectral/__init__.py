@@ -11,6 +11,7 @@
 from s3lora_serve.spectral.low_rank import mas_svd
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 from s3lora_serve.spectral.scorer import (
+    SERVING,
     Factors,
     ModuleScore,
     Scorer,
@@ -19,6 +20,7 @@ from s3lora_serve.spectral.scorer import (
 )
 
 __all__ = [
+    "SERVING",
     "Factors",
     "ModuleScore",
     "Scorer",

@@ -8,9 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral import ladder
+from s3lora_serve.spectral import baselines, ladder, reference
 from s3lora_serve.spectral.low_rank import with_magnitudes
-from s3lora_serve.spectral.result import relative_sharpness, spectral_sharpness
+from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
+
+SERVING = "mas-svd"
+"""The one scorer that serves."""
+
+OFFLINE: dict[str, Callable[..., Spectrum]] = {
+    "svd": baselines.svd,
+    "spsvd": baselines.spsvd,
+    "dense": reference.mas_svd,
+}
+"""Scorers to compare with; slow, and refused by a server."""
 
 
 class Factors(NamedTuple):
@@ -61,27 +71,59 @@ def score_modules(
         ValueError: a module's factors do not fit each other, or the scorer is unknown.
     """
     scorer = scorer or Scorer()
-    if scorer.name != "mas-svd":
-        raise ValueError(f"expected scorer 'mas-svd', got {scorer.name!r}")
+    if scorer.name not in (SERVING, *OFFLINE):
+        raise ValueError(
+            f"expected a scorer of {SERVING}, {', '.join(OFFLINE)}; got {scorer.name!r}"
+        )
     scores: dict[int, ModuleScore] = {}
     for indices in _by_rank(modules):
         members = [modules[i] for i in indices]
-        solution = ladder.solve(
-            [(module.B, module.A) for module in members],
-            scorer.normalization,
-            between_batches,
-            resolve_device(device),
-        )
-        scaling = torch.tensor([module.scaling for module in members], dtype=torch.float64)
         counts = [_count(module, scorer.rank) for module in members]
-        spectrum = with_magnitudes(solution, scaling, counts, scorer.normalization)
+        spectrum, ratio = _spectra(members, counts, scorer, device, between_batches)
         index = spectral_sharpness(spectrum.singular_values)
-        ratio = torch.where(solution.factors > 0, solution.factors / solution.frobenius, 1.0)
         columns = (index, *spectrum, ratio)
         values = zip(*(column.tolist() for column in columns), strict=True)
         for i, count, row in zip(indices, counts, values, strict=True):
             scores[i] = _named(modules[i].name, count, *row)
     return [scores[i] for i in range(len(modules))]
+
+
+def _spectra(
+    modules: Sequence[Factors],
+    counts: Sequence[int],
+    scorer: Scorer,
+    device: str,
+    between_batches: Callable[[], None],
+) -> tuple[Spectrum, Tensor]:
+    """Spectra of modules of one rank, and their cancellation."""
+    solution = ladder.solve(
+        [(module.B, module.A) for module in modules],
+        scorer.normalization,
+        between_batches,
+        resolve_device(device),
+    )
+    scaling = torch.tensor([module.scaling for module in modules], dtype=torch.float64)
+    spectrum = with_magnitudes(solution, scaling, counts, scorer.normalization)
+    if scorer.name in OFFLINE:
+        # The norms, what is finite, and what cancels are the same whatever the index is.
+        values = spectrum.singular_values
+        for i in values[:, 0].isfinite().nonzero().flatten().tolist():
+            between_batches()
+            values[i, : counts[i]] = _offline(modules[i], counts[i], scorer)
+    ratio = torch.where(solution.factors > 0, solution.factors / solution.frobenius, 1.0)
+    return spectrum, ratio
+
+
+def _offline(module: Factors, count: int, scorer: Scorer) -> Tensor:
+    """The spectrum of one module by one of the slow scorers."""
+    spectrum = OFFLINE[scorer.name](
+        module.B[None],
+        module.A[None],
+        torch.tensor([module.scaling], dtype=torch.float64),
+        rank=count,
+        normalization=scorer.normalization,
+    )
+    return spectrum.singular_values[0]
 
 
 def _named(

@@ -25,7 +25,7 @@ from s3lora_serve.errors import (
 )
 from s3lora_serve.metrics import OTHER, Metrics
 from s3lora_serve.policy import Policy
-from s3lora_serve.policy_file import effective_policy
+from s3lora_serve.policy_file import serving_policy
 from s3lora_serve.settings import Settings, load_settings
 from s3lora_serve.spectral import resolve_device
 from s3lora_serve.verdict import Decision, Verdict
@@ -49,7 +49,7 @@ def install() -> None:
     if _guard is not None:
         return
     settings = load_settings()
-    policy = effective_policy(settings)
+    policy = serving_policy(settings)
     compat.check_contract()
     guard = Guard(policy, settings)
     compat.after_create_lora_manager(guard.activate)
