@@ -7,15 +7,19 @@ scored and served are the bytes of this copy.
 import hashlib
 import mmap
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from s3lora_serve.errors import (
     ChangedWhileCopying,
     FormatNotAllowed,
+    GateFailed,
     NotAnAdapter,
     OutsideRoots,
     OverLimit,
@@ -40,6 +44,35 @@ class PrivateCopy:
     config: bytes
     weights: memoryview
     digest: str  # sha256 of the weights file
+
+
+class PrivateFolder:
+    """A folder that only this user can enter, made when asked for, gone at the end of the block.
+
+    What vLLM has mapped from it stays readable: the mapping holds the file.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        self._parent = parent
+        self.path = parent / "s3lora-none"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def make(self) -> Path:
+        """Make the folder now.
+
+        Raises:
+            GateFailed: there is no room or no right to.
+        """
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="s3lora-", dir=self._parent))
+        except OSError as error:
+            raise GateFailed(f"no private copy in {self._parent}: {error.strerror}") from None
+        return self.path
 
 
 def copy_adapter(folder: Path, limits: Limits, into: Path | None = None) -> PrivateCopy:

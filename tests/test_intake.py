@@ -5,8 +5,8 @@ import os
 import pytest
 
 from s3lora_serve import intake
-from s3lora_serve.errors import ChangedWhileCopying
-from s3lora_serve.intake import copy_adapter
+from s3lora_serve.errors import ChangedWhileCopying, GateFailed
+from s3lora_serve.intake import PrivateFolder, copy_adapter
 from s3lora_serve.policy import Limits
 from tests.support.adapters import WEIGHTS, copy_with
 
@@ -67,3 +67,19 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(folder, into, monkeyp
     with pytest.raises(ChangedWhileCopying, match="S3LORA-105"):
         copy_adapter(folder, Limits(), into)
     assert done
+
+
+def test_the_private_folder_is_the_servers_alone_and_gone_afterwards(tmp_path):
+    with PrivateFolder(tmp_path) as private:
+        made = private.make()
+        assert made.stat().st_mode & 0o777 == 0o700
+        (made / "file").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_private_folder_that_cannot_be_made_is_a_refusal(tmp_path):
+    with (
+        pytest.raises(GateFailed, match="S3LORA-401"),
+        PrivateFolder(tmp_path / "nowhere") as private,
+    ):
+        private.make()

@@ -1,28 +1,22 @@
 """The choke point: every adapter a worker loads is copied, scored, ruled on and stripped here."""
 
 import logging
-import math
-import shutil
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from s3lora_serve.adapter import Adapter, Module
 from s3lora_serve.admission import Admission, admit
 from s3lora_serve.audit import AuditLog
 from s3lora_serve.errors import (
     AdapterRejected,
     DeadlinePassed,
-    DoesNotFitModel,
     GateFailed,
     Reason,
-    RefusedByVLLM,
 )
+from s3lora_serve.intake import PrivateFolder
 from s3lora_serve.metrics import OTHER, Metrics
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import serving_policy
@@ -30,6 +24,7 @@ from s3lora_serve.settings import Settings, load_settings
 from s3lora_serve.spectral import resolve_device
 from s3lora_serve.verdict import Decision, Verdict
 from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.fit import check_loaded, fitted_names, load_copy
 
 logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
 
@@ -104,7 +99,7 @@ class Guard:
         folder = compat.adapter_folder(request)
         if folder is None:
             raise compat.not_found(request)
-        with _PrivateFolder(self.settings.state_dir) as private:
+        with PrivateFolder(self.settings.state_dir) as private:
             admission = admit(
                 folder,
                 request.lora_name,
@@ -134,9 +129,9 @@ class Guard:
             return None, verdict
         started = time.perf_counter()
         try:
-            served = _fitted(manager, adapter)
-            lora = _load_copy(manager, request, original)
-            _check_loaded(lora, served, adapter)
+            served = fitted_names(manager, adapter)
+            lora = load_copy(manager, request, original)
+            check_loaded(lora, served, adapter)
             if verdict.mode == "enforce":
                 for name in verdict.stripped:
                     lora.loras.pop(served[name], None)
@@ -178,84 +173,11 @@ class _Refused(AdapterRejected):
         Exception.__init__(self, f"{reason.code}: {reason.message}")
 
 
-class _PrivateFolder:
-    """A folder that only this user can enter, made when asked for, gone at the end of the block.
-
-    What vLLM has mapped from it stays readable: the mapping holds the file.
-    """
-
-    def __init__(self, parent: Path) -> None:
-        self._parent = parent
-        self.path = parent / "s3lora-none"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def make(self) -> Path:
-        try:
-            self.path = Path(tempfile.mkdtemp(prefix="s3lora-", dir=self._parent))
-        except OSError as error:
-            raise GateFailed(f"no private copy in {self._parent}: {error.strerror}") from None
-        return self.path
-
-
 def _rejected(verdict: Verdict, refusal: AdapterRejected) -> Verdict:
     """The verdict once the model or vLLM has refused what the gate would have let pass."""
     kept = tuple(replace(module, stripped=False) for module in verdict.modules)
     reason = Reason.of(refusal)
     return replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
-
-
-def _check_loaded(lora: Any, served: dict[str, str], adapter: Adapter) -> None:
-    """What vLLM made of the copy is what was scored: the same modules, with the same scaling."""
-    if unscored := set(lora.loras) - set(served.values()):
-        raise DoesNotFitModel(f"vLLM loaded {sorted(unscored)[0]}, which was not scored")
-    for module in adapter.modules:
-        loaded = lora.loras.get(served[module.name])
-        if loaded is not None and not math.isclose(loaded.scaling, module.scaling, rel_tol=1e-6):
-            raise DoesNotFitModel(
-                f"vLLM would scale {module.name} by {loaded.scaling:g}, it was scored with"
-                f" {module.scaling:g} (this version may not know rank_pattern and alpha_pattern)"
-            )
-
-
-def _fitted(manager: Any, adapter: Adapter) -> dict[str, str]:
-    """vLLM's name for each module, every A and B checked against the model's LoRA modules."""
-    shapes = compat.module_shapes(manager)
-    served: dict[str, str] = {}
-    try:
-        names = compat.served_names(manager, (key for m in adapter.modules for key in m.keys))
-    except ValueError as error:
-        raise RefusedByVLLM(f"vLLM says: {error}") from None
-    for module in adapter.modules:
-        [*targets] = {names[key] for key in module.keys}
-        target = targets[0]
-        if len(targets) > 1 or target in served.values():
-            raise DoesNotFitModel(f"module {module.name} does not map to one module of the model")
-        _check_fits(module, target, shapes)
-        served[module.name] = target
-    return served
-
-
-def _check_fits(module: Module, target: str, shapes: dict[str, tuple[int, int]]) -> None:
-    if target not in shapes:
-        raise DoesNotFitModel(f"the served model has no LoRA on module {target}")
-    if module.shape != shapes[target]:
-        raise DoesNotFitModel(
-            f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, the"
-            f" model's is {shapes[target][0]} x {shapes[target][1]}"
-        )
-
-
-def _load_copy(manager: Any, request: Any, original: Callable[..., Any]) -> Any:
-    try:
-        return original(manager, request)
-    except Exception as error:
-        text = str(error).replace(request.lora_path, "the adapter")
-        raise RefusedByVLLM(f"vLLM says: {text}") from error
 
 
 def _base_model(manager: Any) -> str | None:
