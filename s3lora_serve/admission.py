@@ -1,5 +1,6 @@
 """Admission: read, score and rule on one adapter from its private copy. One path for every door."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def admit(
     copy, which is in memory if None.
     """
     started = time.perf_counter()
-    effective = policy.for_adapter(name, str(folder.resolve()), base_model)
+    effective = policy.for_adapter(name, _real_path(folder), base_model)
     deadline = started + effective.limits.seconds
     copy: PrivateCopy | None = None
     adapter: Adapter | None = None
@@ -92,6 +93,14 @@ def admit(
         seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
     )
     return Admission(verdict, adapter, ruling.refusal)
+
+
+def _real_path(folder: Path) -> str:
+    """The path without links and dots, for rules to match; copying says what is wrong with it."""
+    try:
+        return os.path.realpath(folder)
+    except (OSError, ValueError):  # a null byte
+        return str(folder)
 
 
 def _score(adapter: Adapter, policy: Policy, device: str, deadline: float) -> list[ModuleScore]:

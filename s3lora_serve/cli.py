@@ -16,7 +16,7 @@ from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.guarding import checks
 from s3lora_serve.intake import CONFIG_NAME, OTHER_FORMATS, WEIGHTS_NAME
 from s3lora_serve.launcher import command, environment
-from s3lora_serve.policy_file import effective_policy, read_policy
+from s3lora_serve.policy_file import effective_policy
 from s3lora_serve.scan import scan_adapter
 from s3lora_serve.verdict import Decision, Verdict
 
@@ -98,9 +98,12 @@ def scan(
 
 @policy_app.command("check")
 def policy_check(file: Annotated[Path, typer.Argument(help="YAML or JSON policy.")]) -> None:
-    """Validate a policy and print the effective one. Exit code: 0, or 2 if it is not valid."""
+    """Validate a policy and print the effective one, the environment over the file.
+
+    Exit code: 0, or 2 if it is not valid.
+    """
     try:
-        checked = read_policy(file)
+        checked = effective_policy(file=file)
     except S3LoRAError as error:
         _stop(str(error))
     typer.echo(yaml.safe_dump(checked.as_json(), sort_keys=False), nl=False)

@@ -269,6 +269,12 @@ def test_a_linked_configuration_does_not_leak_into_the_refusal(trained, tmp_path
     assert "hunter2" not in verdict.reason.message
 
 
+@pytest.mark.parametrize("path", ["loop", "null\0byte", "x" * 5000, "nowhere"])
+def test_paths_that_lead_nowhere_are_rejected_verdicts(tmp_path, path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert scan_adapter(tmp_path / path, TWO).decision == "rejected"
+
+
 def test_rules_match_the_real_path(trained, tmp_path):
     (tmp_path / "trusted").mkdir()
     rule = {"match": {"path": f"{tmp_path}/trusted/**"}, "strip": {"top_k": 0}}
