@@ -27,7 +27,7 @@ def test_scores_come_back_in_the_order_of_the_modules():
 
 def test_batching_does_not_change_a_score(monkeypatch):
     whole = score_modules(modules(9), device="cpu")
-    monkeypatch.setattr(panels, "BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(panels, "BATCH_BYTES", 1)
     one_by_one = score_modules(modules(9), device="cpu")
     for together, alone in zip(whole, one_by_one, strict=True):
         assert together.ssi == pytest.approx(alone.ssi, abs=1e-6)
@@ -53,7 +53,7 @@ def test_not_finite_modules_are_marked():
 
 
 def test_deadline_is_asked_between_batches(monkeypatch):
-    monkeypatch.setattr(panels, "BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(panels, "BATCH_BYTES", 1)
     asked = []
     score_modules(modules(4), device="cpu", between_batches=lambda: asked.append(1))
     assert len(asked) >= 4 * 4  # two passes over each side of each module
