@@ -13,7 +13,8 @@ from s3lora_serve.spectral.torch_ops import gram, normalised_gram
 
 BATCH_BYTES = 2**23
 """What is converted at a time: it stays in the last-level cache together with the scratch memory of
-a pass, and is enough to hide the cost of calling torch. Of 1 to 32 MB tried on a 32 MB cache, 8 and 16 were best."""
+a pass, and is enough to hide the cost of calling torch. Of 1 to 32 MB tried on a cache of 32 MB, 8
+and 16 were best."""
 
 LONGEST_SUM = 4096
 """Rows whose products are summed in the working dtype; sums of those sums are float64."""
