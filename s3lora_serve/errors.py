@@ -165,6 +165,9 @@ class Reason:
     code: str
     message: str
 
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
     @classmethod
     def of(cls, error: S3LoRAError) -> "Reason":
         return cls(error.code, error.message)

