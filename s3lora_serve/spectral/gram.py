@@ -5,23 +5,18 @@ condition number, so every solution comes with `doubt`, a bound on its own error
 caller decides whether a slower arithmetic has to look again.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS
-from s3lora_serve.spectral.panels import Side
 
 UNIT = {torch.float32: 2.0**-21, torch.float64: 2.0**-50}
 """Relative error of one Gram matrix, normwise, beside a common factor that the index cannot see.
 Eight times the unit roundoff, for sums of LONGEST_SUM and ranks from FLOAT32_RANK on.
 tests/spectral/test_switch.py measures it and holds `doubt` above every error seen."""
-
-FLOAT32_RANK = 16
-"""Smallest rank that float32 is tried for: below it BLAS libraries sum row after row, and the error
-of a long sum reaches 2e-6 (measured, MKL, 4096 rows, r = 8; 3e-7 at r = 16)."""
 
 DOUBT = 1e-6
 """Largest `doubt` at which a solution is taken: the accuracy promised, |SSI error| ≤ 1e-6.
@@ -30,7 +25,34 @@ tests/spectral/test_switch.py holds that no error seen exceeds its doubt."""
 SANE_TRACE = (1e-20, 1e30)
 """Traces for which float32 squares that vanish are too small to matter, and none overflow."""
 
-Factors = tuple[Tensor, Tensor]  # B (m, r), A (r, n), as stored
+
+class Side(Protocol):
+    """One side of k modules of one rank: their B (m, r), or their Aᵀ (n, r)."""
+
+    dtype: torch.dtype  # what passes multiply in: float32 or float64
+
+    def gram(self) -> Tensor:
+        """`Xᵀ·X` of every factor. Shape: (k, r, r) float64."""
+
+    def normalised_gram(self, half: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`Σ_i x_i·x_iᵀ/ρ_i²`, the mean of `ρ_i = ‖x_iᵀ·half‖₂`, and how many rows were lost.
+
+        Modules that are not `chosen` may be passed over: what comes back for them means nothing.
+
+        Shape: half (k, r, r) of the working dtype, chosen (k,) bool -> (k, r, r), (k,), (k,)
+        float64.
+        """
+
+
+class Modules(Protocol):
+    """Modules of one rank, wherever their factors lie."""
+
+    @property
+    def arithmetics(self) -> tuple[torch.dtype, ...]:
+        """Working dtypes worth trying, the fastest first."""
+
+    def sides(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Side, Side]:
+        """The B and the Aᵀ of some of the modules, for passes in one dtype."""
 
 
 class Solution(NamedTuple):
@@ -52,20 +74,13 @@ class Half(NamedTuple):
     slack: Tensor  # (k,) relative error of the squared norms it gives; inf if it gives none
 
 
-def solve(
-    modules: Sequence[Factors],
-    normalization: str,
-    dtype: torch.dtype,
-    between_batches: Callable[[], None],
-    device: str = "cpu",
-) -> Solution:
+def solve(rows: Side, columns: Side, normalization: str) -> Solution:
     """Singular values of X from `P = Σ_i b_i·b_iᵀ/ρ_i²` with `ρ_i² = b_iᵀ·(A·Aᵀ)·b_i`; Q alike.
 
-    `equilibrated` alternates the two on each other's result. The passes sum in `dtype`.
-    Shape: B (m, r), A (r, n), one r for all -> fields of k = len(modules) rows, float64.
+    `equilibrated` alternates the two on each other's result.
+    Shape: fields of k rows, float64, on the device of the sides.
     """
-    rows = Side([B for B, _ in modules], dtype, between_batches, device)
-    columns = Side([A.mT for _, A in modules], dtype, between_batches, device)
+    dtype = rows.dtype
     gram_b, gram_a = rows.gram(), columns.gram()
     half_a, half_b = _half(gram_a, dtype), _half(gram_b, dtype)
     # The index is at least 1/r, so that much slack alone is too much: no second pass for those.
@@ -106,7 +121,7 @@ def _half(matrix: Tensor, dtype: torch.dtype) -> Half:
     size = (_diagonal(matrix) / trace.unsqueeze(-1)).nan_to_num().clamp_min(1e-300).sqrt()
     scaled = (matrix / trace[:, None, None] / size.unsqueeze(-1) / size.unsqueeze(-2)).nan_to_num()
     lower, failed = torch.linalg.cholesky_ex(scaled)
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype).expand_as(lower)
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
     root_inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     steepest = _spectral_norm(root_inverse.mT @ root_inverse)
     rank = matrix.shape[-1]

@@ -3,14 +3,16 @@
 float32 Grams, then float64 Grams, then QR in float64; a module climbs when `doubt` is too large.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from s3lora_serve.spectral import device as devices
 from s3lora_serve.spectral import gram, orthogonal
-from s3lora_serve.spectral.gram import DOUBT, FLOAT32_RANK, Factors, Solution
+from s3lora_serve.spectral.gram import DOUBT, Modules, Solution
+from s3lora_serve.spectral.panels import Factors, HostModules
 
 GRAM_BYTES = 2**25
 """Gram matrices held at a time; four of r×r float64 a module, and as much again in passing."""
@@ -25,44 +27,68 @@ def solve(
     """Solve modules of one rank and any shapes and dtypes, in the order given.
 
     A module whose factors are not finite comes back as NaN. Extra memory does not grow with the
-    adapter.
+    adapter. A device without memory to spare hands its work to the host.
 
-    Shape: B (m, r), A (r, n) each -> fields of k = len(modules) rows, float64.
+    Shape: B (m, r), A (r, n) each -> fields of k = len(modules) rows, float64, on the host.
     """
+    parts = list(_parts(modules))
+    if device != "cpu":
+        try:
+            resident = devices.upload(parts, device, between_batches)
+            return _cat(
+                [_climb(part, place, normalization, between_batches) for part, place in resident]
+            )
+        except torch.OutOfMemoryError:
+            pass  # the engine needs its memory more than a score needs speed
+    return _cat(
+        [
+            _climb(part, HostModules(part, between_batches), normalization, between_batches)
+            for part in parts
+        ]
+    )
+
+
+def _parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
     rank = modules[0][0].shape[1]
     size = max(1, GRAM_BYTES // (32 * rank * rank))
-    parts = [
-        _climb(modules[at : at + size], normalization, between_batches, device)
-        for at in range(0, len(modules), size)
-    ]
-    return _cat(parts)
+    for at in range(0, len(modules), size):
+        yield modules[at : at + size]
 
 
 def _climb(
     modules: Sequence[Factors],
+    place: Modules,
     normalization: str,
     between_batches: Callable[[], None],
-    device: str,
 ) -> Solution:
-    steps: list[Callable[..., Solution]] = [partial(gram.solve, dtype=torch.float64), _qr]
-    if modules[0][0].shape[1] >= FLOAT32_RANK:
-        steps.insert(0, partial(gram.solve, dtype=torch.float32))
-    more = {"between_batches": between_batches, "device": device}
-    solution = steps[0](modules, normalization, **more)
-    for again in steps[1:]:
-        doubtful = (~(solution.doubt <= DOUBT)).nonzero().flatten()
-        if doubtful.numel():
-            better = again([modules[i] for i in doubtful], normalization, **more)
-            for kept, value in zip(solution, better, strict=True):
+    def grams(chosen: Sequence[int], dtype: torch.dtype) -> Solution:
+        return _to_host(gram.solve(*place.sides(chosen, dtype), normalization))
+
+    def qr(chosen: Sequence[int]) -> Solution:
+        return _qr([modules[i] for i in chosen], normalization, between_batches)
+
+    fastest, *slower = place.arithmetics
+    solution = grams(range(len(modules)), fastest)
+    steps: list[Callable[[Sequence[int]], Solution]] = [partial(grams, dtype=d) for d in slower]
+    for again in (*steps, qr):
+        doubtful = (~(solution.doubt <= DOUBT)).nonzero().flatten().tolist()
+        if doubtful:
+            for kept, value in zip(solution, again(doubtful), strict=True):
                 kept[doubtful] = value
     return solution
 
 
+def _to_host(solution: Solution) -> Solution:
+    """One download for all that is known."""
+    if solution.doubt.device.type == "cpu":
+        return solution
+    packed = torch.cat([column.reshape(len(column), -1) for column in solution], 1).cpu()
+    rank = solution.normalised.shape[1]
+    return Solution(packed[:, :rank].clone(), *packed[:, rank:].T.clone())
+
+
 def _qr(
-    modules: Sequence[Factors],
-    normalization: str,
-    between_batches: Callable[[], None],
-    device: str,  # noqa: ARG001 - a step of the ladder like the others
+    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
 ) -> Solution:
     """One by one on the CPU: what is left is rare, and zero, not finite, or nearly singular."""
     solved = []

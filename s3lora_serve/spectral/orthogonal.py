@@ -11,7 +11,7 @@ from s3lora_serve.spectral.gram import Solution
 
 
 def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
-    """Singular values of `X = D_ρ⁺·B·A·D_γ⁺` from thin QRs; same meaning as `gram.finish`.
+    """Singular values of `X = D_ρ⁺·B·A·D_γ⁺` from thin QRs; same meaning as `gram.solve`.
 
     With Aᵀ = Q·R the update is (B·Rᵀ)·Qᵀ: the rows of B·Rᵀ have the norms ρ_i themselves, so
     whatever cancels between B and A has cancelled before anything is squared or divided.

@@ -1,4 +1,4 @@
-"""Passes over one side of many modules, in batches that fit the cache.
+"""One side of many modules where its weights lie, in batches that fit the cache.
 
 Weights are read as stored and converted batch by batch, into memory that is used again: no
 converted copy of an adapter is ever whole in memory, and no pass touches fresh pages.
@@ -19,16 +19,56 @@ and 16 were best."""
 LONGEST_SUM = 4096
 """Rows whose products are summed in the working dtype; sums of those sums are float64."""
 
+FLOAT32_RANK = 16
+"""Smallest rank that float32 is tried for: below it BLAS libraries sum row after row, and the error
+of a long sum reaches 2e-6 (measured, MKL, 4096 rows, r = 8; 3e-7 at r = 16)."""
 
-class Side:
-    """One side of k modules of one rank: their B (m, r), or their Aᵀ (n, r)."""
+Factors = tuple[Tensor, Tensor]  # B (m, r), A (r, n), as stored
+
+
+class HostModules:
+    """Modules of one rank in the memory of the host."""
+
+    def __init__(
+        self, modules: Sequence[Factors], between_batches: Callable[[], None] = lambda: None
+    ) -> None:
+        self._modules = modules
+        self._between_batches = between_batches
+
+    @property
+    def arithmetics(self) -> tuple[torch.dtype, ...]:
+        """Working dtypes worth trying, the fastest first."""
+        if self._modules[0][0].shape[1] < FLOAT32_RANK or not float32_is_whole():
+            return (torch.float64,)
+        return (torch.float32, torch.float64)
+
+    def sides(self, chosen: Sequence[int], dtype: torch.dtype) -> "tuple[PanelSide, PanelSide]":
+        """The B and the Aᵀ of some of the modules, for passes in one dtype."""
+        rows = [self._modules[i][0] for i in chosen]
+        columns = [self._modules[i][1].mT for i in chosen]
+        return (
+            PanelSide(rows, dtype, self._between_batches),
+            PanelSide(columns, dtype, self._between_batches),
+        )
+
+
+def float32_is_whole() -> bool:
+    """False where the process lets float32 products round to bf16 or tf32 (a torch setting)."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision is None:  # torch before 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision in ("none", "ieee")
+
+
+class PanelSide:
+    """A `gram.Side` that converts panels of rows to the working dtype, on the weights' device."""
 
     def __init__(
         self,
         factors: Sequence[Tensor],
         dtype: torch.dtype,
         between_batches: Callable[[], None] = lambda: None,
-        device: str = "cpu",
     ) -> None:
         """Take factors (d, r) of any shape, stride and dtype; sums are taken in `dtype`."""
         self.factors = factors
@@ -37,39 +77,32 @@ class Side:
         self._elements = max(1, BATCH_BYTES // dtype.itemsize)
         self._batches = list(_batches(factors, self._elements))
         most = max((self._size(batch) for batch in self._batches), default=0)
-        self._memory = torch.empty(most, dtype=dtype, device=device)
-        self._scratch = torch.empty(most, dtype=dtype, device=device)
+        self._device = factors[0].device
+        self._memory = torch.empty(most, dtype=dtype, device=self._device)
+        self._scratch = torch.empty(most, dtype=dtype, device=self._device)
 
     def gram(self) -> Tensor:
-        """`Xᵀ·X` of every factor. Shape: (k, r, r) float64."""
+        """As `gram.Side` says."""
         total = self._zeros(self._rank, self._rank)
         for batch, chunk in self._chunks():
-            total[batch] += gram(chunk).cpu()
+            total[batch] += gram(chunk, self.dtype)
         return total
 
     def normalised_gram(self, half: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`Σ_i x_i·x_iᵀ/ρ_i²`, the mean of `ρ_i = ‖x_iᵀ·half‖₂`, and how many rows were lost.
-
-        Modules that are not `chosen` are passed over and come back as zeros.
-
-        Shape: half (k, r, r) of the working dtype, chosen (k,) bool -> (k, r, r), (k,), (k,)
-        float64.
-        """
+        """As `gram.Side` says; modules that are not `chosen` come back as zeros."""
         total, sums, lost = self._zeros(self._rank, self._rank), self._zeros(), self._zeros()
-        for batch, chunk in self._chunks(chosen):
-            own_half = half[batch].to(chunk.device)
-            parts = normalised_gram(chunk, own_half, self._scratch[: chunk.numel()])
+        for batch, chunk in self._chunks(chosen.cpu()):
+            parts = normalised_gram(chunk, half[batch], self._scratch[: chunk.numel()])
             for whole, part in zip((total, sums, lost), parts, strict=True):
-                whole[batch] += part.cpu()
-        rows = torch.tensor([max(1, factor.shape[0]) for factor in self.factors])
-        return total, sums / rows, lost
+                whole[batch] += part
+        return total, sums / row_counts(self.factors), lost
 
     @property
     def _rank(self) -> int:
         return self.factors[0].shape[1]
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(len(self.factors), *shape, dtype=torch.float64)
+        return torch.zeros(len(self.factors), *shape, dtype=torch.float64, device=self._device)
 
     def _size(self, batch: Tensor) -> int:
         rows, rank = self.factors[int(batch[0])].shape
@@ -104,12 +137,23 @@ class Side:
         return chunk
 
 
-def _batches(factors: Sequence[Tensor], elements: int) -> Iterator[Tensor]:
-    """Indices of factors alike in shape, dtype and layout, `elements` numbers at a time."""
-    alike: dict[object, list[int]] = {}
+def row_counts(factors: Sequence[Tensor]) -> Tensor:
+    """What to divide a sum over rows by to get its mean. Shape: (k,) float64."""
+    counts = [max(1, factor.shape[0]) for factor in factors]
+    return torch.tensor(counts, dtype=torch.float64, device=factors[0].device)
+
+
+def alike(factors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the factors of each shape, dtype and layout."""
+    groups: dict[object, list[int]] = {}
     for i, factor in enumerate(factors):
-        alike.setdefault((factor.shape, factor.dtype, factor.stride(0) == 1), []).append(i)
-    for indices in alike.values():
+        groups.setdefault((factor.shape, factor.dtype, factor.stride(0) == 1), []).append(i)
+    return list(groups.values())
+
+
+def _batches(factors: Sequence[Tensor], elements: int) -> Iterator[Tensor]:
+    """Indices of factors that are alike, `elements` numbers at a time."""
+    for indices in alike(factors):
         size = max(1, elements // max(1, factors[indices[0]].numel()))
         for at in range(0, len(indices), size):
             yield torch.tensor(indices[at : at + size])

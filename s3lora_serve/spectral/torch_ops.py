@@ -7,12 +7,13 @@ FLOOR = {torch.float32: 1e-36, torch.float64: 1e-290}
 """Smallest ρ² that the dtype holds to full precision; rows below it are zero, or lost."""
 
 
-def gram(X: Tensor) -> Tensor:
+def gram(X: Tensor, dtype: torch.dtype) -> Tensor:
     """`Xᵀ·X` of each matrix in a batch.
 
-    Shape: X (k, d, r), any strides, float32 or float64 -> (k, r, r) float64. Products and sums over
-    d are taken in the dtype of X: callers bound d and add up the results.
+    Shape: X (k, d, r), any strides and floating dtype -> (k, r, r) float64. Products and sums over
+    d are taken in `dtype`, float32 or float64: callers bound d and add up the results.
     """
+    X = X.to(dtype)
     return torch.bmm(X.mT, X).double()
 
 
@@ -25,9 +26,10 @@ def normalised_gram(
     `scratch` is overwritten in the place of fresh memory, whose first touch costs more than the
     arithmetic does.
 
-    Shape: X (k, d, r), half (k, r, r), scratch as many numbers as X; float32 or float64
-    -> (k, r, r), (k,), (k,) float64.
+    Shape: X (k, d, r), any strides and floating dtype, half (k, r, r) float32 or float64, the dtype
+    to work in, scratch as many of those as X has -> (k, r, r), (k,), (k,) float64.
     """
+    X = X.to(half.dtype)
     k, d, r = X.shape
     scratch = torch.empty(X.numel(), dtype=X.dtype, device=X.device) if scratch is None else scratch
     # (k, r, d): the sum over r then runs along whole cache lines.

@@ -16,6 +16,7 @@ from s3lora_serve.spectral import (
     spectral_sharpness,
 )
 from s3lora_serve.spectral._checks import NORMALIZATIONS
+from s3lora_serve.spectral.panels import HostModules
 from tests.support.factors import HARD, gaussian
 
 ACCURACY = 1e-6  # |SSI − dense float64|, the spec's
@@ -82,7 +83,8 @@ def test_rank_keeps_the_leading_values_and_the_index_uses_only_those():
 def test_modules_that_gram_matrices_cannot_score_are_recognised():
     def doubt(case, dtype):
         modules = list(zip(*HARD[case](), strict=True))
-        return gram.solve(modules, "two_sided", dtype, lambda: None).doubt
+        sides = HostModules(modules).sides(range(len(modules)), dtype)
+        return gram.solve(*sides, "two_sided").doubt
 
     assert (doubt("rank one, inner basis cancels", torch.float64) > gram.DOUBT).all()
     assert (doubt("six decades in A", torch.float32) > gram.DOUBT).all()

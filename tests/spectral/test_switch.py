@@ -7,8 +7,13 @@ from hypothesis import strategies as st
 
 from s3lora_serve.spectral import gram, orthogonal, spectral_sharpness
 from s3lora_serve.spectral._checks import NORMALIZATIONS
-from s3lora_serve.spectral.panels import LONGEST_SUM
+from s3lora_serve.spectral.panels import FLOAT32_RANK, LONGEST_SUM, HostModules
 from tests.support.factors import HARD, gaussian
+
+
+def solve(modules, normalization, arithmetic):
+    sides = HostModules(modules).sides(range(len(modules)), arithmetic)
+    return gram.solve(*sides, normalization)
 
 
 def orthonormal(X):
@@ -67,7 +72,7 @@ ARITHMETICS = [(torch.float32, 16), (torch.float32, 32), *((torch.float64, r) fo
 def test_no_error_exceeds_its_doubt(family, decades, seed, m, n, dtype, normalization, arithmetic):
     arithmetic, r = arithmetic
     B, A = (X.to(dtype) for X in family(*gaussian(m, n, r, k=2, seed=seed), decades))
-    found = gram.solve(list(zip(B, A, strict=True)), normalization, arithmetic, lambda: None)
+    found = solve(list(zip(B, A, strict=True)), normalization, arithmetic)
     exact = orthogonal.solve(B.double(), A.double(), normalization)
     error = (spectral_sharpness(found.normalised) - spectral_sharpness(exact.normalised)).abs()
     assert (error.nan_to_num() <= found.doubt + 1e-12).all(), (error / found.doubt, found.doubt)
@@ -79,8 +84,8 @@ def test_hard_cases_are_doubted_wherever_they_are_wrong(case):
     if not len(B):
         return
     exact = spectral_sharpness(orthogonal.solve(B, A, "two_sided").normalised)
-    for arithmetic in (torch.float32, torch.float64)[B.shape[-1] < gram.FLOAT32_RANK :]:
-        found = gram.solve(list(zip(B, A, strict=True)), "two_sided", arithmetic, lambda: None)
+    for arithmetic in (torch.float32, torch.float64)[B.shape[-1] < FLOAT32_RANK :]:
+        found = solve(list(zip(B, A, strict=True)), "two_sided", arithmetic)
         error = (spectral_sharpness(found.normalised) - exact).abs().nan_to_num()
         assert (error <= found.doubt + 1e-12).all()
 
@@ -100,7 +105,7 @@ def test_a_gram_matrix_errs_by_less_than_its_unit(rank, dtype):
 
 def test_well_conditioned_modules_take_the_fast_arithmetic():
     modules = list(zip(*gaussian(1000, 1000, 16, k=3), strict=True))
-    assert (gram.solve(modules, "two_sided", torch.float32, lambda: None).doubt <= gram.DOUBT).all()
+    assert (solve(modules, "two_sided", torch.float32).doubt <= gram.DOUBT).all()
 
 
 def test_backends_rank_alike_wherever_the_gap_exceeds_their_accuracy():
@@ -110,7 +115,17 @@ def test_backends_rank_alike_wherever_the_gap_exceeds_their_accuracy():
     exact = spectral_sharpness(orthogonal.solve(B, A, "two_sided").normalised)
     order = exact.argsort()
     for arithmetic in (torch.float32, torch.float64):
-        found = gram.solve(modules, "two_sided", arithmetic, lambda: None).normalised
+        found = solve(modules, "two_sided", arithmetic).normalised
         index = spectral_sharpness(found)[order]
         gaps = exact[order].diff()
         assert (index.diff()[gaps > 2e-6] > 0).all()
+
+
+def test_float32_is_not_tried_where_the_process_lets_it_round_further():
+    place = HostModules(list(zip(*gaussian(60, 60, 16), strict=True)))
+    assert place.arithmetics == (torch.float32, torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert place.arithmetics == (torch.float64,)
+    finally:
+        torch.set_float32_matmul_precision("highest")
