@@ -141,6 +141,11 @@ class DeadlinePassed(AdapterRejected):
     remedy = "Raise limits.seconds in the policy, or give the server more cores."
 
 
+class StoreDamaged(AdapterRejected):
+    code = "S3LORA-403"
+    remedy = "Register the adapter again: what was kept of it is gone or damaged."
+
+
 class PolicyInvalid(S3LoRAError):
     code = "S3LORA-901"
     remedy = "Fix the policy; `s3lora policy check FILE` explains it."
@@ -169,6 +174,10 @@ class Reason:
         return f"{self.code}: {self.message}"
 
     @classmethod
+    def from_json(cls, data: dict[str, str] | None) -> "Reason | None":
+        return None if data is None else cls(data["code"], data["message"])
+
+    @classmethod
     def of(cls, error: S3LoRAError) -> "Reason":
         return cls(error.code, error.message)
 
@@ -177,3 +186,10 @@ def refusal_in(text: str) -> str | None:
     """The `S3LORA-NNN: …` part of a message that passed through other layers, or None."""
     found = _MARK.search(text)
     return found.group(0).strip() if found else None
+
+
+def rejection_codes() -> tuple[str, ...]:
+    """Every code that an adapter can be refused with: a closed set, fit for labels."""
+    return tuple(
+        sorted(cause.code for cause in AdapterRejected.__subclasses__() if hasattr(cause, "code"))
+    )

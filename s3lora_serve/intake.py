@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,12 @@ class PrivateFolder:
     What vLLM has mapped from it stays readable: the mapping holds the file.
     """
 
-    def __init__(self, parent: Path) -> None:
+    def __init__(self, parent: Path, before: Callable[[], None] = lambda: None) -> None:
+        """Plan a folder under `parent`; `before` runs first when it is made, and may raise."""
         self._parent = parent
+        self._before = before
         self.path = parent / "s3lora-none"
+        self._made = False
 
     def __enter__(self) -> Self:
         return self
@@ -63,15 +66,19 @@ class PrivateFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def make(self) -> Path:
-        """Make the folder now.
+        """Make the folder now, unless it has been made.
 
         Raises:
             GateFailed: there is no room or no right to.
         """
+        if self._made:
+            return self.path
+        self._before()
         try:
-            self.path = Path(tempfile.mkdtemp(prefix="s3lora-", dir=self._parent))
+            self.path = Path(tempfile.mkdtemp(prefix="copy-", dir=self._parent))
         except OSError as error:
             raise GateFailed(f"no private copy in {self._parent}: {error.strerror}") from None
+        self._made = True
         return self.path
 
 
@@ -176,10 +183,10 @@ def _copy_to_file(source: int, path: Path, config: bytes, most: int) -> PrivateC
             target.write(chunk[:read])
             position += read
         _check_unchanged(before, os.fstat(source), position)
-    return PrivateCopy(config, _mapped(path), "sha256:" + digest.hexdigest())
+    return PrivateCopy(config, mapped(path), "sha256:" + digest.hexdigest())
 
 
-def _mapped(path: Path) -> memoryview:
+def mapped(path: Path) -> memoryview:
     """A private, copy-on-write mapping: what is done to it never reaches the file."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:

@@ -10,12 +10,13 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from s3lora_serve.errors import rejection_codes
 from s3lora_serve.verdict import Decision, Verdict
 
 MODES = ("enforce", "audit")
 PHASES = ("read", "score", "strip", "total")
 DEVICES = ("cpu", "cuda")
-FAILURES = ("audit", "score", "deadline")
+FAILURES = ("audit", "score", "deadline", "store")
 OTHER = "other"
 """Label value for what the base model does not have: labels never come from an adapter's owner."""
 
@@ -46,6 +47,9 @@ class Metrics:
             "modules_stripped_total", "LoRA modules stripped.", ("layer", "projection")
         )
         self.failures = counter("failures_total", "Things the gate failed to do.", ("reason",))
+        self.quarantined = counter(
+            "quarantined_total", "Adapters served without effect.", ("reason",)
+        )
         self.module_ssi = histogram(
             "module_ssi", "Spectral Sharpness Index of scored modules.", "projection", SSI_BUCKETS
         )
@@ -55,19 +59,8 @@ class Metrics:
         self.scoring_seconds = histogram(
             "scoring_seconds", "Time to score an adapter.", "device", SECONDS_BUCKETS
         )
-        self.gate_active = Gauge(
-            "s3lora_gate_active",
-            "1 in a worker whose adapters all pass the gate.",
-            registry=registry,
-            multiprocess_mode="liveall",
-        )
-        self.policy_info = Gauge(
-            "s3lora_policy_info",
-            "The policy in force, always 1.",
-            ("policy_digest", "mode", "version"),
-            registry=registry,
-            multiprocess_mode="livemax",
-        )
+        self._registry = registry
+        self._worker: tuple[Gauge, Gauge] | None = None
         self._places: frozenset[tuple[str, str]] = frozenset()
         self._start_at_zero()
 
@@ -81,6 +74,8 @@ class Metrics:
             self.scoring_seconds.labels(device)
         for reason in FAILURES:
             self.failures.labels(reason)
+        for code in rejection_codes():
+            self.quarantined.labels(code)
 
     def know_model(self, places: Iterable[tuple[str, str]]) -> None:
         """Take (layer, projection) of the base model's modules as the closed label sets."""
@@ -91,9 +86,28 @@ class Metrics:
             self.module_ssi.labels(projection)
 
     def activate(self, policy_digest: str, mode: str, version: str) -> None:
-        """Say which policy is in force, and whether this worker is guarded by it."""
-        self.gate_active.set(0 if mode == "off" else 1)
-        self.policy_info.labels(policy_digest, mode, version).set(1)
+        """Say which policy is in force, and whether this worker is guarded by it.
+
+        Only a worker has these gauges: elsewhere even their 0 would read as a worker unguarded.
+        """
+        if self._worker is None:
+            active = Gauge(
+                "s3lora_gate_active",
+                "1 in a worker whose adapters all pass the gate.",
+                registry=self._registry,
+                multiprocess_mode="liveall",
+            )
+            info = Gauge(
+                "s3lora_policy_info",
+                "The policy in force, always 1.",
+                ("policy_digest", "mode", "version"),
+                registry=self._registry,
+                multiprocess_mode="livemax",
+            )
+            self._worker = active, info
+        active, info = self._worker
+        active.set(0 if mode == "off" else 1)
+        info.labels(policy_digest, mode, version).set(1)
 
     def record(self, verdict: Verdict, device: str) -> None:
         """Count one decision."""

@@ -1,6 +1,6 @@
 """The verdict: everything decided about one adapter, frozen, with what it was decided by."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -83,6 +83,39 @@ class Verdict:
                 "total": self.seconds.total,
             },
         }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Verdict":
+        """The verdict that `as_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it did not write this.
+        """
+        return cls(
+            **data
+            | {
+                "decision": Decision(data["decision"]),
+                "reason": Reason.from_json(data["reason"]),
+                "modules": tuple(_module_from_json(module) for module in data["modules"]),
+                "seconds": Seconds(**data["seconds"]),
+            }
+        )
+
+
+def refused(verdict: Verdict) -> bool:
+    """Whether nothing of the adapter may be served; audit serves what it would reject."""
+    return verdict.decision is Decision.REJECTED and verdict.mode == "enforce"
+
+
+def rejected(verdict: Verdict, reason: Reason) -> Verdict:
+    """The verdict once somebody after the gate has refused: nothing is stripped of nothing."""
+    kept = tuple(replace(module, stripped=False) for module in verdict.modules)
+    return replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
+
+
+def _module_from_json(data: dict[str, Any]) -> ModuleVerdict:
+    m, n = data["shape"]
+    return ModuleVerdict(**data | {"shape": (m, n), "spectrum": tuple(data["spectrum"])})
 
 
 def _module_json(module: ModuleVerdict) -> dict[str, Any]:

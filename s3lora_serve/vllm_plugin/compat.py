@@ -5,22 +5,31 @@ them is guarded, one that does not never starts.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels, create_error_response
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase
 
-from s3lora_serve.errors import ContractBroken
+from s3lora_serve.errors import ContractBroken, refusal_in
 from s3lora_serve.guarding import installed_vllm
+
+logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
 
 INERT = "s3lora.inert"
 """Name of the one entry of an adapter without effect. No module has it, so every LoRA slot of the
@@ -33,6 +42,13 @@ _CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (WorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
     (LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
     (LoRAModelManager, "activate_adapter", ("self", "lora_id")),
+    (LoRAModelManager, "add_adapter", ("self", "adapter")),
+    (LoRAModelRunnerMixin, "add_lora", ("self", "lora_request")),
+    (AsyncLLM, "add_lora", ("self", "lora_request")),
+    (AsyncLLM, "remove_lora", ("self", "lora_id")),
+    (OpenAIServingModels, "load_lora_adapter", ("self", "request", "base_model_name")),
+    (OpenAIServingModels, "init_static_loras", ("self",)),
+    (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
 )
 
 
@@ -84,21 +100,99 @@ def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], 
     WorkerLoRAManager._load_adapter = _load_adapter
 
 
-def after_create_lora_manager(listener: Callable[[Any], None]) -> None:
-    """Call `listener(worker_lora_manager)` once a worker has its LoRA modules."""
+def wrap_add_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., bool]], bool]) -> None:
+    """Put `wrapper(manager, request, original)` in the place of each `add_adapter`."""
+    for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
+        owner.add_adapter = _wrapped_add(owner.add_adapter, wrapper)
+
+
+def _wrapped_add(original: Callable[..., bool], wrapper: Callable[..., bool]) -> Any:
+    # Callers and subclasses name the parameter differently; both pass it by position.
+    def add_adapter(self: Any, lora_request: LoRARequest) -> bool:
+        return wrapper(self, lora_request, original)
+
+    return add_adapter
+
+
+def around_registration(context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter `context()` while a worker serves a registration call, not the engine's loop."""
+    original = LoRAModelRunnerMixin.add_lora
+
+    def add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        with context():
+            added: bool = original(self, lora_request)
+            return added
+
+    LoRAModelRunnerMixin.add_lora = add_lora
+
+
+def wrap_add_lora(wrapper: Callable[..., Awaitable[bool]]) -> None:
+    """Put `wrapper(engine, request, original)` in the place of the API server's `add_lora`."""
+    original = AsyncLLM.add_lora
+
+    async def add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        return await wrapper(self, lora_request, original)
+
+    AsyncLLM.add_lora = add_lora
+
+
+def wrap_doors(door: ContextVar[str]) -> None:
+    """Let `door` say by which way an adapter comes, and give HTTP clients refusals as 400."""
+    owner = OpenAIServingModels
+    load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
+
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: Any = None) -> Any:
+        with _through(door, "static" if door.get() == "static" else "http"):
+            result = await load(self, request, base_model_name)
+        refusal = None if isinstance(result, str) else refusal_in(result.error.message)
+        if refusal is None:
+            return result
+        return create_error_response(
+            message=refusal, err_type="AdapterRejected", status_code=HTTPStatus.BAD_REQUEST
+        )
+
+    async def init_static_loras(self: Any) -> None:
+        with _through(door, "static"):
+            await static(self)
+
+    async def resolve_lora(self: Any, lora_name: str) -> Any:
+        with _through(door, "resolver"):
+            return await resolve(self, lora_name)
+
+    owner.load_lora_adapter = load_lora_adapter
+    owner.init_static_loras = init_static_loras
+    owner.resolve_lora = resolve_lora
+
+
+@contextmanager
+def _through(door: ContextVar[str], name: str) -> Iterator[None]:
+    token = door.set(name)
+    try:
+        yield
+    finally:
+        door.reset(token)
+
+
+def after_create_lora_manager(listener: Callable[[Any, Any], None]) -> None:
+    """Call `listener(worker_lora_manager, vllm_config)` once a worker has its LoRA modules."""
     for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
         _wrap_create(owner, listener)
 
 
-def _wrap_create(owner: Any, listener: Callable[[Any], None]) -> None:
+def _wrap_create(owner: Any, listener: Callable[[Any, Any], None]) -> None:
     original = owner.create_lora_manager
 
     def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
         created = original(self, model, vllm_config)
-        listener(self)
+        listener(self, vllm_config)
         return created
 
     owner.create_lora_manager = create_lora_manager
+
+
+def base_model(vllm_config: Any) -> str | None:
+    """The served model as the operator named it."""
+    return getattr(vllm_config.model_config, "model", None)
 
 
 def add_worker_method(name: str, method: Callable[..., Any]) -> None:
@@ -119,9 +213,19 @@ def is_first_rank() -> bool:
     return bool(get_world_group().rank_in_group == 0)
 
 
-def adapter_folder(request: LoRARequest) -> Path | None:
-    """Where the requested adapter lies (downloaded if it is a hub id); None if nowhere."""
-    folder = Path(get_adapter_absolute_path(request.lora_path))
+def adapter_folder(request: LoRARequest, *, download: bool = True) -> Path | None:
+    """Where the requested adapter lies; None if nowhere.
+
+    vLLM takes what is no local path for a hub id, and downloads it: not where `download` is false.
+    """
+    local = Path(request.lora_path).expanduser()
+    if not local.exists() and (local.is_absolute() or not download):
+        return None
+    try:
+        folder = Path(get_adapter_absolute_path(request.lora_path))
+    except Exception:  # whatever a download ended in, there is no adapter
+        logger.exception("s3lora: adapter %r at %r", request.lora_name, request.lora_path)
+        return None
     return folder if folder.exists() else None
 
 
@@ -187,6 +291,30 @@ def make_inert(lora: LoRAModel) -> None:
     """Leave one entry that no module uses: the adapter then serves exactly the base model."""
     nothing = torch.zeros(1, 1)
     lora.loras[INERT] = LoRALayerWeights(INERT, 1, 1, nothing, nothing.clone(), scaling=1.0)
+
+
+def inert_adapter(request: LoRARequest) -> LoRAModel:
+    """An adapter without effect, under the id that was asked for."""
+    lora = LoRAModel(request.lora_int_id, 1, {})
+    make_inert(lora)
+    return lora
+
+
+def add_loaded(manager: Any, lora: LoRAModel) -> bool:
+    """Add and activate an adapter that is loaded, as vLLM's own `add_adapter` does."""
+    adapters = manager._adapter_manager
+    if len(adapters) + 1 > adapters.capacity and hasattr(adapters, "remove_oldest_adapter"):
+        adapters.remove_oldest_adapter()
+    added: bool = adapters.add_adapter(lora)
+    adapters.activate_adapter(lora.id)
+    return added
+
+
+def api_keys(args: Any) -> list[str]:
+    """The keys that vLLM's server asks for: the command line's, else the environment's."""
+    import vllm.envs as envs
+
+    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 def runtime_loading_open() -> bool:

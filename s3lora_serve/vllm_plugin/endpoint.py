@@ -5,8 +5,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from s3lora_serve.errors import refusal_in
 from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.api_key import ApiKeyGate
+from s3lora_serve.vllm_plugin.hook import registrar
 
 DECISION_HEADER = "X-S3LoRA-Decision"
 
@@ -22,6 +23,7 @@ class GateEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the gate's routes; the load route only where vLLM itself has it open."""
+        app.add_middleware(ApiKeyGate, keys=compat.api_keys(app.state.args))
         app.add_api_route("/s3lora/status", self.status, methods=["GET"])
         if compat.runtime_loading_open():
             app.add_api_route(
@@ -56,25 +58,18 @@ class GateEndpoint:
 
         async def load_lora_adapter(request: request_model, raw_request: Request) -> Response:  # type: ignore[valid-type]
             result = await compat.served_models(raw_request).load_lora_adapter(request)
-            ruled = await self._decision(request.lora_name)  # type: ignore[attr-defined]
             if isinstance(result, str):
-                return Response(
-                    result, headers={DECISION_HEADER: ruled["decision"]} if ruled else {}
-                )
-            if message := refusal_in(result.error.message):
-                return _rejected((ruled and ruled["refusal"]) or message)
-            return JSONResponse(result.model_dump(), status_code=result.error.code)
+                return Response(result, headers=_decision(request.lora_name))  # type: ignore[attr-defined]
+            error = result.error
+            ours = error.type == "AdapterRejected"
+            return JSONResponse(
+                result.model_dump(), error.code, {DECISION_HEADER: "rejected"} if ours else None
+            )
 
         return load_lora_adapter
 
-    async def _decision(self, name: str) -> dict[str, Any] | None:
-        """What the workers last decided on this name; the error vLLM passes on is only a text."""
-        if self._engine is None:
-            return None
-        answers = await self._engine.collective_rpc("s3lora_decision", args=(name,))
-        return next((answer for answer in answers if answer), None)
 
-
-def _rejected(message: str) -> JSONResponse:
-    error = {"message": message, "type": "AdapterRejected", "param": None, "code": 400}
-    return JSONResponse({"error": error}, 400, headers={DECISION_HEADER: "rejected"})
+def _decision(name: str) -> dict[str, str] | None:
+    desk = registrar()
+    verdict = desk.verdict(name) if desk else None
+    return {DECISION_HEADER: verdict.decision.value} if verdict else None

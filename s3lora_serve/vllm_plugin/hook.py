@@ -1,41 +1,37 @@
-"""The choke point: every adapter a worker loads is copied, scored, ruled on and stripped here."""
+"""The choke point: what a worker loads is what was admitted, or has no effect. Nothing raises.
 
-import logging
-import time
+An exception here would stop the engine of every tenant, or leave the ranks of a tensor-parallel
+engine out of step.
+"""
+
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from s3lora_serve.admission import Admission, admit
-from s3lora_serve.audit import AuditLog
-from s3lora_serve.errors import (
-    AdapterRejected,
-    DeadlinePassed,
-    GateFailed,
-    Reason,
-)
-from s3lora_serve.intake import PrivateFolder
-from s3lora_serve.metrics import OTHER, Metrics
+from s3lora_serve.adapter import read_adapter
+from s3lora_serve.admission import admit
+from s3lora_serve.errors import AdapterRejected, GateFailed, NotAnAdapter, Reason, StoreDamaged
+from s3lora_serve.metrics import OTHER
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import serving_policy
 from s3lora_serve.settings import Settings, load_settings
-from s3lora_serve.spectral import resolve_device
-from s3lora_serve.verdict import Decision, Verdict
+from s3lora_serve.store import Kept, Store
+from s3lora_serve.verdict import Verdict, refused
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.fit import check_loaded, fitted_names, load_copy
+from s3lora_serve.vllm_plugin.recorder import Recorder
+from s3lora_serve.vllm_plugin.registrar import MOST_REMEMBERED, Refused, Registrar, door
 
-logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
-
-MOST_REMEMBERED = 1000
-"""Verdicts a worker keeps for the API server to ask about; tenants choose the names."""
+logger = compat.logger
 
 _guard: "Guard | None" = None
 
 
 def install() -> None:
-    """Guard this process, once.
+    """Guard this process, whichever of vLLM's processes it is, once.
 
     Raises:
         S3LoRAError: the policy, the environment or vLLM's contract is not as it must be.
@@ -48,11 +44,25 @@ def install() -> None:
     compat.check_contract()
     guard = Guard(policy, settings)
     compat.after_create_lora_manager(guard.activate)
-    compat.add_worker_method("s3lora_status", lambda _worker: guard.status())
-    compat.add_worker_method("s3lora_decision", lambda _worker, name: guard.decision(name))
+    for name in ("status", "places", "refusal", "holds"):
+        compat.add_worker_method(f"s3lora_{name}", _asked(guard, name))
     if policy.mode != "off":
+        Store(settings.state_dir).prepare()
         compat.wrap_load_adapter(guard.load)
+        compat.wrap_add_adapter(guard.add)
+        compat.around_registration(guard.registration)
+        compat.wrap_add_lora(guard.registrar.add_lora)
+        compat.wrap_doors(door)
     _guard = guard
+
+
+def registrar() -> Registrar | None:
+    """The registrar of this process, if the gate is installed and not off."""
+    return _guard.registrar if _guard and _guard.policy.mode != "off" else None
+
+
+def _asked(guard: "Guard", name: str) -> Callable[..., Any]:
+    return lambda _worker, *args: getattr(guard, name)(*args)
 
 
 class Guard:
@@ -61,125 +71,167 @@ class Guard:
     def __init__(self, policy: Policy, settings: Settings) -> None:
         self.policy = policy
         self.settings = settings
-        self.metrics: Metrics | None = None
-        self.audit = (
-            AuditLog(policy.audit.path, compat.installed_version()) if policy.audit.path else None
-        )
-        self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
+        self.registrar = Registrar(policy, settings)
+        self._store = Store(settings.state_dir)
+        self._recorder: Recorder | None = None
+        self._places: set[tuple[str, str]] = set()
+        self._base_model: str | None = None
+        self._registering = False
+        self._refusals: OrderedDict[int, Reason] = OrderedDict()
+        self._origins: OrderedDict[tuple[int, str], Path] = OrderedDict()
+        self._held: OrderedDict[int, str] = OrderedDict()
 
-    def activate(self, manager: Any) -> None:
+    def activate(self, manager: Any, vllm_config: Any) -> None:
         """A worker has its LoRA modules: learn their names and say that the gate is up."""
-        self.metrics = self.metrics or Metrics()
-        shapes = compat.module_shapes(manager)
-        self.metrics.know_model(_places(shapes))
+        self._base_model = compat.base_model(vllm_config)
+        self._places = _places(compat.module_shapes(manager))
+        self._recorder = self._recorder or Recorder(self.policy, self.settings)
+        self._recorder.metrics.know_model(self._places)
         release, digest, mode = version("s3lora-serve"), self.policy.digest, self.policy.mode
-        self.metrics.activate(digest, mode, release)
+        self._recorder.metrics.activate(digest, mode, release)
         logger.info("s3lora %s: gate in mode %s, policy %s", release, mode, digest)
 
     def status(self) -> dict[str, Any]:
         """What this worker says when asked whether it is guarded."""
-        return {"active": self.metrics is not None and self.policy.mode != "off"}
+        return {"active": self._recorder is not None and self.policy.mode != "off"}
 
-    def decision(self, name: str) -> dict[str, str | None] | None:
-        """The last decision on the adapter of this name, and the refusal's text."""
-        found = self._verdicts.get(name)
-        if found is None:
-            return None
-        refusal = str(found.reason) if found.reason else None
-        return {"decision": found.decision.value, "refusal": refusal}
+    def places(self) -> list[tuple[str, str]]:
+        """(layer, projection) of the modules of this worker's part of the base model."""
+        return sorted(self._places)
+
+    def refusal(self, adapter_id: int) -> tuple[str, str] | None:
+        """Code and message of why this worker holds the adapter without effect, if it does."""
+        reason = self._refusals.get(adapter_id)
+        return (reason.code, reason.message) if reason else None
+
+    def holds(self, adapter_id: int) -> str | None:
+        """The digest of content and ruling that this worker loaded under an id."""
+        return self._held.get(adapter_id)
+
+    @contextmanager
+    def registration(self) -> Iterator[None]:
+        """While this lasts, whoever waits for the load asks whether it was refused."""
+        self._registering = True
+        try:
+            yield
+        finally:
+            self._registering = False
 
     def load(self, manager: Any, request: Any, original: Callable[..., Any]) -> Any:
-        """Load an adapter through the gate, in the place of vLLM's `_load_adapter`.
+        """Load an adapter in the place of vLLM's `_load_adapter`; what is refused has no effect."""
+        adapter_id = request.lora_int_id
+        verdict: Verdict | None = None
+        try:
+            kept = self._kept(request)
+            verdict = kept.verdict
+            lora = self._enforced(manager, request, original, kept)
+        except AdapterRejected as refusal:
+            return self._quarantined(request, _reason(refusal, verdict), verdict)
+        except Exception as error:
+            logger.exception("s3lora: adapter %r", request.lora_name)
+            failed = GateFailed(f"{type(error).__name__}: {error}")
+            return self._quarantined(request, Reason.of(failed), verdict)
+        self._refusals.pop(adapter_id, None)
+        _remember(self._held, adapter_id, kept.path.name)
+        return lora
 
-        Raises:
-            AdapterRejected: it is not admitted; nothing of it reaches the engine.
+    def add(self, manager: Any, request: Any, original: Callable[..., bool]) -> bool:
+        """Add an adapter to the engine in the place of `add_adapter`, never half.
+
+        vLLM marks an adapter active before it fills its slot: whatever goes wrong in between would
+        leave later modules with the slot's last tenant.
         """
-        folder = compat.adapter_folder(request)
+        try:
+            return original(manager, request)
+        except Exception as error:
+            logger.exception("s3lora: adapter %r", request.lora_name)
+            manager.remove_adapter(request.lora_int_id)
+            failed = GateFailed(f"vLLM could not take it: {type(error).__name__}: {error}")
+            empty = self._quarantined(request, Reason.of(failed), None)
+            return compat.add_loaded(manager, empty)
+
+    def _kept(self, request: Any) -> Kept:
+        """The admitted copy: the one the request names, or one that is decided on here."""
+        named = self._store.find(request.lora_path)
+        if named is not None:
+            return self._store.open(named)
+        origin = (request.lora_int_id, request.lora_path)
+        known = None if request.load_inplace else self._origins.get(origin)
+        if known is None:
+            known = self._decide(request)
+            _remember(self._origins, origin, known)
+        return self._store.open(known)
+
+    def _decide(self, request: Any) -> Path:
+        """Decide on an adapter that no API server registered: `LLM.generate` and the like."""
+        folder = compat.adapter_folder(request, download=not self.policy.limits.roots)
         if folder is None:
-            raise compat.not_found(request)
-        with PrivateFolder(self.settings.state_dir) as private:
+            raise NotAnAdapter(f"{request.lora_path} does not exist")
+        with self._store.fresh() as private:
             admission = admit(
                 folder,
                 request.lora_name,
                 self.policy,
-                base_model=_base_model(manager),
+                base_model=self._base_model,
                 device=self.settings.device,
                 into=private.make,
             )
-            copied = compat.with_path(request, private.path)
-            lora, verdict = self._enforce(manager, copied, original, admission)
-        self._record(verdict)
-        if lora is None and verdict.reason:
-            raise _Refused(verdict.reason)
+            verdict = admission.verdict
+            servable = not (admission.unscored or refused(verdict))
+            path = self._store.keep(private, verdict, servable=servable)
+        content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
+        topic = repr((version("s3lora-serve"), request.lora_name, str(folder), *content))
+        if verdict.digest:
+            path = self._store.agree(topic, path)
+        if self._recorder and compat.is_first_rank():
+            self._recorder.decided(verdict, "engine")
+        return path
+
+    def _enforced(
+        self, manager: Any, request: Any, original: Callable[..., Any], kept: Kept
+    ) -> Any:
+        """The LoRAModel that vLLM may take."""
+        verdict = kept.verdict
+        if kept.copy is None or refused(verdict):
+            raise Refused(str(verdict.reason))
+        policy = self.policy.for_adapter(verdict.name, verdict.path, self._base_model)
+        adapter = read_adapter(kept.copy, policy.limits)
+        if adapter.config.digest != verdict.config_digest:
+            raise StoreDamaged(f"{kept.path} does not hold what it is named after")
+        served = fitted_names(manager, adapter)
+        lora = load_copy(manager, compat.with_path(request, kept.path), original)
+        check_loaded(lora, served, adapter)
+        if verdict.mode == "enforce":
+            for name in verdict.stripped:
+                lora.loras.pop(served[name], None)
+        if not lora.loras:
+            compat.make_inert(lora)
         return lora
 
-    def _enforce(
-        self,
-        manager: Any,
-        request: Any,
-        original: Callable[..., Any],
-        admission: Admission,
-    ) -> tuple[Any | None, Verdict]:
-        """The LoRAModel that vLLM may take, or None with a rejected verdict."""
-        verdict, refusal = admission.verdict, admission.refusal
-        adapter = admission.adapter
-        if adapter is None or admission.unscored or (refusal and verdict.mode == "enforce"):
-            return None, verdict
-        started = time.perf_counter()
-        try:
-            served = fitted_names(manager, adapter)
-            lora = load_copy(manager, request, original)
-            check_loaded(lora, served, adapter)
-            if verdict.mode == "enforce":
-                for name in verdict.stripped:
-                    lora.loras.pop(served[name], None)
-            if not lora.loras:
-                compat.make_inert(lora)
-        except AdapterRejected as error:
-            return None, _rejected(verdict, error)
-        if self.metrics:
-            self.metrics.observe_strip(time.perf_counter() - started)
-        return lora, verdict
-
-    def _record(self, verdict: Verdict) -> None:
-        """Tell the log, the metrics and the audit log; none of them can change the decision."""
-        self._verdicts[verdict.name] = verdict
-        if len(self._verdicts) > MOST_REMEMBERED:
-            self._verdicts.popitem(last=False)
-        if not compat.is_first_rank():
-            return
-        say = logger.warning if verdict.decision is Decision.REJECTED else logger.info
-        say("s3lora: adapter %r %s", verdict.name, _summary(verdict))
-        if self.metrics:
-            self.metrics.record(verdict, resolve_device(self.settings.device))
-            for error, reason in ((GateFailed, "score"), (DeadlinePassed, "deadline")):
-                if verdict.reason and verdict.reason.code == error.code:
-                    self.metrics.failures.labels(reason).inc()
-        if self.audit:
-            try:
-                self.audit.record(verdict, "engine")
-            except OSError as problem:
-                logger.error("s3lora: audit log %s: %s", self.audit.path, problem)
-                if self.metrics:
-                    self.metrics.failures.labels("audit").inc()
+    def _quarantined(self, request: Any, reason: Reason, verdict: Verdict | None) -> Any:
+        """An adapter without effect in the place of one that is refused."""
+        _remember(self._refusals, request.lora_int_id, reason)
+        self._held.pop(request.lora_int_id, None)
+        # A registrar that waits for this load asks, answers its client, and takes it back.
+        asked = self._registering and self._store.find(request.lora_path) is not None
+        taken_back = asked and self.policy.mode == "enforce"
+        if self._recorder and compat.is_first_rank() and not taken_back:
+            self._recorder.quarantined(request.lora_name, request.lora_path, reason, verdict)
+        return compat.inert_adapter(request)
 
 
-class _Refused(AdapterRejected):
-    """A rejected verdict on its way through vLLM, which keeps only the text."""
-
-    def __init__(self, reason: Reason) -> None:
-        Exception.__init__(self, str(reason))
-
-
-def _rejected(verdict: Verdict, refusal: AdapterRejected) -> Verdict:
-    """The verdict once the model or vLLM has refused what the gate would have let pass."""
-    kept = tuple(replace(module, stripped=False) for module in verdict.modules)
-    reason = Reason.of(refusal)
-    return replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
+def _reason(refusal: AdapterRejected, verdict: Verdict | None) -> Reason:
+    """The reason of a refusal; one that was decided before is the verdict's own."""
+    if isinstance(refusal, Refused) and verdict and verdict.reason:
+        return verdict.reason
+    return Reason.of(refusal)
 
 
-def _base_model(manager: Any) -> str | None:
-    return getattr(getattr(manager._adapter_manager.model, "config", None), "_name_or_path", None)
+def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > MOST_REMEMBERED:
+        known.popitem(last=False)
 
 
 def _places(names: Iterable[str]) -> set[tuple[str, str]]:
@@ -190,12 +242,3 @@ def _places(names: Iterable[str]) -> set[tuple[str, str]]:
         layer = next((part for part in parts if part.isdecimal()), OTHER)
         places.add((layer, parts[-1]))
     return places
-
-
-def _summary(verdict: Verdict) -> str:
-    if verdict.reason:
-        return f"{verdict.decision.value}: {verdict.reason}"
-    return (
-        f"{verdict.decision.value}: {len(verdict.stripped)} of {len(verdict.modules)} modules sharp"
-        f" {list(verdict.stripped)}, {verdict.seconds.total * 1000:.1f} ms"
-    )

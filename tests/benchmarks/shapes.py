@@ -42,3 +42,17 @@ def adapter(
             A = torch.randn(rank, n, generator=generator)
             modules.append(Factors(f"model.layers.{layer}.{name}", B.to(dtype), A.to(dtype), 1.0))
     return modules
+
+
+def square(width: int, rank: int, count: int, dtype: torch.dtype = torch.bfloat16) -> list[Factors]:
+    """Alike modules of `width` rows and columns."""
+    generator = torch.Generator().manual_seed(rank + width)
+    return [
+        Factors(
+            f"model.layers.{i}.q_proj",
+            torch.randn(width, rank, generator=generator).to(dtype),
+            torch.randn(rank, width, generator=generator).to(dtype),
+            1.0,
+        )
+        for i in range(count)
+    ]

@@ -27,6 +27,13 @@ def decaying(B, A, decades):
     return orthonormal(B) * fall @ orthonormal(gaussian(r, r, r, k=len(B))[0]), A
 
 
+def falling(B, A, decades):
+    """Columns of B, and rows of A, that fall off in different orders."""
+    r = B.shape[-1]
+    fall = torch.logspace(0, -decades, r, dtype=torch.float64)
+    return B * fall, A * fall[torch.arange(r) * 7 % r][:, None]
+
+
 def spiked(B, A, decades):
     return torch.cat([B[..., :1] * 10**decades, B[..., 1:]], -1), A
 
@@ -52,7 +59,7 @@ def one_column_cancels(B, A, decades):
     return B, A
 
 
-FAMILIES = [decaying, spiked, scaled_rows, outlier, one_column_cancels]
+FAMILIES = [decaying, falling, spiked, scaled_rows, outlier, one_column_cancels]
 
 
 ARITHMETICS = [(torch.float32, 16), (torch.float32, 32), *((torch.float64, r) for r in (2, 4, 16))]

@@ -49,6 +49,7 @@ class Server:
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     guarded: bool = True
+    key: str | None = None  # the API key, where the server has one
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -118,11 +119,16 @@ class Server:
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
+    def request(self, method: str, path: str, **options: Any) -> requests.Response:
+        bearer = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        options = {"headers": bearer} | options
+        return requests.request(method, self.url(path), timeout=120, **options)
+
     def get(self, path: str) -> requests.Response:
-        return requests.get(self.url(path), timeout=60)
+        return self.request("GET", path)
 
     def post(self, path: str, **body: Any) -> requests.Response:
-        return requests.post(self.url(path), json=body, timeout=120)
+        return self.request("POST", path, json=body)
 
     def load(self, name: str, folder: Path, **more: Any) -> requests.Response:
         return self.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(folder), **more)

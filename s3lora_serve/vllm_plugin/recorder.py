@@ -1,0 +1,86 @@
+"""Tells log, metrics and audit log what the gate decided; none of them can change it."""
+
+from s3lora_serve.audit import AuditLog
+from s3lora_serve.errors import DeadlinePassed, GateFailed, Reason, StoreDamaged
+from s3lora_serve.metrics import Metrics
+from s3lora_serve.policy import Policy
+from s3lora_serve.settings import Settings
+from s3lora_serve.spectral import resolve_device
+from s3lora_serve.verdict import Decision, Verdict, rejected
+from s3lora_serve.vllm_plugin import compat
+
+logger = compat.logger
+
+_FAILURES = {
+    GateFailed.code: "score",
+    DeadlinePassed.code: "deadline",
+    StoreDamaged.code: "store",
+}
+
+
+class Recorder:
+    """What one process has to say; made where metrics can be registered, never at import."""
+
+    def __init__(self, policy: Policy, settings: Settings) -> None:
+        self.metrics = Metrics()
+        self._policy = policy
+        self._device = resolve_device(settings.device)
+        path = policy.audit.path
+        self._audit = AuditLog(path, compat.installed_version()) if path else None
+
+    def decided(self, verdict: Verdict, door: str) -> None:
+        """An adapter was decided on."""
+        say = logger.warning if verdict.decision is Decision.REJECTED else logger.info
+        say("s3lora: adapter %r %s", verdict.name, _summary(verdict))
+        self.metrics.record(verdict, self._device)
+        self._count_failure(verdict.reason)
+        self._write(verdict, door)
+
+    def quarantined(self, name: str, path: str, reason: Reason, verdict: Verdict | None) -> None:
+        """An adapter is served without effect because the engine could not do without it."""
+        logger.error("s3lora: adapter %r is quarantined, it answers as the base: %s", name, reason)
+        self.metrics.quarantined.labels(reason.code).inc()
+        self._count_failure(reason)
+        known = verdict or unknown(name, path, self._policy)
+        self._write(rejected(known, reason), "quarantine")
+
+    def _count_failure(self, reason: Reason | None) -> None:
+        if reason and reason.code in _FAILURES:
+            self.metrics.failures.labels(_FAILURES[reason.code]).inc()
+
+    def _write(self, verdict: Verdict, door: str) -> None:
+        if self._audit is None:
+            return
+        try:
+            self._audit.record(verdict, door)
+        except OSError as problem:
+            logger.error("s3lora: audit log %s: %s", self._audit.path, problem)
+            self.metrics.failures.labels("audit").inc()
+
+
+def unknown(name: str, path: str, policy: Policy) -> Verdict:
+    """What there is to say about an adapter of which nothing could be read."""
+    return Verdict(
+        path=path,
+        name=name,
+        digest=None,
+        config_digest=None,
+        decision=Decision.REJECTED,
+        reason=None,
+        uninformative=False,
+        mode=policy.mode,
+        scorer={
+            "name": policy.scorer.name,
+            "parameters": policy.scorer.model_dump(exclude={"name"}),
+        },
+        policy_digest=policy.digest,
+    )
+
+
+def _summary(verdict: Verdict) -> str:
+    if verdict.reason:
+        return f"{verdict.decision.value}: {verdict.reason}"
+    return (
+        f"{verdict.decision.value}: {len(verdict.stripped)} of {len(verdict.modules)} modules sharp"
+        f" {list(verdict.stripped)}, {verdict.seconds.total * 1000:.1f} ms"
+    )

@@ -1,0 +1,79 @@
+"""How figures are taken: least times of routes that take turns, errors, and peaks of memory."""
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from s3lora_serve.spectral import Factors
+from tests.benchmarks import routes
+
+Route = Callable[[Sequence[Factors]], object]
+
+
+def least_seconds(
+    modules: Sequence[Factors], timed: Sequence[Route], rounds: int
+) -> dict[str, float]:
+    """Least time of each route, the routes taking turns so that all meet the same noise."""
+    best = {route.__name__: float("inf") for route in timed}
+    for _ in range(rounds):
+        for route in timed:
+            started = time.perf_counter()
+            route(modules)
+            best[route.__name__] = min(best[route.__name__], time.perf_counter() - started)
+    return best
+
+
+def largest_errors(exact: Sequence[float], sample: Sequence[Factors]) -> dict[str, float]:
+    """Largest |SSI − exact| of the routes that claim to be fast."""
+    return {
+        route.__name__: max(abs(a - b) for a, b in zip(route(sample), exact, strict=True))
+        for route in (routes.ours, routes.per_module_float32)
+    }
+
+
+def peak_extra(modules: Sequence[Factors]) -> int:
+    """Bytes by which scoring raises the peak of this process over what holding the weights takes.
+
+    The weights were drawn in float32 and thrown away, so the peak before scoring is reset first.
+    """
+    routes.ours(modules[:7])  # libraries set themselves up
+    Path("/proc/self/clear_refs").write_text("5")
+    held = _status("VmRSS")
+    routes.ours(modules)
+    return _status("VmHWM") - held
+
+
+def in_fresh_process(*arguments: str) -> int:
+    """What `python -m tests.benchmarks --memory …` prints."""
+    command = [sys.executable, "-m", "tests.benchmarks", "--memory", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def machine() -> dict[str, object]:
+    """What the figures were taken on."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(names),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def _status(field: str) -> int:
+    """A size of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")

@@ -1,0 +1,127 @@
+"""The engine's own loop: evicted adapters come back as admitted, and nothing kills it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.serving.conftest import answers
+from tests.support.adapters import WEIGHTS, copy_with
+from tests.support.server import OPEN_LOADING, Server
+
+pytestmark = pytest.mark.serving
+
+
+@pytest.fixture(scope="module")
+def state(workplace) -> Path:
+    return workplace / "state"
+
+
+@pytest.fixture(scope="module")
+def small(model, policy_file, workplace, state):
+    """A guarded server with room for two adapters: a third drives the oldest out."""
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(policy_file),
+        "S3LORA_STATE_DIR": str(state),
+        "S3LORA_AUDIT_LOG": str(workplace / "small-audit.jsonl"),
+    }
+    arguments = ("--max-cpu-loras", "2", "--max-loras", "1", "--api-key", "the key")
+    with Server(model, workplace / "small.log", arguments, environment, key="the key") as server:
+        yield server
+
+
+def drive_out(server, adapter, tmp_path):
+    """Load two more adapters, so that the engine no longer holds those from before."""
+    for i in range(2):
+        name = f"filler-{i}-{tmp_path.name}"
+        assert server.load(name, adapter).status_code == 200
+        assert answers(server, name)
+
+
+def kept(state) -> list[Path]:
+    return [path for path in state.glob("s3lora-*/*") if (path / WEIGHTS).is_file()]
+
+
+@pytest.mark.parametrize("fate", ["deleted", "edited", "truncated", "replaced"])
+def test_an_evicted_adapter_comes_back_as_admitted_whatever_became_of_its_folder(
+    small, expected, spiked, trained, tmp_path, fate
+):
+    folder = copy_with(spiked, tmp_path / "tenant")
+    assert small.load(fate, folder).status_code == 200
+    weights = folder / WEIGHTS
+    if fate == "deleted":
+        shutil.rmtree(folder)
+    elif fate == "edited":
+        data = bytearray(weights.read_bytes())
+        data[-4000:] = b"\x7f" * 4000
+        weights.write_bytes(data)
+    elif fate == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        shutil.copy(trained / WEIGHTS, weights)
+    drive_out(small, trained, tmp_path)
+    assert answers(small, fate) == expected["by-hand"]
+
+
+def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_lives(
+    small, expected, spiked, trained, tmp_path, state
+):
+    before = set(kept(state))
+    folder = copy_with(spiked, tmp_path / "tenant", r_unused=1)
+    assert small.load("doomed", folder).status_code == 200
+    [ours] = set(kept(state)) - before
+    with (ours / WEIGHTS).open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\x7f" * 100)
+    metric = 's3lora_quarantined_total{reason="S3LORA-403"}'
+    quarantined = small.metrics()[metric]
+    drive_out(small, trained, tmp_path)
+    assert answers(small, "doomed") == expected["base"]
+    assert small.get("/health").status_code == 200
+    assert small.metrics()[metric] == quarantined + 1
+    assert "'doomed' is quarantined" in small.log.read_text()
+    # Registered anew it is whole again.
+    assert small.unload("doomed").status_code == 200
+    assert small.load("doomed", folder).status_code == 200
+    assert answers(small, "doomed") == expected["by-hand"]
+
+
+def test_an_adapter_is_read_once_when_it_is_replaced_in_place(small, expected, spiked, tmp_path):
+    folder = copy_with(spiked, tmp_path / "tenant")
+    assert small.load("in-place", folder).status_code == 200
+    assert small.load("in-place", folder, load_inplace=True).status_code == 200
+    before = small.metrics()['s3lora_admissions_total{decision="stripped",mode="enforce"}']
+    shutil.rmtree(folder)
+    assert answers(small, "in-place") == expected["by-hand"]
+    after = small.metrics()['s3lora_admissions_total{decision="stripped",mode="enforce"}']
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/adapters"), ("DELETE", "/adapters/in-place")]
+)
+def test_the_other_route_asks_for_the_api_key_too(small, spiked, method, path):
+    body = {"name": "keyless", "src": str(spiked)}
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic dGhlIGtleQ=="}):
+        response = small.request(method, path, json=body, headers=headers)
+        assert response.status_code == 401
+    served = {entry["id"] for entry in small.get("/v1/models").json()["data"]}
+    assert "keyless" not in served
+
+
+def test_the_other_route_serves_and_refuses_with_the_key(small, expected, spiked, tmp_path):
+    taken = small.request("POST", "/adapters", json={"name": "keyed", "src": str(spiked)})
+    assert taken.status_code == 200
+    assert answers(small, "keyed") == expected["by-hand"]
+    bad = copy_with(spiked, tmp_path / "bad", peft_type="IA3")
+    refused = small.request("POST", "/adapters", json={"name": "refused", "src": str(bad)})
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["type"] == "AdapterRejected"
+    assert error["message"].startswith("S3LORA-103: ")
+    assert small.request("DELETE", "/adapters/keyed").status_code == 200
+
+
+def test_the_status_probe_needs_no_key(small):
+    response = small.request("GET", "/s3lora/status", headers={})
+    assert (response.status_code, response.json()) == (200, {"guarded": True})
