@@ -12,6 +12,7 @@ import torch
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy_file import serving_policy
 from s3lora_serve.settings import load_settings
+from s3lora_serve.store import Store
 
 PLUGIN = "s3lora"
 """Name of both of our entry points: VLLM_PLUGINS is one list for all groups."""
@@ -99,10 +100,11 @@ def _policy() -> Check:
 
 def _state_dir() -> Check:
     try:
-        folder = load_settings().state_dir
+        store = Store(load_settings().state_dir)
+        store.prepare()
     except S3LoRAError as error:
         return Check("state folder", False, str(error))
-    return Check("state folder", os.access(folder, os.W_OK | os.X_OK), f"{folder} must be writable")
+    return Check("state folder", os.access(store.root, os.W_OK | os.X_OK), str(store.root))
 
 
 def _metrics_dir() -> Check:

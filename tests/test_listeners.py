@@ -37,7 +37,8 @@ def test_closed_label_sets_exist_at_zero_from_the_start(registry, metrics):
     assert value("s3lora_modules_stripped_total", layer="3", projection="q_proj") == 0
     assert value("s3lora_modules_scored_total", projection="other") == 0
     assert value("s3lora_admission_seconds_count", phase="strip") == 0
-    assert value("s3lora_gate_active") == 0
+    assert value("s3lora_quarantined_total", reason="S3LORA-403") == 0
+    assert value("s3lora_gate_active") is None, "read as a worker that is not guarded"
 
 
 def test_an_admission_is_counted_as_its_verdict_says(registry, metrics, trained):

@@ -4,6 +4,7 @@ An exception here would stop the engine of every tenant, or leave the ranks of a
 engine out of step.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -124,6 +125,7 @@ class Guard:
         try:
             kept = self._kept(request)
             verdict = kept.verdict
+            started = time.perf_counter()
             lora = self._enforced(manager, request, original, kept)
         except AdapterRejected as refusal:
             return self._quarantined(request, _reason(refusal, verdict), verdict)
@@ -131,6 +133,8 @@ class Guard:
             logger.exception("s3lora: adapter %r", request.lora_name)
             failed = GateFailed(f"{type(error).__name__}: {error}")
             return self._quarantined(request, Reason.of(failed), verdict)
+        if self._recorder and self._registering and compat.is_first_rank():
+            self._recorder.metrics.observe_strip(time.perf_counter() - started)
         self._refusals.pop(adapter_id, None)
         _remember(self._held, adapter_id, kept.path.name)
         return lora
