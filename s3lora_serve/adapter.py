@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s3lora_serve.errors import ModuleTwice, OverLimit, PartnerMissing, ShapesDoNotFit, Unscorable
+from s3lora_serve.errors import (
+    ModuleTwice,
+    NotFinite,
+    OverLimit,
+    PartnerMissing,
+    ShapesDoNotFit,
+    Unscorable,
+)
 from s3lora_serve.intake import PrivateCopy
 from s3lora_serve.peft_config import AdapterConfig, parse_config
 from s3lora_serve.policy import Limits
@@ -15,6 +22,7 @@ from s3lora_serve.safetensors_format import Header, read_header, tensors
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.weight", re.ASCII
 )
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 PREFIX = "base_model.model."
 MAX_NAME_LENGTH = 256
 """Module names go into labels, logs and patterns; the longest in use has about 80 characters."""
@@ -57,22 +65,34 @@ class Adapter:
     modules: tuple[Module, ...]  # in natural order of their names
     header: Header
     copy: PrivateCopy
+    unscorable: tuple[str, ...] = ()  # names of tensors that the index is not defined for
 
 
-def read_adapter(copy: PrivateCopy, limits: Limits) -> Adapter:
+def read_adapter(copy: PrivateCopy, limits: Limits, on_unscorable: str = "reject") -> Adapter:
     """Read and check an adapter from its private copy; tensors are views, nothing is converted.
+
+    What the index is not defined for is refused, or let pass by name: with `admit` all of it, with
+    `strip` what can be taken away and leave the rest as it was trained.
 
     Raises:
         AdapterRejected: a subclass for each way in which it is not a well-formed plain LoRA.
     """
-    config = parse_config(copy.config)
+    config = parse_config(copy.config, on_unscorable)
+    unscorable: list[str] = []
     header = read_header(copy.weights)
     sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, tensor in tensors(header, copy.weights):
         match = _FACTOR.fullmatch(key)
         # vLLM takes the prefix out wherever it stands: a name that holds it twice is two names.
         if match is None or len(key) > MAX_NAME_LENGTH or PREFIX in match["module"]:
-            raise Unscorable(f"tensor {key[:120]!r} is not a lora_A or lora_B of a linear module")
+            if not _may_pass(key, on_unscorable):
+                raise Unscorable(
+                    f"tensor {key[:120]!r} is not a lora_A or lora_B of a linear module"
+                )
+            if not tensor.isfinite().all():
+                raise NotFinite(f"tensor {key} holds NaN or Inf")
+            unscorable.append(key)
+            continue
         factors = sides.setdefault(match["module"], {})
         if match["side"] in factors:
             raise ModuleTwice(f"{factors[match['side']][0]} and {key} are one module's")
@@ -81,7 +101,19 @@ def read_adapter(copy: PrivateCopy, limits: Limits) -> Adapter:
         raise PartnerMissing("the adapter has no modules")
     names = sorted(sides, key=_natural)
     modules = tuple(_module(name, sides[name], config, limits) for name in names)
-    return Adapter(config, modules, header, copy)
+    return Adapter(config, modules, header, copy, tuple(sorted(unscorable)))
+
+
+def _may_pass(key: str, on_unscorable: str) -> bool:
+    """Whether the policy lets a tensor pass that the index is not defined for."""
+    if len(key) > MAX_NAME_LENGTH or not _PLAIN.fullmatch(key) or key.count(PREFIX) > 1:
+        return False
+    if on_unscorable == "strip":
+        # Without its magnitudes or biases a module is not what was trained.
+        return not key.endswith(
+            (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".bias")
+        )
+    return on_unscorable == "admit"
 
 
 def _module(
@@ -94,6 +126,10 @@ def _module(
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
         raise ShapesDoNotFit(
             f"module {name} has lora_A of shape {tuple(A.shape)} and lora_B of {tuple(B.shape)}"
+        )
+    if A.shape[0] < limits.min_rank:
+        raise OverLimit(
+            f"module {name} has rank {A.shape[0]}, under limits.min_rank {limits.min_rank}"
         )
     if A.shape[0] > limits.max_rank:
         raise OverLimit(

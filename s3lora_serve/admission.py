@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from s3lora_serve.errors import (
     AdapterRejected,
     Cancels,
     DeadlinePassed,
+    DoesNotFitModel,
     GateFailed,
     NotFinite,
     NothingSelected,
@@ -49,11 +50,13 @@ def admit(
     base_model: str | None = None,
     device: str = "auto",
     into: Callable[[], Path] | None = None,
+    shapes: Collection[tuple[int, int]] = (),
 ) -> Admission:
     """Take a private copy of the adapter and decide on it; a bad adapter is a rejected verdict.
 
     `policy` is the server's; its rules are applied here. `into` makes the folder for the
-    copy, which is in memory if None.
+    copy, which is in memory if None. Where `shapes` of the served model's modules are known, others
+    are refused before any of them costs time or memory.
     """
     started = time.perf_counter()
     effective = policy.for_adapter(name, _real_path(folder), base_model)
@@ -64,7 +67,8 @@ def admit(
     read = scored = started
     try:
         copy = copy_adapter(folder, effective.limits, into() if into else None)
-        adapter = read_adapter(copy, effective.limits)
+        adapter = read_adapter(copy, effective.limits, effective.on_unscorable)
+        _check_shapes(adapter, shapes)
         read = time.perf_counter()
         scores = _score(adapter, effective, device, deadline)
         scored = time.perf_counter()
@@ -75,6 +79,7 @@ def admit(
     except Exception as error:  # noqa: BLE001 - fail closed: whatever broke, nothing unscored is admitted
         ruling = Ruling(Decision.REJECTED, GateFailed(f"{type(error).__name__}: {error}"))
     ended = time.perf_counter()
+    unscorable = adapter.unscorable if adapter else ()
     verdict = Verdict(
         path=str(folder),
         name=name,
@@ -90,9 +95,20 @@ def admit(
         },
         policy_digest=policy.digest,
         modules=_module_verdicts(adapter, scores, ruling) if adapter and scores else (),
+        removed=unscorable if effective.on_unscorable == "strip" else (),
+        unscored=unscorable if effective.on_unscorable == "admit" else (),
         seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
     )
     return Admission(verdict, adapter, ruling.refusal)
+
+
+def _check_shapes(adapter: Adapter, shapes: Collection[tuple[int, int]]) -> None:
+    for module in adapter.modules:
+        if shapes and module.shape not in shapes:
+            raise DoesNotFitModel(
+                f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, and"
+                " the served model has no such LoRA module"
+            )
 
 
 def _real_path(folder: Path) -> str:

@@ -15,9 +15,10 @@ from s3lora_serve import tables
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.guarding import checks
 from s3lora_serve.intake import CONFIG_NAME, OTHER_FORMATS, WEIGHTS_NAME
-from s3lora_serve.launcher import command, environment
-from s3lora_serve.policy_file import effective_policy
+from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, command, environment, extension_of
+from s3lora_serve.policy_file import effective_policy, serving_policy
 from s3lora_serve.scan import scan_adapter
+from s3lora_serve.settings import load_settings
 from s3lora_serve.verdict import Decision, Verdict
 
 app = typer.Typer(
@@ -124,6 +125,9 @@ def serve(
     # VLLM_PLUGINS is mended below, so that it may not list us yet is no reason to stop.
     if any(check.essential and check.name != "VLLM_PLUGINS" for check in failed):
         _stop("the server would not be guarded, so it is not started")
+    theirs = extension_of(context.args)
+    if theirs and theirs != GUARDED_WORKER and serving_policy(load_settings()).required:
+        _stop(f"required: true needs {EXTENSION} {GUARDED_WORKER}, got {theirs}")
     line = command(model, context.args)
     os.execve(line[0], line, environment(os.environ))  # noqa: S606 - signals and exit code are vLLM's
 

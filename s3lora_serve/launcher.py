@@ -13,17 +13,36 @@ from s3lora_serve.guarding import ENDPOINT_GROUP, PLUGIN, installed_vllm
 _METRICS_PREFIX = "s3lora-metrics-"
 
 
+EXTENSION = "--worker-extension-cls"
+GUARDED_WORKER = "s3lora_serve.vllm_plugin.worker.GuardedWorker"
+"""A worker that cannot import it does not start: a plugin that cannot be imported is skipped."""
+
+
 def command(model: str, arguments: Sequence[str]) -> list[str]:
-    """The command line that starts vLLM's server.
+    """The command line that starts vLLM's server, each worker of which imports the gate.
+
+    A worker extension of the user's own is kept: vLLM takes only one.
 
     The CPU distribution's `vllm` command looks for a distribution named vllm and fails, so there
     the server's module is run directly.
     """
     found = installed_vllm()
+    own = () if extension_of(arguments) else (EXTENSION, GUARDED_WORKER)
     if found and found[0] == "vllm":
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments]
-    module = "vllm.entrypoints.openai.api_server"
-    return [sys.executable, "-m", module, "--model", model, *arguments]
+        start = ["vllm.entrypoints.cli.main", "serve", model]
+    else:
+        start = ["vllm.entrypoints.openai.api_server", "--model", model]
+    return [sys.executable, "-m", *start, *arguments, *own]
+
+
+def extension_of(arguments: Sequence[str]) -> str | None:
+    """The worker extension among vLLM's arguments, in any spelling that vLLM takes."""
+    found = None
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == EXTENSION:
+            found = value if equals else next(iter(arguments[i + 1 : i + 2]), "")
+    return found
 
 
 def environment(current: Mapping[str, str]) -> dict[str, str]:

@@ -75,8 +75,10 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.fields.use_rslora else rank)
 
 
-def parse_config(text: bytes) -> AdapterConfig:
+def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
     """Parse and check adapter_config.json.
+
+    `on_unscorable` is the policy's word on parts that the index is not defined for.
 
     Raises:
         ConfigInvalid: not JSON, a field of the wrong type, or not a LoRA.
@@ -97,7 +99,7 @@ def parse_config(text: bytes) -> AdapterConfig:
         raise ConfigInvalid(f"adapter_config.json is not JSON: {error}") from None
     if fields.peft_type != "LORA":
         raise ConfigInvalid(f"peft_type is {fields.peft_type[:40]!r}, expected 'LORA'")
-    _check_scorable(fields)
+    _check_scorable(fields, on_unscorable)
     digest = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
     ranks = _compiled("rank_pattern", fields.rank_pattern or {}, 1, MAX_RANK_CLAIMED)
     alphas = _compiled("alpha_pattern", fields.alpha_pattern or {}, -MAX_ALPHA, MAX_ALPHA)
@@ -122,7 +124,9 @@ def _compiled(name: str, patterns: dict[str, T], least: float, most: float) -> P
     return tuple(compiled)
 
 
-def _check_scorable(fields: PeftConfig) -> None:
+def _check_scorable(fields: PeftConfig, on_unscorable: str) -> None:
+    if on_unscorable == "admit":
+        return
     asked = {
         "use_dora": fields.use_dora,
         "lora_bias": fields.lora_bias,
@@ -133,6 +137,8 @@ def _check_scorable(fields: PeftConfig) -> None:
         "use_qalora": fields.use_qalora,
         "use_bdlora": fields.use_bdlora,
     }
+    if on_unscorable == "strip":
+        del asked["modules_to_save"]  # its tensors can be taken away; the others' meaning cannot
     for name, value in asked.items():
         if value:
             raise Unscorable(f"adapter_config.json sets {name} to {str(value)[:80]}")

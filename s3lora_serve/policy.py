@@ -58,6 +58,7 @@ class Limits(_Section):
     max_norm_ratio: Annotated[float, Field(gt=0)] | None = None
     seconds: Annotated[float, Field(gt=0)] = 30  # far over any measured admission
     max_bytes: Annotated[int, Field(gt=0)] = 2 * 2**30  # r = 64 on a 70B model is 1.7 GB in bf16
+    min_rank: Annotated[int, Field(ge=1)] = 1  # 2 refuses what cannot be ranked: rank-1 modules
     max_rank: Annotated[int, Field(ge=1)] = 256  # the largest rank in common use; vLLM stops at 512
     formats: tuple[Literal["safetensors"], ...] = ("safetensors",)  # the others run code to load
     roots: tuple[Path, ...] = ()
@@ -104,7 +105,7 @@ class Policy(_Section):
     deny: frozenset[Digest] = frozenset()
     allow: frozenset[Digest] = frozenset()
     on_uninformative: Literal["reject", "admit"] = "reject"
-    on_unscorable: Literal["reject"] = "reject"
+    on_unscorable: Literal["reject", "admit", "strip"] = "reject"
     audit: Audit = Audit()
     store: Store = Store()
     required: bool = False

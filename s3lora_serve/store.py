@@ -136,6 +136,8 @@ def key(verdict: Verdict) -> str:
         verdict.decision.value,
         verdict.reason and verdict.reason.code,
         sorted(verdict.stripped),
+        sorted(verdict.removed),
+        sorted(verdict.unscored),
     ]
     return hashlib.sha256(json.dumps(obeyed, separators=(",", ":")).encode()).hexdigest()
 

@@ -37,7 +37,7 @@ def strip_adapter(
         return verdict
     staging = Path(tempfile.mkdtemp(prefix=f".{written.name}-", dir=written.absolute().parent))
     try:
-        write_adapter(adapter, verdict.stripped, staging)
+        write_adapter(adapter, verdict.stripped, staging, verdict.removed)
         staging.chmod(0o755)
         staging.rename(written)
     except BaseException:
@@ -46,10 +46,14 @@ def strip_adapter(
     return verdict
 
 
-def write_adapter(adapter: Adapter, without: Iterable[str], folder: Path) -> None:
-    """Write config and weights into an existing folder, without the named modules."""
+def write_adapter(
+    adapter: Adapter, without: Iterable[str], folder: Path, removed: Iterable[str] = ()
+) -> None:
+    """Write config and weights into an existing folder, without the named modules and tensors."""
     gone = set(without)
-    dropped = {key for module in adapter.modules if module.name in gone for key in module.keys}
+    dropped = set(removed) | {
+        key for module in adapter.modules if module.name in gone for key in module.keys
+    }
     kept = [entry for entry in adapter.header.entries if entry.name not in dropped]
     kept.sort(key=lambda entry: entry.start)
     with (folder / WEIGHTS_NAME).open("wb") as file:

@@ -56,6 +56,8 @@ class Verdict:
     scorer: dict[str, Any]
     policy_digest: str
     modules: tuple[ModuleVerdict, ...] = ()
+    removed: tuple[str, ...] = ()  # unscorable tensors that are taken away (policy: strip)
+    unscored: tuple[str, ...] = ()  # unscorable tensors that are served unscored (policy: admit)
     seconds: Seconds = field(default_factory=Seconds)
 
     @property
@@ -77,6 +79,8 @@ class Verdict:
             "scorer": self.scorer,
             "policy_digest": self.policy_digest,
             "modules": [_module_json(module) for module in self.modules],
+            "removed": list(self.removed),
+            "unscored": list(self.unscored),
             "seconds": {
                 "read": self.seconds.read,
                 "score": self.seconds.score,
@@ -97,6 +101,8 @@ class Verdict:
                 "decision": Decision(data["decision"]),
                 "reason": Reason.from_json(data["reason"]),
                 "modules": tuple(_module_from_json(module) for module in data["modules"]),
+                "removed": tuple(data["removed"]),
+                "unscored": tuple(data["unscored"]),
                 "seconds": Seconds(**data["seconds"]),
             }
         )

@@ -206,4 +206,17 @@ def test_serve_starts_either_distribution_of_vllm(monkeypatch, distribution, mod
     line = launcher.command("a-model", ["--port", "1"])
     assert line[1:3] == ["-m", module]
     assert "a-model" in line
-    assert line[-2:] == ["--port", "1"]
+    assert line[-4:] == ["--port", "1", launcher.EXTENSION, launcher.GUARDED_WORKER]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--worker-extension-cls", "their.Own"], ["--worker_extension_cls=their.Own", "--port", "1"]],
+)
+def test_serve_keeps_a_worker_extension_unless_the_gate_is_required(given, tmp_path):
+    assert launcher.command("a-model", given)[-len(given) :] == given
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("required: true\n")
+    done = run("serve", "a-model", *given, S3LORA_POLICY=str(policy))
+    assert done.exit_code == 2
+    assert "their.Own" in done.output

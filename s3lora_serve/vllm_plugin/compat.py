@@ -22,6 +22,7 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.model_executor.utils import get_moe_expert_mapping
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase
@@ -184,6 +185,7 @@ def _wrap_create(owner: Any, listener: Callable[[Any, Any], None]) -> None:
 
     def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
         created = original(self, model, vllm_config)
+        self._s3lora_vllm_config = vllm_config
         listener(self, vllm_config)
         return created
 
@@ -263,13 +265,59 @@ def module_shapes(manager: Any) -> dict[str, tuple[int, int]]:
     adapter_manager = manager._adapter_manager
     shapes: dict[str, tuple[int, int]] = {}
     for name, layer in adapter_manager.modules.items():
-        outputs, inputs = _layer_sizes(layer)
         parts = adapter_manager.packed_modules.get(name, [name])
+        if hasattr(layer, "moe_config"):
+            shapes |= _expert_shapes(adapter_manager.model, layer, parts)
+            continue
+        outputs, inputs = _layer_sizes(layer)
         if len(parts) == 1 and outputs:
             shapes[name] = sum(outputs), inputs
         elif len(parts) == len(outputs):
             shapes |= {part: (m, inputs) for part, m in zip(parts, outputs, strict=True)}
     return shapes
+
+
+def _expert_shapes(model: Any, layer: Any, parts: list[str]) -> dict[str, tuple[int, int]]:
+    """(m, n) of each expert's projections, where adapters hold experts one by one."""
+    mapping = get_moe_expert_mapping(model)
+    if len(parts) != len(mapping):
+        return {}  # experts fused into one tensor
+    hidden = layer.hidden_size
+    inner = layer.intermediate_size_per_partition * layer.tp_size
+    shapes = {}
+    for part, (_, _, _, shard) in zip(parts, mapping, strict=True):
+        shapes[part] = (hidden, inner) if shard == "w2" else (inner, hidden)
+    return shapes
+
+
+def holds_whole_model(manager: Any) -> bool:
+    """Whether this worker has every layer; with pipeline stages each has its own."""
+    parallel = manager._s3lora_vllm_config.parallel_config
+    return bool(parallel.pipeline_parallel_size == 1)
+
+
+def module_of(key: str) -> str:
+    """The module that a tensor of an adapter belongs to, by the name's end that is never mapped."""
+    parts = key.split(".")
+    cut = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts) - 1)
+    return parts[cut - 1] if cut else key
+
+
+def strip_module(lora: LoRAModel, name: str) -> None:
+    """Take away one module's update.
+
+    Experts are packed together and none may be missing, so one alone is left with B = 0.
+    """
+    if ".experts." not in name:
+        lora.loras.pop(name, None)
+    elif name in lora.loras:
+        lora.loras[name].lora_b = torch.zeros_like(lora.loras[name].lora_b)
+
+
+def drop_full_modules(lora: LoRAModel) -> None:
+    """Take away whole layers that an adapter brings (modules_to_save)."""
+    if getattr(lora, "modules_to_save", None):
+        lora.modules_to_save = {}
 
 
 def _layer_sizes(layer: Any) -> tuple[list[int], int]:

@@ -1,30 +1,40 @@
 """Does an adapter fit the served model, and is what vLLM loaded what was scored?"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from s3lora_serve.adapter import Adapter, Module
-from s3lora_serve.errors import DoesNotFitModel, RefusedByVLLM
+from s3lora_serve.errors import DoesNotFitModel, NotFinite, RefusedByVLLM
 from s3lora_serve.vllm_plugin import compat
 
 
 def fitted_names(manager: Any, adapter: Adapter) -> dict[str, str]:
     """vLLM's name for each module, every A and B checked against the model's LoRA modules."""
     shapes = compat.module_shapes(manager)
+    names = _served_names(manager, [key for m in adapter.modules for key in m.keys])
     served: dict[str, str] = {}
-    try:
-        names = compat.served_names(manager, (key for m in adapter.modules for key in m.keys))
-    except ValueError as error:
-        raise RefusedByVLLM(f"vLLM says: {error}") from None
+    taken: set[str] = set()
     for module in adapter.modules:
         [*targets] = {names[key] for key in module.keys}
         target = targets[0]
-        if len(targets) > 1 or target in served.values():
+        if len(targets) > 1 or target in taken:
             raise DoesNotFitModel(f"module {module.name} does not map to one module of the model")
-        _check_fits(module, target, shapes)
+        if target in shapes or compat.holds_whole_model(manager):
+            _check_fits(module, target, shapes)
         served[module.name] = target
+        taken.add(target)
     return served
+
+
+def _served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:
+    try:
+        return compat.served_names(manager, keys)
+    except ValueError as error:
+        raise RefusedByVLLM(f"vLLM says: {error}") from None
 
 
 def _check_fits(module: Module, target: str, shapes: dict[str, tuple[int, int]]) -> None:
@@ -47,13 +57,43 @@ def load_copy(manager: Any, request: Any, original: Callable[..., Any]) -> Any:
 
 
 def check_loaded(lora: Any, served: dict[str, str], adapter: Adapter) -> None:
-    """What vLLM made of the copy is what was scored: the same modules, with the same scaling."""
-    if unscored := set(lora.loras) - set(served.values()):
-        raise DoesNotFitModel(f"vLLM loaded {sorted(unscored)[0]}, which was not scored")
+    """What vLLM made of the copy is what was scored: the same modules, scaling, and finite.
+
+    vLLM casts to the engine's dtype before, and multiplies B by the scaling after: either can take
+    a finite number out of the dtype's range.
+    """
+    scored = set(served.values())
+    unscorable = {compat.module_of(key) for key in adapter.unscorable}
+    for name in lora.loras:
+        if name not in scored and not any(name.endswith(other) for other in unscorable):
+            raise DoesNotFitModel(f"vLLM loaded {name}, which was not scored")
     for module in adapter.modules:
         loaded = lora.loras.get(served[module.name])
-        if loaded is not None and not math.isclose(loaded.scaling, module.scaling, rel_tol=1e-6):
+        if loaded is None:
+            continue
+        if not math.isclose(loaded.scaling, module.scaling, rel_tol=1e-6):
             raise DoesNotFitModel(
                 f"vLLM would scale {module.name} by {loaded.scaling:g}, it was scored with"
                 f" {module.scaling:g} (this version may not know rank_pattern and alpha_pattern)"
             )
+        if not (_within(loaded.lora_a, 1.0) and _within(loaded.lora_b, module.scaling)):
+            raise NotFinite(
+                f"module {module.name} leaves the range of {loaded.lora_b.dtype}, in which this"
+                " server holds adapters"
+            )
+
+
+def remove_unscorable(lora: Any, served: dict[str, str], removed: Collection[str]) -> None:
+    """Take away what the policy does not let pass unscored."""
+    if not removed:
+        return
+    scored = set(served.values())
+    for name in [name for name in lora.loras if name not in scored]:
+        del lora.loras[name]
+    compat.drop_full_modules(lora)
+
+
+def _within(tensor: Tensor, factor: float) -> bool:
+    """Whether the largest entry, times a factor, is a finite number of the tensor's dtype."""
+    largest = float(torch.linalg.vector_norm(tensor, math.inf)) * abs(factor)
+    return largest <= torch.finfo(tensor.dtype).max

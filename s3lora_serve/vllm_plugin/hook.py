@@ -14,7 +14,14 @@ from typing import Any
 
 from s3lora_serve.adapter import read_adapter
 from s3lora_serve.admission import admit
-from s3lora_serve.errors import AdapterRejected, GateFailed, NotAnAdapter, Reason, StoreDamaged
+from s3lora_serve.errors import (
+    AdapterRejected,
+    GateFailed,
+    NotAnAdapter,
+    Reason,
+    RefusedByVLLM,
+    StoreDamaged,
+)
 from s3lora_serve.metrics import OTHER
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import serving_policy
@@ -22,7 +29,7 @@ from s3lora_serve.settings import Settings, load_settings
 from s3lora_serve.store import Kept, Store
 from s3lora_serve.verdict import Verdict, refused
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.fit import check_loaded, fitted_names, load_copy
+from s3lora_serve.vllm_plugin.fit import check_loaded, fitted_names, load_copy, remove_unscorable
 from s3lora_serve.vllm_plugin.recorder import Recorder
 from s3lora_serve.vllm_plugin.registrar import MOST_REMEMBERED, Refused, Registrar, door
 
@@ -45,7 +52,7 @@ def install() -> None:
     compat.check_contract()
     guard = Guard(policy, settings)
     compat.after_create_lora_manager(guard.activate)
-    for name in ("status", "places", "refusal", "holds"):
+    for name in ("status", "model", "refusal", "holds"):
         compat.add_worker_method(f"s3lora_{name}", _asked(guard, name))
     if policy.mode != "off":
         Store(settings.state_dir).prepare()
@@ -76,7 +83,9 @@ class Guard:
         self._store = Store(settings.state_dir)
         self._recorder: Recorder | None = None
         self._places: set[tuple[str, str]] = set()
+        self._shapes: set[tuple[int, int]] = set()
         self._base_model: str | None = None
+        self._whole = False
         self._registering = False
         self._refusals: OrderedDict[int, Reason] = OrderedDict()
         self._origins: OrderedDict[tuple[int, str], Path] = OrderedDict()
@@ -85,7 +94,9 @@ class Guard:
     def activate(self, manager: Any, vllm_config: Any) -> None:
         """A worker has its LoRA modules: learn their names and say that the gate is up."""
         self._base_model = compat.base_model(vllm_config)
-        self._places = _places(compat.module_shapes(manager))
+        self._whole = compat.holds_whole_model(manager)
+        shapes = compat.module_shapes(manager)
+        self._places, self._shapes = _places(shapes), set(shapes.values())
         self._recorder = self._recorder or Recorder(self.policy, self.settings)
         self._recorder.metrics.know_model(self._places)
         release, digest, mode = version("s3lora-serve"), self.policy.digest, self.policy.mode
@@ -96,9 +107,9 @@ class Guard:
         """What this worker says when asked whether it is guarded."""
         return {"active": self._recorder is not None and self.policy.mode != "off"}
 
-    def places(self) -> list[tuple[str, str]]:
-        """(layer, projection) of the modules of this worker's part of the base model."""
-        return sorted(self._places)
+    def model(self) -> dict[str, list[tuple[Any, Any]]]:
+        """(layer, projection) and (m, n) of the modules of this worker's part of the model."""
+        return {"places": sorted(self._places), "shapes": sorted(self._shapes)}
 
     def refusal(self, adapter_id: int) -> tuple[str, str] | None:
         """Code and message of why this worker holds the adapter without effect, if it does."""
@@ -150,7 +161,7 @@ class Guard:
         except Exception as error:
             logger.exception("s3lora: adapter %r", request.lora_name)
             manager.remove_adapter(request.lora_int_id)
-            failed = GateFailed(f"vLLM could not take it: {type(error).__name__}: {error}")
+            failed = RefusedByVLLM(f"vLLM says: {type(error).__name__}: {error}")
             empty = self._quarantined(request, Reason.of(failed), None)
             return compat.add_loaded(manager, empty)
 
@@ -179,6 +190,7 @@ class Guard:
                 base_model=self._base_model,
                 device=self.settings.device,
                 into=private.make,
+                shapes=self._shapes if self._whole else (),
             )
             verdict = admission.verdict
             servable = not (admission.unscored or refused(verdict))
@@ -199,7 +211,7 @@ class Guard:
         if kept.copy is None or refused(verdict):
             raise Refused(str(verdict.reason))
         policy = self.policy.for_adapter(verdict.name, verdict.path, self._base_model)
-        adapter = read_adapter(kept.copy, policy.limits)
+        adapter = read_adapter(kept.copy, policy.limits, policy.on_unscorable)
         if adapter.config.digest != verdict.config_digest:
             raise StoreDamaged(f"{kept.path} does not hold what it is named after")
         served = fitted_names(manager, adapter)
@@ -207,7 +219,8 @@ class Guard:
         check_loaded(lora, served, adapter)
         if verdict.mode == "enforce":
             for name in verdict.stripped:
-                lora.loras.pop(served[name], None)
+                compat.strip_module(lora, served[name])
+            remove_unscorable(lora, served, verdict.removed)
         if not lora.loras:
             compat.make_inert(lora)
         return lora

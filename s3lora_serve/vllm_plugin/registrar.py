@@ -43,6 +43,7 @@ class Registrar:
         self._settings = settings
         self._store = Store(settings.state_dir)
         self._recorder: Recorder | None = None
+        self._shapes: set[tuple[int, int]] = set()
         self._threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="s3lora")
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
 
@@ -95,6 +96,7 @@ class Registrar:
                 base_model=compat.base_model(engine.vllm_config),
                 device=self._settings.device,
                 into=private.make,
+                shapes=self._shapes,
             )
             verdict = admission.verdict
             if refused(verdict):
@@ -108,8 +110,11 @@ class Registrar:
         """The recorder, which counts by the layers and projections that the workers have."""
         if self._recorder is None:
             recorder = Recorder(self._policy, self._settings)
-            places = await engine.collective_rpc("s3lora_places")
-            recorder.metrics.know_model({(layer, name) for rank in places for layer, name in rank})
+            ranks = await engine.collective_rpc("s3lora_model")
+            recorder.metrics.know_model(
+                {tuple(place) for rank in ranks for place in rank["places"]}
+            )
+            self._shapes = {(m, n) for rank in ranks for m, n in rank["shapes"]}
             self._recorder = recorder
         return self._recorder
 

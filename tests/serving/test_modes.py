@@ -29,13 +29,27 @@ def test_audit_mode_admits_what_the_policy_would_refuse(auditing, spiked, tmp_pa
     assert response.headers["X-S3LoRA-Decision"] == "rejected"
 
 
-def test_audit_mode_never_serves_what_could_not_be_scored(auditing, spiked, tmp_path):
+def test_audit_mode_never_serves_what_could_not_be_scored(auditing, expected, spiked, tmp_path):
     def wreck(tensors):
         tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
 
+    metric = 's3lora_quarantined_total{reason="S3LORA-109"}'
+    before = auditing.metrics()[metric]
     response = auditing.load("nan", copy_with(spiked, tmp_path / "nan", wreck))
-    assert response.status_code == 400
-    assert response.json()["error"]["message"].startswith("S3LORA-109")
+    assert response.status_code == 200
+    assert response.headers["X-S3LoRA-Decision"] == "rejected"
+    assert answers(auditing, "nan") == expected["base"]
+    assert auditing.metrics()[metric] == before + 1
+
+
+def test_audit_mode_quarantines_what_does_not_fit_the_model(auditing, expected, spiked, tmp_path):
+    def widen(tensors):
+        name = key("model.layers.0.self_attn.q_proj", "A")
+        tensors[name] = tensors[name].repeat(1, 2)
+
+    response = auditing.load("wide", copy_with(spiked, tmp_path / "wide", widen))
+    assert (response.status_code, response.headers["X-S3LoRA-Decision"]) == (200, "rejected")
+    assert answers(auditing, "wide") == expected["base"]
 
 
 def test_off_does_nothing(switched_off, expected, spiked):
@@ -63,3 +77,32 @@ def test_vllm_serve_without_the_launcher_is_guarded_too(
         assert server.load("plain", spiked).headers["X-S3LoRA-Decision"] == "stripped"
         assert answers(server, "plain") == expected["by-hand"]
         assert server.metrics()['s3lora_admissions_total{decision="stripped",mode="enforce"}'] == 1
+
+
+EXTENSION = ("--worker-extension-cls", "s3lora_serve.vllm_plugin.worker.GuardedWorker")
+
+
+def test_the_worker_extension_guards_where_the_plugin_is_left_out(
+    model, spiked, expected, policy_file, workplace, tmp_path
+):
+    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy_file), "VLLM_PLUGINS": ""}
+    with Server(model, workplace / "left-out.log", EXTENSION, environment, guarded=False) as server:
+        assert server.load("left-out", spiked).status_code == 200
+        assert answers(server, "left-out") == expected["by-hand"]
+        # The API server is vLLM's own here: the refusal shows in what is served, and in the log.
+        assert server.load("bad", copy_with(spiked, tmp_path / "bad", peft_type="IA3"))
+        assert answers(server, "bad") == expected["base"]
+        assert "'bad' is quarantined" in server.log.read_text()
+
+
+def test_a_worker_whose_gate_cannot_be_imported_does_not_start(model, workplace, tmp_path):
+    shadow = tmp_path / "shadow"
+    (shadow / "s3lora_serve").mkdir(parents=True)
+    (shadow / "s3lora_serve" / "__init__.py").write_text("raise ImportError('broken')")
+    environment = OPEN_LOADING | {"PYTHONPATH": str(shadow)}
+    server = Server(model, workplace / "broken.log", EXTENSION, environment, guarded=False)
+    try:
+        with pytest.raises(RuntimeError, match="server ended"):
+            server.__enter__()
+    finally:
+        server.stop()

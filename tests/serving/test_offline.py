@@ -7,24 +7,38 @@ import sys
 import pytest
 
 from tests.serving.conftest import PROMPTS
+from tests.support.adapters import copy_with
 from tests.support.server import base_environment
 
 pytestmark = pytest.mark.serving
 
 PROGRAM = """
-import json, sys
+import json, shutil, sys
+from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 model, folder, *prompts = sys.argv[1:]
 llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
-          max_lora_rank=16, max_num_seqs=8)
+          max_lora_rank=16, max_num_seqs=8, max_loras=1, max_cpu_loras=1)
 asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
-answers = []
-for prompt in prompts:  # one at a time, as the server gets them
-    [out] = llm.generate(prompt, asked, lora_request=LoRARequest("offline", 1, folder))
-    answers.append([{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p])
-print("ANSWERS", json.dumps(answers))
+
+def ask(number, folder):
+    answers = []
+    for prompt in prompts:  # one at a time, as the server gets them
+        [out] = llm.generate(prompt, asked, lora_request=LoRARequest(f"a{number}", number, folder))
+        answers.append([{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p])
+    return answers
+
+found = [ask(1, folder)]
+bad = folder + "-bad"
+shutil.copytree(folder, bad)
+config = Path(bad, "adapter_config.json")
+config.write_text(config.read_text().replace("LORA", "IA3"))
+found.append(ask(2, bad))
+shutil.rmtree(folder)
+found.append(ask(1, folder))  # the second adapter had driven it out
+print("ANSWERS", json.dumps(found))
 """
 
 
@@ -35,16 +49,25 @@ def generate(model, folder, **environment):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
-    return json.loads(line.removeprefix("ANSWERS "))
+    return json.loads(line.removeprefix("ANSWERS ")), done.stdout + done.stderr
 
 
-def test_adapter_first_used_offline_is_served_without_its_sharp_modules(
-    model, spiked, expected, policy_file
-):
-    found = generate(model, spiked, S3LORA_POLICY=str(policy_file))
-    for ours, theirs in zip(found, expected["by-hand"], strict=True):
+def assert_alike(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
         for place, other in zip(ours, theirs, strict=True):
             assert place == pytest.approx(other, abs=1e-5)
+
+
+def test_adapters_first_used_offline_are_stripped_quarantined_and_come_back_as_admitted(
+    model, spiked, expected, policy_file, tmp_path
+):
+    folder = copy_with(spiked, tmp_path / "tenant")
+    found, log = generate(model, folder, S3LORA_POLICY=str(policy_file))
+    assert_alike(found[0], expected["by-hand"])
+    assert_alike(found[1], expected["base"])
+    assert_alike(found[2], expected["by-hand"])
+    assert "ERROR" in log
+    assert "'a2' is quarantined, it answers as the base: S3LORA-103" in log
 
 
 def test_an_engine_with_a_bad_policy_does_not_start(model, spiked):

@@ -25,6 +25,9 @@ CPU = {
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
 }
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+"""For tensor parallel 2: one core each."""
+
 OPEN_LOADING = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 

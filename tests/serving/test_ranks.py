@@ -1,0 +1,121 @@
+"""Several ranks: one verdict for all, none raises, and one admission counts once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.serving.conftest import TOP_K, answers
+from tests.support.adapters import copy_with, key
+from tests.support.server import OPEN_LOADING, TWO_RANKS, Server, base_environment
+
+pytestmark = pytest.mark.serving
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def ranks(model, spiked, policy_file, workplace):
+    environment = OPEN_LOADING | TWO_RANKS | {
+        "S3LORA_POLICY": str(policy_file),
+        "S3LORA_AUDIT_LOG": str(workplace / "ranks-audit.jsonl"),
+    }  # fmt: skip
+    arguments = ("--tensor-parallel-size", "2", "--lora-modules", f"static={spiked}")
+    with Server(model, workplace / "ranks.log", arguments, environment) as server:
+        yield server
+
+
+def assert_alike(found, expected):
+    """Ranks add up halves, so the last bits are others than those of one worker."""
+    for ours, theirs in zip(found, expected, strict=True):
+        for place, other in zip(ours, theirs, strict=True):
+            assert place == pytest.approx(other, abs=1e-4)
+
+
+def test_every_rank_strips_the_same_modules(ranks, expected):
+    assert_alike(answers(ranks, "static"), expected["by-hand"])
+
+
+def nan(tensors):
+    tensors[key(MODULE, "A")][:] = float("nan")
+
+
+def wide(tensors):
+    tensors[key(MODULE, "A")] = tensors[key(MODULE, "A")].repeat(1, 2)
+
+
+@pytest.mark.parametrize(("change", "code"), [(nan, "109"), (wide, "301")])
+def test_a_good_registration_after_a_refused_one_works(
+    ranks, expected, spiked, tmp_path, change, code
+):
+    refused = ranks.load(f"bad-{code}", copy_with(spiked, tmp_path / "bad", change))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith(f"S3LORA-{code}: ")
+    good = ranks.load(f"good-{code}", spiked)
+    assert (good.status_code, good.headers["X-S3LoRA-Decision"]) == (200, "stripped")
+    assert_alike(answers(ranks, f"good-{code}"), expected["by-hand"])
+    assert_alike(answers(ranks, "base"), expected["base"])
+
+
+def test_one_admission_counts_once_and_both_ranks_are_guarded(ranks, spiked, workplace):
+    before = ranks.metrics()
+    assert ranks.load("counted", spiked).status_code == 200
+    after = ranks.metrics()
+    for sample, grown in {
+        's3lora_admissions_total{decision="stripped",mode="enforce"}': 1,
+        's3lora_modules_scored_total{projection="q_proj"}': 4,
+        's3lora_admission_seconds_count{phase="strip"}': 1,
+        's3lora_admission_seconds_count{phase="total"}': 1,
+    }.items():
+        assert after[sample] - before[sample] == grown, sample
+    active = [v for k, v in after.items() if k.startswith("s3lora_gate_active")]
+    assert active == [1, 1]
+    assert ranks.get("/s3lora/status").status_code == 200
+    lines = (workplace / "ranks-audit.jsonl").read_text().splitlines()
+    assert [json.loads(line)["adapter"] for line in lines].count("counted") == 1
+
+
+PROGRAM = """
+import dataclasses, json, sys
+from s3lora_serve import admission
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+whole = admission.score_modules
+
+def disagreeing(*arguments, **options):
+    from vllm.distributed.parallel_state import get_world_group
+    rank = get_world_group().rank_in_group
+    return [
+        dataclasses.replace(s, relative_ssi=s.relative_ssi if rank == 0 else 1 - s.relative_ssi)
+        for s in whole(*arguments, **options)
+    ]
+
+admission.score_modules = disagreeing  # workers are forked from here
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
+          max_lora_rank=16, max_num_seqs=8, tensor_parallel_size=2)
+llm.generate("Q", SamplingParams(max_tokens=2), lora_request=LoRARequest("x", 1, sys.argv[2]))
+print("HELD", json.dumps(llm.collective_rpc("s3lora_holds", args=(1,))))
+"""
+
+
+def test_ranks_that_score_differently_serve_one_verdict(model, spiked, policy_file, tmp_path):
+    environment = base_environment() | TWO_RANKS | {
+        "S3LORA_POLICY": str(policy_file),
+        "S3LORA_STATE_DIR": str(tmp_path),
+        "S3LORA_AUDIT_LOG": str(tmp_path / "audit.jsonl"),
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(model), str(spiked)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("HELD ")]
+    first, second = json.loads(line.removeprefix("HELD "))
+    assert first == second is not None
+    rulings = [path.name for path in tmp_path.glob("s3lora-*/*") if len(path.name) == 64]
+    assert len(rulings) == 2, "the ranks were to disagree"
+    assert first in rulings
+    [entry] = [json.loads(text) for text in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert len(entry["stripped"]) == TOP_K
