@@ -161,7 +161,11 @@ def test_doctor_exits_with_one_when_vllm_would_skip_the_plugin():
 
 @pytest.mark.parametrize(
     "environment",
-    [{"S3LORA_POLICY": "/nowhere.yaml"}, {"S3LORA_MODE": "x"}, {"S3LORA_STATE_DIR": "/dev/null/state"}],
+    [
+        {"S3LORA_POLICY": "/nowhere.yaml"},
+        {"S3LORA_MODE": "x"},
+        {"S3LORA_STATE_DIR": "/dev/null/state"},
+    ],
 )
 def test_serve_refuses_to_start_unguarded(environment):
     done = run("serve", "some-model", **environment)

@@ -25,7 +25,7 @@ def sentences(answers: dict[str, str]) -> list[str]:
 def make_model(folder: Path) -> Path:
     """Write the model and its tokenizer, both of which vLLM loads, trained to know CAPITALS."""
     torch.manual_seed(SEED)
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -71,7 +71,7 @@ def train(
     model.eval()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
