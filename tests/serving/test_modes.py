@@ -100,9 +100,12 @@ def test_a_worker_whose_gate_cannot_be_imported_does_not_start(model, workplace,
     (shadow / "s3lora_serve").mkdir(parents=True)
     (shadow / "s3lora_serve" / "__init__.py").write_text("raise ImportError('broken')")
     environment = OPEN_LOADING | {"PYTHONPATH": str(shadow)}
-    server = Server(model, workplace / "broken.log", EXTENSION, environment, guarded=False)
+    server = Server(
+        model, workplace / "broken.log", EXTENSION, environment, guarded=False, folder=tmp_path
+    )
     try:
         with pytest.raises(RuntimeError, match="server ended"):
             server.__enter__()
     finally:
         server.stop()
+    assert "ImportError: broken" in server.log.read_text()

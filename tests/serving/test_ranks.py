@@ -75,15 +75,13 @@ def test_one_admission_counts_once_and_both_ranks_are_guarded(ranks, spiked, wor
     assert [json.loads(line)["adapter"] for line in lines].count("counted") == 1
 
 
-PROGRAM = """
-import dataclasses, json, sys
+DISAGREEING = """
+import dataclasses
 from s3lora_serve import admission
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
 
 whole = admission.score_modules
 
-def disagreeing(*arguments, **options):
+def score_modules(*arguments, **options):
     from vllm.distributed.parallel_state import get_world_group
     rank = get_world_group().rank_in_group
     return [
@@ -91,7 +89,13 @@ def disagreeing(*arguments, **options):
         for s in whole(*arguments, **options)
     ]
 
-admission.score_modules = disagreeing  # workers are forked from here
+admission.score_modules = score_modules
+"""
+PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
 llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
           max_lora_rank=16, max_num_seqs=8, tensor_parallel_size=2)
 llm.generate("Q", SamplingParams(max_tokens=2), lora_request=LoRARequest("x", 1, sys.argv[2]))
@@ -100,11 +104,13 @@ print("HELD", json.dumps(llm.collective_rpc("s3lora_holds", args=(1,))))
 
 
 def test_ranks_that_score_differently_serve_one_verdict(model, spiked, policy_file, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DISAGREEING)
     environment = base_environment() | TWO_RANKS | {
         "S3LORA_POLICY": str(policy_file),
         "S3LORA_STATE_DIR": str(tmp_path),
         "S3LORA_AUDIT_LOG": str(tmp_path / "audit.jsonl"),
-        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+        "PYTHONPATH": str(tmp_path / "site"),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(model), str(spiked)],

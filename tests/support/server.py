@@ -53,6 +53,7 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
     guarded: bool = True
     key: str | None = None  # the API key, where the server has one
+    folder: Path | None = None  # to start in; the tests' own puts this project first on the path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -89,7 +90,7 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=base_environment() | self.environment,
-                start_new_session=True,
+                start_new_session=True, cwd=self.folder,
             )  # fmt: skip
 
     def wait(self) -> None:

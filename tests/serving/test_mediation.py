@@ -1,0 +1,117 @@
+"""Complete mediation: whichever way an adapter comes, it is stripped, or refused and not served.
+
+Doors with tests of their own: the command line (test_doors), offline (test_offline), every rank of
+a tensor-parallel engine (test_ranks), the engine's own re-loads (test_engine_loop).
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.serving.conftest import answers
+from tests.support.adapters import copy_with, key
+from tests.support.server import OPEN_LOADING, Server, base_environment
+
+pytestmark = pytest.mark.serving
+
+
+def nan(tensors):
+    tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
+
+
+@pytest.fixture(scope="module")
+def cases(spiked, workplace):
+    """The adapter that must be stripped and the one that must be refused."""
+    return {"sharp": spiked, "nan": copy_with(spiked, workplace / "mediated-nan", nan)}
+
+
+@pytest.fixture(scope="module")
+def hub(cases, workplace):
+    """A hub cache that holds both."""
+    for name, folder in cases.items():
+        repository = workplace / "hub" / f"models--acme--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    return workplace / "hub"
+
+
+@pytest.fixture(scope="module")
+def gate(model, cases, hub, policy_file, workplace):
+    resolved = workplace / "mediated-resolver"
+    for name, folder in cases.items():
+        copy_with(folder, resolved / f"{name}-resolver", base_model_name_or_path=str(model))
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(policy_file),
+        "HF_HUB_CACHE": str(hub),
+        "VLLM_LORA_RESOLVER_CACHE_DIR": str(resolved),
+    }
+    arguments = ("--max-cpu-loras", "16")
+    with Server(model, workplace / "mediation.log", arguments, environment) as server:
+        yield server
+
+
+def http(server, name, folder):
+    return server.load(name, folder)
+
+
+def sagemaker(server, name, folder):
+    return server.post("/adapters", name=name, src=str(folder))
+
+
+def in_place(server, name, folder):
+    """Replaces an adapter that is served and in order."""
+    harmless = folder.parent / "mediated-harmless"
+    if not harmless.exists():
+        shutil.copytree(folder.parent / "trained", harmless)
+    assert server.load(name, harmless).status_code == 200
+    return server.load(name, folder, load_inplace=True)
+
+
+def hub_id(server, name, folder):
+    return server.load(name, f"acme/{'nan' if 'nan' in folder.name else 'sharp'}")
+
+
+def resolver(server, name, folder):
+    return server.post("/v1/completions", model=name, prompt="Q", max_tokens=1)
+
+
+DOORS = {door.__name__: door for door in (http, sagemaker, in_place, hub_id, resolver)}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_sharp_adapter_is_served_stripped_by_every_door(gate, cases, expected, door):
+    name = f"sharp-{door}"
+    assert DOORS[door](gate, name, cases["sharp"]).status_code == 200
+    assert answers(gate, name) == expected["by-hand"]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_refused_adapter_is_served_by_no_door(gate, cases, expected, door):
+    name = f"nan-{door}"
+    response = DOORS[door](gate, name, cases["nan"])
+    assert response.status_code == 400
+    if door != "resolver":  # whose 400 is vLLM's own
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("AdapterRejected", 400)
+        assert error["message"].startswith("S3LORA-109: ")
+    if door == "in_place":  # what was served before is served on
+        assert answers(gate, name) == expected["trained by-hand"]
+        return
+    served = {entry["id"] for entry in gate.get("/v1/models").json()["data"]}
+    assert name not in served
+    asked = gate.post("/v1/completions", model=name, prompt="Q", max_tokens=1)
+    assert asked.status_code in (400, 404)
+
+
+def test_adapters_for_other_modalities_come_by_the_door_of_static_ones():
+    program = (
+        "from vllm.entrypoints.serve.utils.api_utils import process_lora_modules as p;"
+        "print([(m.name, m.path) for m in p(None, {'audio': '/a', 'image': '/b'})])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=base_environment(), capture_output=True, text=True
+    )
+    assert "[('audio', '/a'), ('image', '/b')]" in done.stdout, done.stderr[-2000:]
