@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from s3lora_serve.adapter import Adapter, Module, read_adapter
 from s3lora_serve.errors import (
     AdapterRejected,
@@ -35,11 +37,6 @@ class Admission:
     verdict: Verdict
     adapter: Adapter | None
     refusal: AdapterRejected | None
-
-    @property
-    def unscored(self) -> bool:
-        """Whether it was refused for want of scores, not by the policy: no mode serves it."""
-        return self.refusal is not None and not self.verdict.modules
 
 
 def admit(
@@ -128,6 +125,8 @@ def _score(adapter: Adapter, policy: Policy, device: str, deadline: float) -> li
 
     selected = [module for module in adapter.modules if policy.selects(module.name)]
     factors = [Factors(m.name, m.B, m.A, m.scaling) for m in selected]
+    if wide := [module.name for module in adapter.modules if not _is_servable(module)]:
+        raise NotFinite(f"module {wide[0]} holds numbers beyond float32, which nothing serves")
     scorer = Scorer(**policy.scorer.model_dump())
     scores = score_modules(factors, scorer, device=device, between_batches=check_deadline)
     broken = [score.name for score in scores if not score.finite]
@@ -147,6 +146,13 @@ def _score(adapter: Adapter, policy: Policy, device: str, deadline: float) -> li
             f"the policy's modules {list(policy.modules)} match none of its modules"
         )
     return scores
+
+
+def _is_servable(module: Module) -> bool:
+    """Whether float64 factors stay within what adapters are served in; NaN is found later."""
+    largest = torch.finfo(torch.float32).max
+    wide = [factor for factor in (module.A, module.B) if factor.dtype == torch.float64]
+    return not any((factor.abs() > largest).any() for factor in wide)
 
 
 def _is_finite(module: Module) -> bool:

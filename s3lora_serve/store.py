@@ -13,9 +13,10 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from s3lora_serve.errors import GateFailed, StoreDamaged
+from s3lora_serve.errors import ConfigInvalid, GateFailed, StoreDamaged
 from s3lora_serve.intake import CONFIG_NAME, WEIGHTS_NAME, PrivateCopy, PrivateFolder, mapped
-from s3lora_serve.verdict import Verdict
+from s3lora_serve.peft_config import parse_config
+from s3lora_serve.verdict import Verdict, refused
 
 VERDICT_NAME = "verdict.json"
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -55,17 +56,17 @@ class Store:
         """A folder to take a copy in, on the same file system as what is kept."""
         return PrivateFolder(self.root, before=self.prepare)
 
-    def keep(self, private: PrivateFolder, verdict: Verdict, *, servable: bool) -> Path:
+    def keep(self, private: PrivateFolder, verdict: Verdict) -> Path:
         """Keep a decided copy under the digest of content and ruling; return where it now lies.
 
-        Of what is not `servable` only the verdict is kept.
+        Of what may not be served only the verdict is kept.
 
         Raises:
             GateFailed: it cannot be written.
         """
         folder = private.make()
         try:
-            if not servable:
+            if not servable(verdict):
                 (folder / WEIGHTS_NAME).unlink(missing_ok=True)
             (folder / VERDICT_NAME).write_text(json.dumps(verdict.as_json()))
             target = self.root / key(verdict)
@@ -112,11 +113,12 @@ class Store:
         """
         try:
             verdict = Verdict.from_json(json.loads((path / VERDICT_NAME).read_bytes()))
-            copy = _copy(path) if (path / WEIGHTS_NAME).exists() else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            copy = _copy(path) if servable(verdict) else None
+            sound = key(verdict) == path.name and (copy is None or _is_whole(copy, verdict))
+        except (OSError, ValueError, KeyError, TypeError, ConfigInvalid) as error:
             self._put_aside(path)
             raise StoreDamaged(f"{path}: {type(error).__name__}") from None
-        if key(verdict) != path.name or (copy and copy.digest != verdict.digest):
+        if not sound:
             self._put_aside(path)
             raise StoreDamaged(f"{path} does not hold what it is named after")
         return Kept(path, verdict, copy)
@@ -140,6 +142,16 @@ def key(verdict: Verdict) -> str:
         sorted(verdict.unscored),
     ]
     return hashlib.sha256(json.dumps(obeyed, separators=(",", ":")).encode()).hexdigest()
+
+
+def servable(verdict: Verdict) -> bool:
+    """Whether anything of the adapter may be loaded: what has scores, and is not refused."""
+    return bool(verdict.modules) and not refused(verdict)
+
+
+def _is_whole(copy: PrivateCopy, verdict: Verdict) -> bool:
+    config = parse_config(copy.config, on_unscorable="admit").digest
+    return (copy.digest, config) == (verdict.digest, verdict.config_digest)
 
 
 def _copy(path: Path) -> PrivateCopy:

@@ -1,5 +1,6 @@
 """Checks shared by every scorer, so that twins refuse the same input with the same words."""
 
+import torch
 from torch import Tensor
 
 NORMALIZATIONS = ("two_sided", "row", "column", "equilibrated")
@@ -40,3 +41,18 @@ def check_factors(
         raise ValueError(f"expected rank >= 1 or None, got {rank}")
     full = min(B.shape[1], B.shape[2], A.shape[2])
     return full if rank is None else min(rank, full)
+
+
+def in_range(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A float64 matrix over a power of two near its largest entry, and that power.
+
+    float64 can hold what products, squares and inverses cannot. What is 10¹⁴⁰ times smaller than
+    the largest entry is dropped: in no other dtype can one factor hold both.
+    """
+    one = torch.ones((), dtype=matrix.dtype)
+    if not matrix.numel():
+        return matrix, one
+    exponent = torch.frexp(matrix.abs().max()).exponent.clamp(-1020, 1020)
+    size = torch.ldexp(one, exponent)
+    scaled = matrix / size
+    return torch.where(scaled.abs() < 1e-140, 0.0, scaled), size

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS
+from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS, ZERO_ROW
 
 UNIT = {torch.float32: 2.0**-21, torch.float64: 2.0**-50}
 """Relative error of one Gram matrix, normwise, beside a common factor that the index cannot see.
@@ -127,7 +127,9 @@ def _half(matrix: Tensor, dtype: torch.dtype) -> Half:
     rank = matrix.shape[-1]
     slack = UNIT[dtype] * (_spectral_norm(scaled) * steepest + (rank * steepest).sqrt())
     lower = lower * size.unsqueeze(-1)
-    known = (failed == 0) & (trace > 0) & trace.isfinite() & slack.isfinite()
+    # ρ² ≥ λ_min(G)·‖b‖² and λ_min(G) ≥ λ_min(S)·min size²: no row can count as zero, or QR decides.
+    above_zero = size.amin(-1).square() > ZERO_ROW**2 * steepest
+    known = above_zero & (failed == 0) & (trace > 0) & trace.isfinite() & slack.isfinite()
     if dtype == torch.float32:
         known &= (SANE_TRACE[0] < trace) & (trace < SANE_TRACE[1])
     return Half(lower.to(dtype), trace, torch.where(known, slack, torch.inf))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from s3lora_serve.spectral import device as devices
 from s3lora_serve.spectral import gram, orthogonal
+from s3lora_serve.spectral._checks import in_range
 from s3lora_serve.spectral.gram import DOUBT, Modules, Solution
 from s3lora_serve.spectral.panels import Factors, HostModules
 
@@ -123,7 +124,14 @@ def _one(B: Tensor, A: Tensor, normalization: str) -> Solution:
         return _constant(B.shape[-1], torch.nan)
     if not (B.any() and A.any()):
         return _constant(B.shape[-1], 0.0)
-    return orthogonal.solve(B, A, normalization)
+    (B, b), (A, a) = in_range(B), in_range(A)
+    solution = orthogonal.solve(B, A, normalization)
+    return solution._replace(
+        row_mean=solution.row_mean * b * a,
+        column_mean=solution.column_mean * b * a,
+        frobenius=solution.frobenius * b * a,
+        factors=solution.factors * b * a,
+    )
 
 
 def _constant(rank: int, value: float) -> Solution:

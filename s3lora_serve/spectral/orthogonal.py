@@ -13,34 +13,39 @@ from s3lora_serve.spectral.gram import Solution
 def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
     """Singular values of `X = D_ρ⁺·B·A·D_γ⁺` from thin QRs; same meaning as `gram.solve`.
 
-    With Aᵀ = Q·R the update is (B·Rᵀ)·Qᵀ: the rows of B·Rᵀ have the norms ρ_i themselves, so
-    whatever cancels between B and A has cancelled before anything is squared or divided.
+    Rows of B and columns of A are first brought to length one, which changes D_ρ and D_γ and not X:
+    a QR is accurate beside the longest row, and would lose one that is 10¹⁰ times shorter. With
+    A'ᵀ = Q·R the update is (B'·Rᵀ)·Qᵀ, where what cancels between B and A has cancelled before
+    anything is squared or divided.
 
     Shape: B (k, m, r), A (k, r, n), float64 and finite.
     """
-    row_bounds = B.norm(dim=-1) * torch.linalg.matrix_norm(A).unsqueeze(-1)
-    column_bounds = A.norm(dim=-2) * torch.linalg.matrix_norm(B).unsqueeze(-1)
-    left_core = _core(B)  # (k, p, r)
-    right_basis, right_core = torch.linalg.qr(A.mT)  # (k, n, q), (k, q, r)
-    left = B @ right_core.mT  # (k, m, q): row norms are ρ
-    right = left_core @ A  # (k, p, n): column norms are γ
-    rows = _kept(left.norm(dim=-1), row_bounds)
-    columns = _kept(right.norm(dim=-2), column_bounds)
+    lengths, widths = B.norm(dim=-1), A.norm(dim=-2)
+    rows_of_b, columns_of_a = (
+        B * _inverse(lengths).unsqueeze(-1),
+        A * _inverse(widths).unsqueeze(-2),
+    )
+    # ρ and γ over the lengths taken out.
+    norm = torch.linalg.matrix_norm
+    rows = _kept((rows_of_b @ _core(A.mT).mT).norm(dim=-1), norm(A))
+    columns = _kept((_core(B) @ columns_of_a).norm(dim=-2), norm(B))
+    basis, core = torch.linalg.qr(columns_of_a.mT)  # (k, n, q), (k, q, r)
+    left = rows_of_b @ core.mT  # (k, m, q)
 
     row_weights, column_weights = _inverse(rows), _inverse(columns)
     if normalization == "row":
-        column_weights = torch.ones_like(columns)
+        column_weights = widths
     elif normalization == "column":
-        row_weights = torch.ones_like(rows)
+        row_weights = lengths
     elif normalization == "equilibrated":
-        row_weights, column_weights = _equilibrate(left, right_basis, rows, columns)
+        row_weights, column_weights = _equilibrate(left, basis, rows, columns, widths)
 
     core = _core(left * row_weights.unsqueeze(-1))
-    other = _core(right_basis * column_weights.unsqueeze(-1))
+    other = _core(basis * column_weights.unsqueeze(-1))
     values = torch.linalg.svdvals(core @ other.mT)
     padded = torch.nn.functional.pad(values, (0, B.shape[-1] - values.shape[-1]))
-    norm = torch.linalg.matrix_norm
-    frobenius, factors = norm(left), norm(B) * norm(A)
+    rows, columns = rows * lengths, columns * widths
+    frobenius, factors = rows.norm(dim=-1), norm(B) * norm(A)
     none = torch.zeros_like(frobenius)
     return Solution(padded, rows.mean(-1), columns.mean(-1), frobenius, factors, none)
 
@@ -51,8 +56,8 @@ def _core(tall: Tensor) -> Tensor:
     return core
 
 
-def _kept(norms: Tensor, bounds: Tensor) -> Tensor:
-    return torch.where(norms > ZERO_ROW * bounds, norms, 0.0)
+def _kept(norms: Tensor, bound: Tensor) -> Tensor:
+    return torch.where(norms > ZERO_ROW * bound.unsqueeze(-1), norms, 0.0)
 
 
 def _inverse(norms: Tensor) -> Tensor:
@@ -61,10 +66,13 @@ def _inverse(norms: Tensor) -> Tensor:
 
 
 def _equilibrate(
-    left: Tensor, right_basis: Tensor, rows: Tensor, columns: Tensor
+    left: Tensor, right_basis: Tensor, rows: Tensor, columns: Tensor, widths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Alternate unit rows and unit columns of `left · right_basisᵀ`. Shape: (k, m), (k, n)."""
-    column_weights = torch.ones_like(columns)
+    """Alternate unit rows and unit columns of `left · diag(widths · right_basis)ᵀ`.
+
+    Shape: (k, m), (k, n).
+    """
+    column_weights = widths
     for _ in range(EQUILIBRATION_SWEEPS):
         core = _core(right_basis * column_weights.unsqueeze(-1))
         row_weights = _inverse((left @ core.mT).norm(dim=-1)) * (rows > 0)

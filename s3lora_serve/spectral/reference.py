@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS, ZERO_ROW, check_factors
+from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS, ZERO_ROW, check_factors, in_range
 from s3lora_serve.spectral.result import Spectrum
 
 
@@ -38,10 +38,12 @@ def mas_svd(
 
 
 def _one(B: Tensor, A: Tensor, s: Tensor, count: int, normalization: str) -> tuple[Tensor, ...]:
-    update = s * (B @ A)
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()) or not torch.isfinite(s):
         bad = torch.full((), torch.nan, dtype=torch.float64)
         return bad.expand(count), bad, bad, bad
+    (B, b), (A, a) = in_range(B), in_range(A)
+    size = b * a
+    update = s * (B @ A)
     rows = _norms(update, 1, s.abs() * B.norm(dim=1) * A.norm())
     columns = _norms(update, 0, s.abs() * A.norm(dim=0) * B.norm())
     row_mean = rows.mean() if rows.numel() else rows.sum()
@@ -64,7 +66,8 @@ def _one(B: Tensor, A: Tensor, s: Tensor, count: int, normalization: str) -> tup
             magnitude = column_mean
 
     values = torch.linalg.svdvals(normalised)[:count] if update.numel() else update.new_zeros(count)
-    return magnitude * values, row_mean, column_mean, update.norm()
+    values = magnitude * size * values * (size if normalization == "equilibrated" else 1.0)
+    return values, size * row_mean, size * column_mean, size * update.norm()
 
 
 def _norms(update: Tensor, dim: int, cancelled: Tensor) -> Tensor:

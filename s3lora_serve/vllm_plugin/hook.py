@@ -20,14 +20,13 @@ from s3lora_serve.errors import (
     NotAnAdapter,
     Reason,
     RefusedByVLLM,
-    StoreDamaged,
 )
 from s3lora_serve.metrics import OTHER
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import serving_policy
 from s3lora_serve.settings import Settings, load_settings
 from s3lora_serve.store import Kept, Store
-from s3lora_serve.verdict import Verdict, refused
+from s3lora_serve.verdict import Verdict
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.fit import check_loaded, fitted_names, load_copy, remove_unscorable
 from s3lora_serve.vllm_plugin.recorder import Recorder
@@ -183,7 +182,7 @@ class Guard:
         if folder is None:
             raise NotAnAdapter(f"{request.lora_path} does not exist")
         with self._store.fresh() as private:
-            admission = admit(
+            verdict = admit(
                 folder,
                 request.lora_name,
                 self.policy,
@@ -191,10 +190,8 @@ class Guard:
                 device=self.settings.device,
                 into=private.make,
                 shapes=self._shapes if self._whole else (),
-            )
-            verdict = admission.verdict
-            servable = not (admission.unscored or refused(verdict))
-            path = self._store.keep(private, verdict, servable=servable)
+            ).verdict
+            path = self._store.keep(private, verdict)
         content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
         topic = repr((version("s3lora-serve"), request.lora_name, str(folder), *content))
         if verdict.digest:
@@ -208,12 +205,10 @@ class Guard:
     ) -> Any:
         """The LoRAModel that vLLM may take."""
         verdict = kept.verdict
-        if kept.copy is None or refused(verdict):
+        if kept.copy is None:
             raise Refused(str(verdict.reason))
         policy = self.policy.for_adapter(verdict.name, verdict.path, self._base_model)
         adapter = read_adapter(kept.copy, policy.limits, policy.on_unscorable)
-        if adapter.config.digest != verdict.config_digest:
-            raise StoreDamaged(f"{kept.path} does not hold what it is named after")
         served = fitted_names(manager, adapter)
         lora = load_copy(manager, compat.with_path(request, kept.path), original)
         check_loaded(lora, served, adapter)

@@ -89,7 +89,7 @@ class Registrar:
         if folder is None:
             raise compat.not_found(request)
         with self._store.fresh() as private:
-            admission = admit(
+            verdict = admit(
                 folder,
                 request.lora_name,
                 self._policy,
@@ -97,12 +97,11 @@ class Registrar:
                 device=self._settings.device,
                 into=private.make,
                 shapes=self._shapes,
-            )
-            verdict = admission.verdict
+            ).verdict
             if refused(verdict):
                 return verdict, None
             try:
-                return verdict, self._store.keep(private, verdict, servable=not admission.unscored)
+                return verdict, self._store.keep(private, verdict)
             except GateFailed as error:
                 return rejected(verdict, Reason.of(error)), None
 

@@ -118,7 +118,12 @@ def mapped_twice(tensors):
     tensors[f"{MODULE}.lora_A.weight"] = tensors[key(MODULE, "A")].clone()
 
 
+def out_of_range(tensors):
+    tensors[key(MODULE, "B")][0, 0] = 3e38  # finite, and twice that is not
+
+
 BAD |= {
+    "beyond the dtype once scaled": (partial(copy_with, change=out_of_range), "109"),
     "narrower than the model": (partial(copy_with, change=narrow), "301"),
     "wider than the model": (partial(copy_with, change=wide), "301"),
     "taller than the model": (partial(copy_with, change=tall), "301"),

@@ -1,0 +1,167 @@
+"""Adapters and policies that lie: valid ones, bent in one or several places."""
+
+import json
+import struct
+from typing import Any
+
+from hypothesis import strategies as st
+
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "F8_E4M3": 1, "": 3}
+NUMBERS = st.one_of(
+    st.integers(-3, 40), st.sampled_from([2**31, 2**63, -(2**63), 10**30, 0.5, -1.5, 1e308])
+)
+JUNK: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+NAMES = st.one_of(
+    st.builds(
+        "{}model.layers.{}.{}.lora_{}{}".format,
+        st.sampled_from(["base_model.model.", "", "base_model.model.base_model.model.", "x."]),
+        st.integers(0, 12),
+        st.sampled_from(["self_attn.q_proj", "mlp.up_proj", "mlp.experts.0.w1", "q proj", "ü"]),
+        st.sampled_from(["A", "B", "C", "magnitude_vector", "embedding_A"]),
+        st.sampled_from([".weight", "", ".bias", ".default.weight"]),
+    ),
+    st.text(max_size=12),
+)
+PATTERNS = st.one_of(
+    st.sampled_from(
+        ["q_proj", r".*\.q_proj", "(a+)+$", "[", r"\d+", "a" * 300, "^model", "q_proj$"]
+    ),
+    st.text(max_size=6),
+)
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """adapter_config.json and adapter_model.safetensors."""
+    rank = draw(st.integers(1, 6))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": draw(st.integers(1, 32)),
+    }
+    entries, body = _modules(draw, rank)
+    for _ in range(draw(st.integers(0, 3))):
+        draw(st.sampled_from([_bend_config, _bend_entries]))(draw, config, entries)
+    header = json.dumps(entries).encode()
+    weights = struct.pack("<Q", len(header)) + header + body
+    return json.dumps(config).encode(), _damaged(draw, weights)
+
+
+def _modules(draw: st.DrawFn, rank: int) -> tuple[dict[str, Any], bytes]:
+    """A header and its bytes, all in order."""
+    entries: dict[str, Any] = {}
+    body = b""
+    dtype = draw(st.sampled_from(["F32", "F16", "BF16", "F64"]))
+    size = DTYPES[dtype]
+    for layer in range(draw(st.integers(1, 4))):
+        m, n = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+        for side, shape in (("A", [rank, n]), ("B", [m, rank])):
+            length = shape[0] * shape[1] * size
+            content = draw(st.sampled_from(["noise", "noise", "noise", "zeros", "any bits"]))
+            data = _content(draw, content, dtype, shape[0] * shape[1])
+            name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{side}.weight"
+            offsets = [len(body), len(body) + length]
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+            body += data
+    return entries, body
+
+
+def _content(draw: st.DrawFn, kind: str, dtype: str, count: int) -> bytes:
+    size = DTYPES[dtype]
+    if kind == "zeros":
+        return bytes(count * size)
+    if kind == "any bits":
+        return draw(st.binary(min_size=count * size, max_size=count * size))
+    random = draw(st.randoms(use_true_random=False))
+    values = [max(-9.0, min(9.0, random.gauss(0, 1))) for _ in range(count)]
+    if dtype == "BF16":
+        return b"".join(struct.pack("<f", value)[2:] for value in values)
+    return struct.pack(f"<{count}{ {'F64': 'd', 'F32': 'f', 'F16': 'e'}[dtype] }", *values)
+
+
+def _bend_config(draw: st.DrawFn, config: dict[str, Any], entries: dict[str, Any]) -> None:
+    key = draw(
+        st.sampled_from(
+            ["peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "modules_to_save", "bias",
+             "lora_bias", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "surplus"]
+        )
+    )  # fmt: skip
+    if key.endswith("_pattern") and draw(st.booleans()):
+        config[key] = draw(st.dictionaries(PATTERNS, NUMBERS, max_size=3))
+    elif draw(st.booleans()):
+        config[key] = draw(JUNK)
+    else:
+        config.pop(key, None)
+
+
+def _bend_entries(draw: st.DrawFn, config: dict[str, Any], entries: dict[str, Any]) -> None:
+    if not entries:
+        return
+    name = draw(st.sampled_from(sorted(entries)))
+    entry = entries[name]
+    how = draw(st.sampled_from(["rename", "drop", "copy", "shape", "dtype", "offsets", "junk"]))
+    if how == "rename":
+        entries[draw(NAMES)] = entries.pop(name)
+    elif how == "drop":
+        del entries[name]
+    elif how == "copy":
+        entries[draw(NAMES)] = entry
+    elif how == "junk" or not isinstance(entry, dict):
+        entries[name] = draw(JUNK)
+    elif how == "dtype":
+        entries[name] = entry | {"dtype": draw(st.sampled_from(sorted(DTYPES)))}
+    else:
+        field = "shape" if how == "shape" else "data_offsets"
+        entries[name] = entry | {field: draw(st.lists(NUMBERS, max_size=3))}
+
+
+def _damaged(draw: st.DrawFn, weights: bytes) -> bytes:
+    how = draw(st.sampled_from(["whole"] * 6 + ["cut", "longer", "length", "byte", "noise"]))
+    if how == "cut":
+        return weights[: draw(st.integers(0, len(weights)))]
+    if how == "longer":
+        return weights + draw(st.binary(min_size=1, max_size=9))
+    if how == "length":
+        return struct.pack("<Q", draw(st.integers(0, 2**64 - 1))) + weights[8:]
+    if how == "byte":
+        place = draw(st.integers(0, len(weights) - 1))
+        return weights[:place] + draw(st.binary(min_size=1, max_size=1)) + weights[place + 1 :]
+    return draw(st.binary(max_size=64)) if how == "noise" else weights
+
+
+KEYS = ["mode", "scorer", "modules", "strip", "limits", "deny", "allow", "on_uninformative",
+        "on_unscorable", "audit", "store", "required", "rules", "surplus"]  # fmt: skip
+SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
+    "mode": st.sampled_from(["enforce", "audit", "off", True]),
+    "strip": st.dictionaries(
+        st.sampled_from(["top_k", "fraction", "threshold", "outliers"]), NUMBERS, max_size=2
+    ),
+    "limits": st.dictionaries(
+        st.sampled_from(["max_scaling", "seconds", "max_bytes", "max_rank", "min_rank", "roots"]),
+        NUMBERS | st.just([]), max_size=3,
+    ),
+    "deny": st.lists(st.sampled_from(["sha256:" + "0" * 64, "sha256:0", ""]), max_size=2),
+    "rules": st.lists(
+        st.fixed_dictionaries(
+            {"match": st.dictionaries(st.sampled_from(["adapter", "path", "x"]), PATTERNS)},
+            optional={"strip": st.just({"top_k": 1}), "limits": JUNK, "mode": st.just("off")},
+        ),
+        max_size=2,
+    ),
+}  # fmt: skip
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> dict[str, Any]:
+    """Plain data, some of which is a policy."""
+    keys = draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=5))
+    return {
+        key: draw(SENSIBLE[key] if key in SENSIBLE and draw(st.booleans()) else JUNK)
+        for key in keys
+    }

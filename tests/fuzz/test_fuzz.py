@@ -1,0 +1,106 @@
+"""Nothing an adapter or a policy holds crashes the gate, or is admitted that cannot be scored.
+
+A short run with the other tests; `make fuzz` tries FUZZ_EXAMPLES of each, a few hundred thousand.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from safetensors.torch import load as load_safetensors
+
+from s3lora_serve.admission import admit
+from s3lora_serve.errors import GateFailed, PolicyInvalid, rejection_codes
+from s3lora_serve.intake import CONFIG_NAME, WEIGHTS_NAME
+from s3lora_serve.policy import Policy, Strip, parse_policy
+from s3lora_serve.policy_file import read_policy
+from s3lora_serve.spectral import reference, spectral_sharpness
+from tests.fuzz.inputs import adapters, policies
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
+pytestmark = pytest.mark.timeout(0)
+
+fuzz = settings(
+    max_examples=EXAMPLES, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)  # fmt: skip
+LENIENT = Policy(
+    strip=Strip(threshold=1.0), on_uninformative="admit", on_unscorable="admit",
+    limits={"max_scaling": None, "max_stripped_fraction": 1.0},
+)  # fmt: skip
+POLICIES = (Policy(), LENIENT)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@fuzz
+@given(files=adapters())
+def test_any_adapter_gets_a_verdict_and_what_is_admitted_is_scored_as_the_dense_reference(
+    folder, files
+):
+    config, weights = files
+    (folder / CONFIG_NAME).write_bytes(config)
+    (folder / WEIGHTS_NAME).write_bytes(weights)
+    for policy in POLICIES:
+        admission = admit(folder, "fuzzed", policy, device="cpu")
+        verdict = admission.verdict
+        json.dumps(verdict.as_json())
+        if verdict.decision == "rejected":
+            assert verdict.reason is not None
+            assert verdict.reason.code in rejection_codes()
+            assert verdict.reason.code != GateFailed.code, verdict.reason
+        else:
+            assert_scored_as_dense(verdict, weights)
+
+
+def assert_scored_as_dense(verdict, weights):
+    """Against the tensors that the format's own library reads, and the definition."""
+    tensors = load_safetensors(weights)
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    assert verdict.modules
+    for module in verdict.modules:
+        B, A = (bare[f"{module.name}.lora_{side}.weight"].double() for side in "BA")
+        assert A.isfinite().all()
+        assert B.isfinite().all()
+        dense = reference.mas_svd(B[None], A[None], torch.ones(1)).singular_values
+        expected = float(spectral_sharpness(dense))
+        if module.ssi is None:
+            # float64 may hold less than any dtype that is served.
+            assert not (B.float() @ A.float()).any() or expected != expected
+        else:
+            assert abs(module.ssi - expected) <= accuracy(A, B)
+
+
+def accuracy(*factors):
+    """The accuracy promised, over ten decades within a factor; beyond, rounding decides."""
+    decades = 0.0
+    for factor in factors:
+        sizes = factor[factor != 0].abs()
+        decades = (
+            max(decades, float((sizes.max() / sizes.min()).log10())) if len(sizes) else decades
+        )
+    return 1e-6 if decades <= 10 else 0.05
+
+
+@fuzz
+@given(data=policies())
+def test_any_policy_is_taken_whole_or_refused_by_name(folder, data):
+    try:
+        policy = parse_policy(data, "fuzzed")
+    except PolicyInvalid:
+        return
+    again = parse_policy(policy.as_json(), "again")
+    assert again == policy
+    assert again.digest == policy.digest
+    file = folder / "policy.yaml"
+    file.write_text(yaml.safe_dump(policy.as_json()))
+    assert read_policy(file) == policy

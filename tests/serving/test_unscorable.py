@@ -1,0 +1,63 @@
+"""Weights the index is not defined for, on a real engine: an embedding LoRA that PEFT trained."""
+
+import pytest
+
+from tests.serving.conftest import answers
+from tests.support.adapters import copy_with, train_adapter
+from tests.support.server import OPEN_LOADING, Server
+from tests.support.tiny_model import PROJECTIONS
+
+pytestmark = pytest.mark.serving
+
+POLICY = """
+strip: {top_k: 0}
+rules:
+  - {match: {adapter: "admit*"}, on_unscorable: admit}
+  - {match: {adapter: "strip*"}, on_unscorable: strip}
+"""
+
+
+@pytest.fixture(scope="module")
+def embedding(model, workplace):
+    targets = [*PROJECTIONS, "embed_tokens"]
+    return train_adapter(model, workplace / "embedding", target_modules=targets)
+
+
+@pytest.fixture(scope="module")
+def linear_only(embedding, workplace):
+    """The same adapter, written without its embedding part."""
+
+    def drop(tensors):
+        for name in [name for name in tensors if "embed" in name]:
+            del tensors[name]
+
+    return copy_with(embedding, workplace / "linear-only", drop)
+
+
+@pytest.fixture(scope="module")
+def served(model, embedding, linear_only, workplace):
+    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
+    with Server(model, workplace / "stock-embedding.log", (), environment, guarded=False) as stock:
+        folders = {"whole": embedding, "linear": linear_only}
+        for name, folder in folders.items():
+            assert stock.load(name, folder).status_code == 200
+        return {name: answers(stock, name) for name in folders}
+
+
+@pytest.fixture(scope="module")
+def judging(model, workplace):
+    policy = workplace / "unscorable.yaml"
+    policy.write_text(POLICY)
+    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy)}
+    with Server(model, workplace / "judging.log", (), environment) as server:
+        yield server
+
+
+def test_an_embedding_lora_is_refused_admitted_or_taken_away(judging, served, embedding):
+    assert served["whole"] != served["linear"]
+    refused = judging.load("plain", embedding)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("S3LORA-110: ")
+    for name, expected in (("admit-it", "whole"), ("strip-it", "linear")):
+        assert judging.load(name, embedding).status_code == 200
+        assert answers(judging, name) == served[expected]
