@@ -23,14 +23,24 @@ class AuditLog:
             OSError: the line could not be written.
         """
         line = json.dumps(self._entry(verdict, door), separators=(",", ":")) + "\n"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(self.path, flags, 0o600)
+        descriptor = self._open()
         try:
             data = line.encode()
             if os.write(descriptor, data) != len(data):
                 raise OSError(f"{self.path}: wrote only part of a line")
         finally:
             os.close(descriptor)
+
+    def check(self) -> None:
+        """See whether a line could be written.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        os.close(self._open())
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _entry(self, verdict: Verdict, door: str) -> dict[str, object]:
         return {

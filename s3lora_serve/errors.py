@@ -146,6 +146,11 @@ class StoreDamaged(AdapterRejected):
     remedy = "Register the adapter again: what was kept of it is gone or damaged."
 
 
+class AuditFailed(AdapterRejected):
+    code = "S3LORA-404"
+    remedy = "The policy has audit.required: make the audit log writable again."
+
+
 class PolicyInvalid(S3LoRAError):
     code = "S3LORA-901"
     remedy = "Fix the policy; `s3lora policy check FILE` explains it."

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from s3lora_serve.adapter import Adapter, Module
 from s3lora_serve.errors import DoesNotFitModel, NotFinite, RefusedByVLLM
-from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin import served_model
 
 
 def fitted_names(manager: Any, adapter: Adapter) -> dict[str, str]:
     """vLLM's name for each module, every A and B checked against the model's LoRA modules."""
-    shapes = compat.module_shapes(manager)
+    shapes = served_model.module_shapes(manager)
     names = _served_names(manager, [key for m in adapter.modules for key in m.keys])
     served: dict[str, str] = {}
     taken: set[str] = set()
@@ -23,7 +23,7 @@ def fitted_names(manager: Any, adapter: Adapter) -> dict[str, str]:
         target = targets[0]
         if len(targets) > 1 or target in taken:
             raise DoesNotFitModel(f"module {module.name} does not map to one module of the model")
-        if target in shapes or compat.holds_whole_model(manager):
+        if target in shapes or served_model.holds_whole_model(manager):
             _check_fits(module, target, shapes)
         served[module.name] = target
         taken.add(target)
@@ -32,7 +32,7 @@ def fitted_names(manager: Any, adapter: Adapter) -> dict[str, str]:
 
 def _served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:
     try:
-        return compat.served_names(manager, keys)
+        return served_model.served_names(manager, keys)
     except ValueError as error:
         raise RefusedByVLLM(f"vLLM says: {error}") from None
 
@@ -63,7 +63,7 @@ def check_loaded(lora: Any, served: dict[str, str], adapter: Adapter) -> None:
     a finite number out of the dtype's range.
     """
     scored = set(served.values())
-    unscorable = {compat.module_of(key) for key in adapter.unscorable}
+    unscorable = {served_model.module_of(key) for key in adapter.unscorable}
     for name in lora.loras:
         if name not in scored and not any(name.endswith(other) for other in unscorable):
             raise DoesNotFitModel(f"vLLM loaded {name}, which was not scored")
@@ -90,7 +90,7 @@ def remove_unscorable(lora: Any, served: dict[str, str], removed: Collection[str
     scored = set(served.values())
     for name in [name for name in lora.loras if name not in scored]:
         del lora.loras[name]
-    compat.drop_full_modules(lora)
+    served_model.drop_full_modules(lora)
 
 
 def _within(tensor: Tensor, factor: float) -> bool:

@@ -13,24 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.adapter import read_adapter
-from s3lora_serve.admission import admit
-from s3lora_serve.errors import (
-    AdapterRejected,
-    GateFailed,
-    NotAnAdapter,
-    Reason,
-    RefusedByVLLM,
-)
+from s3lora_serve.errors import AdapterRejected, GateFailed, NotAnAdapter, Reason, RefusedByVLLM
 from s3lora_serve.metrics import OTHER
-from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import serving_policy
-from s3lora_serve.settings import Settings, load_settings
-from s3lora_serve.store import Kept, Store
+from s3lora_serve.settings import load_settings
+from s3lora_serve.store import Kept
 from s3lora_serve.verdict import Verdict
-from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin import compat, served_model
+from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
 from s3lora_serve.vllm_plugin.fit import check_loaded, fitted_names, load_copy, remove_unscorable
-from s3lora_serve.vllm_plugin.recorder import Recorder
-from s3lora_serve.vllm_plugin.registrar import MOST_REMEMBERED, Refused, Registrar, door
+from s3lora_serve.vllm_plugin.registrar import Registrar, door
 
 logger = compat.logger
 
@@ -49,12 +41,12 @@ def install() -> None:
     settings = load_settings()
     policy = serving_policy(settings)
     compat.check_contract()
-    guard = Guard(policy, settings)
+    guard = Guard(Desk(policy, settings))
     compat.after_create_lora_manager(guard.activate)
     for name in ("status", "model", "refusal", "holds"):
         compat.add_worker_method(f"s3lora_{name}", _asked(guard, name))
     if policy.mode != "off":
-        Store(settings.state_dir).prepare()
+        guard.desk.store.prepare()
         compat.wrap_load_adapter(guard.load)
         compat.wrap_add_adapter(guard.add)
         compat.around_registration(guard.registration)
@@ -65,7 +57,7 @@ def install() -> None:
 
 def registrar() -> Registrar | None:
     """The registrar of this process, if the gate is installed and not off."""
-    return _guard.registrar if _guard and _guard.policy.mode != "off" else None
+    return _guard.registrar if _guard and _guard.desk.policy.mode != "off" else None
 
 
 def _asked(guard: "Guard", name: str) -> Callable[..., Any]:
@@ -75,16 +67,14 @@ def _asked(guard: "Guard", name: str) -> Callable[..., Any]:
 class Guard:
     """The gate of one worker process."""
 
-    def __init__(self, policy: Policy, settings: Settings) -> None:
-        self.policy = policy
-        self.settings = settings
-        self.registrar = Registrar(policy, settings)
-        self._store = Store(settings.state_dir)
-        self._recorder: Recorder | None = None
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.registrar = Registrar(desk)
+        self._active = False
         self._places: set[tuple[str, str]] = set()
         self._shapes: set[tuple[int, int]] = set()
-        self._base_model: str | None = None
         self._whole = False
+        self._base_model: str | None = None
         self._registering = False
         self._refusals: OrderedDict[int, Reason] = OrderedDict()
         self._origins: OrderedDict[tuple[int, str], Path] = OrderedDict()
@@ -93,18 +83,20 @@ class Guard:
     def activate(self, manager: Any, vllm_config: Any) -> None:
         """A worker has its LoRA modules: learn their names and say that the gate is up."""
         self._base_model = compat.base_model(vllm_config)
-        self._whole = compat.holds_whole_model(manager)
-        shapes = compat.module_shapes(manager)
+        self._whole = served_model.holds_whole_model(manager)
+        shapes = served_model.module_shapes(manager)
         self._places, self._shapes = _places(shapes), set(shapes.values())
-        self._recorder = self._recorder or Recorder(self.policy, self.settings)
-        self._recorder.metrics.know_model(self._places)
-        release, digest, mode = version("s3lora-serve"), self.policy.digest, self.policy.mode
-        self._recorder.metrics.activate(digest, mode, release)
+        self._active = self.desk.policy.mode != "off"
+        metrics = self.desk.recorder.metrics
+        metrics.know_model(self._places)
+        policy = self.desk.policy
+        release, digest, mode = version("s3lora-serve"), policy.digest, policy.mode
+        metrics.activate(digest, mode, release)
         logger.info("s3lora %s: gate in mode %s, policy %s", release, mode, digest)
 
     def status(self) -> dict[str, Any]:
         """What this worker says when asked whether it is guarded."""
-        return {"active": self._recorder is not None and self.policy.mode != "off"}
+        return {"active": self._active}
 
     def model(self) -> dict[str, list[tuple[Any, Any]]]:
         """(layer, projection) and (m, n) of the modules of this worker's part of the model."""
@@ -143,10 +135,10 @@ class Guard:
             logger.exception("s3lora: adapter %r", request.lora_name)
             failed = GateFailed(f"{type(error).__name__}: {error}")
             return self._quarantined(request, Reason.of(failed), verdict)
-        if self._recorder and self._registering and compat.is_first_rank():
-            self._recorder.metrics.observe_strip(time.perf_counter() - started)
+        if self._registering and compat.is_first_rank():
+            self.desk.recorder.metrics.observe_strip(time.perf_counter() - started)
         self._refusals.pop(adapter_id, None)
-        _remember(self._held, adapter_id, kept.path.name)
+        remember(self._held, adapter_id, kept.path.name)
         return lora
 
     def add(self, manager: Any, request: Any, original: Callable[..., bool]) -> bool:
@@ -162,42 +154,34 @@ class Guard:
             manager.remove_adapter(request.lora_int_id)
             failed = RefusedByVLLM(f"vLLM says: {type(error).__name__}: {error}")
             empty = self._quarantined(request, Reason.of(failed), None)
-            return compat.add_loaded(manager, empty)
+            return served_model.add_loaded(manager, empty)
 
     def _kept(self, request: Any) -> Kept:
         """The admitted copy: the one the request names, or one that is decided on here."""
-        named = self._store.find(request.lora_path)
+        named = self.desk.store.find(request.lora_path)
         if named is not None:
-            return self._store.open(named)
+            return self.desk.store.open(named)
         origin = (request.lora_int_id, request.lora_path)
         known = None if request.load_inplace else self._origins.get(origin)
         if known is None:
             known = self._decide(request)
-            _remember(self._origins, origin, known)
-        return self._store.open(known)
+            remember(self._origins, origin, known)
+        return self.desk.store.open(known)
 
     def _decide(self, request: Any) -> Path:
         """Decide on an adapter that no API server registered: `LLM.generate` and the like."""
-        folder = compat.adapter_folder(request, download=not self.policy.limits.roots)
+        folder = compat.adapter_folder(request, download=not self.desk.policy.limits.roots)
         if folder is None:
             raise NotAnAdapter(f"{request.lora_path} does not exist")
-        with self._store.fresh() as private:
-            verdict = admit(
-                folder,
-                request.lora_name,
-                self.policy,
-                base_model=self._base_model,
-                device=self.settings.device,
-                into=private.make,
-                shapes=self._shapes if self._whole else (),
-            ).verdict
-            path = self._store.keep(private, verdict)
-        content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
-        topic = repr((version("s3lora-serve"), request.lora_name, str(folder), *content))
+        shapes = self._shapes if self._whole else ()
+        verdict, path = self.desk.decide(folder, request.lora_name, self._base_model, shapes)
         if verdict.digest:
-            path = self._store.agree(topic, path)
-        if self._recorder and compat.is_first_rank():
-            self._recorder.decided(verdict, "engine")
+            # Ranks score for themselves; should they differ, the first to be done rules for all.
+            content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
+            facts = (version("s3lora-serve"), request.lora_name, str(folder), *content)
+            path = self.desk.store.agree(repr(facts), path)
+        if compat.is_first_rank():
+            self.desk.recorder.decided(verdict, "engine")
         return path
 
     def _enforced(
@@ -207,29 +191,30 @@ class Guard:
         verdict = kept.verdict
         if kept.copy is None:
             raise Refused(str(verdict.reason))
-        policy = self.policy.for_adapter(verdict.name, verdict.path, self._base_model)
+        policy = self.desk.policy.for_adapter(verdict.name, verdict.path, self._base_model)
         adapter = read_adapter(kept.copy, policy.limits, policy.on_unscorable)
         served = fitted_names(manager, adapter)
         lora = load_copy(manager, compat.with_path(request, kept.path), original)
         check_loaded(lora, served, adapter)
         if verdict.mode == "enforce":
             for name in verdict.stripped:
-                compat.strip_module(lora, served[name])
+                served_model.strip_module(lora, served[name])
             remove_unscorable(lora, served, verdict.removed)
         if not lora.loras:
-            compat.make_inert(lora)
+            served_model.make_inert(lora)
         return lora
 
     def _quarantined(self, request: Any, reason: Reason, verdict: Verdict | None) -> Any:
         """An adapter without effect in the place of one that is refused."""
-        _remember(self._refusals, request.lora_int_id, reason)
+        remember(self._refusals, request.lora_int_id, reason)
         self._held.pop(request.lora_int_id, None)
         # A registrar that waits for this load asks, answers its client, and takes it back.
-        asked = self._registering and self._store.find(request.lora_path) is not None
-        taken_back = asked and self.policy.mode == "enforce"
-        if self._recorder and compat.is_first_rank() and not taken_back:
-            self._recorder.quarantined(request.lora_name, request.lora_path, reason, verdict)
-        return compat.inert_adapter(request)
+        asked = self._registering and self.desk.store.find(request.lora_path) is not None
+        taken_back = asked and self.desk.policy.mode == "enforce"
+        if compat.is_first_rank() and not taken_back:
+            recorder = self.desk.recorder
+            recorder.quarantined(request.lora_name, request.lora_path, reason, verdict)
+        return served_model.inert_adapter(request)
 
 
 def _reason(refusal: AdapterRejected, verdict: Verdict | None) -> Reason:
@@ -237,13 +222,6 @@ def _reason(refusal: AdapterRejected, verdict: Verdict | None) -> Reason:
     if isinstance(refusal, Refused) and verdict and verdict.reason:
         return verdict.reason
     return Reason.of(refusal)
-
-
-def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    known[key] = value
-    known.move_to_end(key)
-    if len(known) > MOST_REMEMBERED:
-        known.popitem(last=False)
 
 
 def _places(names: Iterable[str]) -> set[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Tells log, metrics and audit log what the gate decided; none of them can change it."""
 
 from s3lora_serve.audit import AuditLog
-from s3lora_serve.errors import DeadlinePassed, GateFailed, Reason, StoreDamaged
+from s3lora_serve.errors import AuditFailed, DeadlinePassed, GateFailed, Reason, StoreDamaged
 from s3lora_serve.metrics import Metrics
 from s3lora_serve.policy import Policy
 from s3lora_serve.settings import Settings
@@ -27,6 +27,22 @@ class Recorder:
         self._device = resolve_device(settings.device)
         path = policy.audit.path
         self._audit = AuditLog(path, compat.installed_version()) if path else None
+
+    def require_audit(self) -> None:
+        """Let no adapter in that cannot be written down, where the policy asks for that.
+
+        Raises:
+            AuditFailed: the audit log is required and cannot be written.
+        """
+        if not (self._policy.audit.required and self._policy.mode == "enforce"):
+            return
+        if self._audit is None:
+            raise AuditFailed("there is no audit log: audit.path and S3LORA_AUDIT_LOG are unset")
+        try:
+            self._audit.check()
+        except OSError as problem:
+            self.metrics.failures.labels("audit").inc()
+            raise AuditFailed(f"audit log {self._audit.path}: {problem.strerror}") from None
 
     def decided(self, verdict: Verdict, door: str) -> None:
         """An adapter was decided on."""

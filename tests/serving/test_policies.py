@@ -1,4 +1,6 @@
-"""Weights the index is not defined for, on a real engine: an embedding LoRA that PEFT trained."""
+"""Words of the policy that only a real engine can prove: unscorable weights, deadline, audit."""
+
+import shutil
 
 import pytest
 
@@ -11,7 +13,9 @@ pytestmark = pytest.mark.serving
 
 POLICY = """
 strip: {top_k: 0}
+audit: {required: true}
 rules:
+  - {match: {adapter: "slow*"}, limits: {seconds: 0.000001}}
   - {match: {adapter: "admit*"}, on_unscorable: admit}
   - {match: {adapter: "strip*"}, on_unscorable: strip}
 """
@@ -48,7 +52,9 @@ def served(model, embedding, linear_only, workplace):
 def judging(model, workplace):
     policy = workplace / "unscorable.yaml"
     policy.write_text(POLICY)
-    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy)}
+    log = workplace / "judging" / "audit.jsonl"
+    log.parent.mkdir()
+    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy), "S3LORA_AUDIT_LOG": str(log)}
     with Server(model, workplace / "judging.log", (), environment) as server:
         yield server
 
@@ -61,3 +67,23 @@ def test_an_embedding_lora_is_refused_admitted_or_taken_away(judging, served, em
     for name, expected in (("admit-it", "whole"), ("strip-it", "linear")):
         assert judging.load(name, embedding).status_code == 200
         assert answers(judging, name) == served[expected]
+
+
+def test_an_adapter_that_cannot_be_scored_in_time_is_refused(judging, trained):
+    response = judging.load("slow", trained)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("S3LORA-402: ")
+    assert judging.metrics()['s3lora_failures_total{reason="deadline"}'] >= 1
+
+
+def test_nothing_is_admitted_that_cannot_be_written_down(judging, trained, workplace):
+    folder = workplace / "judging"
+    before = judging.metrics()['s3lora_failures_total{reason="audit"}']
+    shutil.rmtree(folder)
+    response = judging.load("unwritten", trained)
+    folder.mkdir()
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("S3LORA-404: ")
+    assert judging.metrics()['s3lora_failures_total{reason="audit"}'] == before + 1
+    assert judging.load("written", trained).status_code == 200
+    assert '"written"' in (folder / "audit.jsonl").read_text()

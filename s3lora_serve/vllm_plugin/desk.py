@@ -1,0 +1,73 @@
+"""Where one process of a server decides on adapters: copy, score, rule, keep. Both sides use it."""
+
+from collections import OrderedDict
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from s3lora_serve.admission import admit
+from s3lora_serve.errors import AdapterRejected
+from s3lora_serve.policy import Policy
+from s3lora_serve.settings import Settings
+from s3lora_serve.store import Store
+from s3lora_serve.verdict import Verdict
+from s3lora_serve.vllm_plugin.recorder import Recorder
+
+MOST_REMEMBERED = 1000
+"""Adapters a process remembers something of; tenants choose the names."""
+
+
+class Refused(AdapterRejected):
+    """A refusal on its way through vLLM, which keeps only the text."""
+
+    def __init__(self, text: str) -> None:
+        Exception.__init__(self, text)
+
+
+class Desk:
+    """Policy, store and recorder of one process."""
+
+    def __init__(self, policy: Policy, settings: Settings) -> None:
+        self.policy = policy
+        self.store = Store(settings.state_dir)
+        self._settings = settings
+
+    @cached_property
+    def recorder(self) -> Recorder:
+        """Made when first asked for: what registers metrics shows in them."""
+        return Recorder(self.policy, self._settings)
+
+    def decide(
+        self,
+        folder: Path,
+        name: str,
+        base_model: str | None,
+        shapes: Collection[tuple[int, int]],
+    ) -> tuple[Verdict, Path]:
+        """The decision on an adapter, and where it is kept.
+
+        Raises:
+            AuditFailed: the policy lets nothing in that cannot be written down.
+            GateFailed: the store cannot be written.
+        """
+        self.recorder.require_audit()
+        with self.store.fresh() as private:
+            verdict = admit(
+                folder,
+                name,
+                self.policy,
+                base_model=base_model,
+                device=self._settings.device,
+                into=private.make,
+                shapes=shapes,
+            ).verdict
+            return verdict, self.store.keep(private, verdict)
+
+
+def remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Put an entry last, and let the first go when there are too many."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > MOST_REMEMBERED:
+        known.popitem(last=False)
