@@ -22,6 +22,10 @@ DOUBT = 1e-6
 """Largest `doubt` at which a solution is taken: the accuracy promised, |SSI error| ≤ 1e-6.
 tests/spectral/test_switch.py holds that no error seen exceeds its doubt."""
 
+FLOAT32_FLATNESS = 0.008
+"""λ_min/λ_max of G_A·G_B under which float32 never vouched for an index (measured, r = 16 to 64: at
+a spectrum that falls by one decade `doubt` is 1.3e-6 and more): the second pass would be wasted."""
+
 SANE_TRACE = (1e-20, 1e30)
 """Traces for which float32 squares that vanish are too small to matter, and none overflow."""
 
@@ -85,6 +89,8 @@ def solve(rows: Side, columns: Side, normalization: str) -> Solution:
     half_a, half_b = _half(gram_a, dtype), _half(gram_b, dtype)
     # The index is at least 1/r, so that much slack alone is too much: no second pass for those.
     hopeful = half_a.slack + half_b.slack <= DOUBT * gram_a.shape[-1]
+    if dtype == torch.float32:
+        hopeful &= _flatness(half_a.lower, half_b.lower) > FLOAT32_FLATNESS
     P, row_mean, slack = _normalised(rows, half_a, hopeful)
     Q, column_mean, column_slack = _normalised(columns, half_b, hopeful)
     slack = torch.where(hopeful, slack + column_slack, torch.inf)
@@ -133,6 +139,14 @@ def _half(matrix: Tensor, dtype: torch.dtype) -> Half:
     if dtype == torch.float32:
         known &= (SANE_TRACE[0] < trace) & (trace < SANE_TRACE[1])
     return Half(lower.to(dtype), trace, torch.where(known, slack, torch.inf))
+
+
+def _flatness(lower_a: Tensor, lower_b: Tensor) -> Tensor:
+    """`λ_min/λ_max` of L_A·L_Aᵀ·L_B·L_Bᵀ, within a factor of r^(1/4); 0 where it is singular."""
+    product = (lower_a.mT @ lower_b).double()
+    inverse, failed = torch.linalg.inv_ex(product)
+    spread = _spectral_norm(product @ product.mT) * _spectral_norm(inverse @ inverse.mT)
+    return torch.where((failed == 0) & spread.isfinite(), 1.0 / spread, 0.0)
 
 
 def _spectrum(P: Tensor, Q: Tensor, slack: Tensor, unit: float) -> tuple[Tensor, Tensor]:

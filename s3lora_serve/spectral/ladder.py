@@ -3,7 +3,7 @@
 float32 Grams, then float64 Grams, then QR in float64; a module climbs when `doubt` is too large.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,9 +14,6 @@ from s3lora_serve.spectral import gram, orthogonal
 from s3lora_serve.spectral._checks import in_range
 from s3lora_serve.spectral.gram import DOUBT, Modules, Solution
 from s3lora_serve.spectral.panels import Factors, HostModules
-
-PROBE = 16
-"""Modules tried first: spectra of one adapter resemble each other, and the wasted pass is short."""
 
 GRAM_BYTES = 2**25
 """Gram matrices held at a time; four of r×r float64 a module, and as much again in passing."""
@@ -39,64 +36,41 @@ def solve(
     if device != "cpu":
         try:
             resident = devices.upload(parts, device, between_batches)
-            return _climb_all(resident, normalization, between_batches)
+            return _cat([_climb(*chunk, normalization, between_batches) for chunk in resident])
         except torch.OutOfMemoryError:
             pass  # the engine needs its memory more than a score needs speed
     at_home = ((part, HostModules(part, between_batches)) for part in parts)
-    return _climb_all(at_home, normalization, between_batches)
+    return _cat([_climb(*place, normalization, between_batches) for place in at_home])
 
 
 def _parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
-    """A few modules to see what the adapter needs, then the others, bounded in their matrices."""
     rank = modules[0][0].shape[1]
     size = max(1, GRAM_BYTES // (32 * rank * rank))
-    start, stop = 0, min(PROBE, size)
-    while start < len(modules):
-        yield modules[start:stop]
-        start, stop = stop, stop + size
-
-
-def _climb_all(
-    placed: Iterable[tuple[Sequence[Factors], Modules]],
-    normalization: str,
-    between_batches: Callable[[], None],
-) -> Solution:
-    """Where most of what came before had to climb, the lowest rung is not tried any more."""
-    solutions: list[Solution] = []
-    hopeful = True
-    for modules, place in placed:
-        rungs = place.arithmetics if hopeful else place.arithmetics[-1:]
-        solution, doubted = _climb(modules, place, rungs, normalization, between_batches)
-        solutions.append(solution)
-        hopeful = hopeful and 2 * doubted <= len(modules)
-    return _cat(solutions)
+    for at in range(0, len(modules), size):
+        yield modules[at : at + size]
 
 
 def _climb(
     modules: Sequence[Factors],
     place: Modules,
-    rungs: Sequence[torch.dtype],
     normalization: str,
     between_batches: Callable[[], None],
-) -> tuple[Solution, int]:
-    """The solution, and how many modules the first rung could not vouch for."""
-
+) -> Solution:
     def grams(chosen: Sequence[int], dtype: torch.dtype) -> Solution:
         return _to_host(gram.solve(*place.sides(chosen, dtype), normalization))
 
     def qr(chosen: Sequence[int]) -> Solution:
         return _qr([modules[i] for i in chosen], normalization, between_batches)
 
-    fastest, *slower = rungs
+    fastest, *slower = place.arithmetics
     solution = grams(range(len(modules)), fastest)
-    doubted = int((~(solution.doubt <= DOUBT)).sum())
     steps: list[Callable[[Sequence[int]], Solution]] = [partial(grams, dtype=d) for d in slower]
     for again in (*steps, qr):
         doubtful = (~(solution.doubt <= DOUBT)).nonzero().flatten().tolist()
         if doubtful:
             for kept, value in zip(solution, again(doubtful), strict=True):
                 kept[doubtful] = value
-    return solution, doubted
+    return solution
 
 
 def _to_host(solution: Solution) -> Solution:

@@ -48,21 +48,31 @@ def main() -> None:
     """Run the cases, print the table, write the data, the curves and RESULTS.md."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=9, help="each figure is the least of these")
+    parser.add_argument(
+        "--cases", type=int, nargs="+", metavar="ROW",
+        help="measure only these rows of the table (from 0) and keep the others",
+    )  # fmt: skip
     parser.add_argument("--memory", type=int, metavar="CASE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory is not None:
         print(measure.peak_extra(CASES[arguments.memory].modules()))
         return
-    cases = [
-        _measured(i, case, arguments.rounds)
-        for i, case in track(list(enumerate(CASES)), "cases", transient=True)
-    ]
-    curves = scaling.curves(max(2, arguments.rounds // 3))
-    data = {"machine": measure.machine(), "cases": cases, "scaling": curves}
+    found = {
+        i: _measured(i, CASES[i], arguments.rounds)
+        for i in track(arguments.cases or range(len(CASES)), "cases", transient=True)
+    }
+    if arguments.cases:
+        data = json.loads((HERE / "results.json").read_text())
+        if data["machine"] != measure.machine():
+            parser.error("results.json is of another machine: measure all rows")
+        data["cases"] = [found.get(i, case) for i, case in enumerate(data["cases"])]
+    else:
+        curves = scaling.curves(max(2, arguments.rounds // 3))
+        data = {"machine": measure.machine(), "cases": list(found.values()), "scaling": curves}
     (HERE / "results.json").write_text(json.dumps(data, indent=1) + "\n")
     (HERE / "RESULTS.md").write_text(report.markdown(data))
-    scaling.draw(curves, HERE / "scaling.svg")
-    report.show(cases)
+    scaling.draw(data["scaling"], HERE / "scaling.svg")
+    report.show(data["cases"])
 
 
 def _measured(i: int, case: Case, rounds: int) -> dict[str, object]:
