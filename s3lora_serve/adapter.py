@@ -1,7 +1,7 @@
 """A PEFT LoRA adapter: its modules with their factors, checked before any mathematics."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,6 +24,9 @@ _FACTOR = re.compile(
 )
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 PREFIX = "base_model.model."
+MAX_MODULES = 2**15
+"""The largest mixtures of experts have about 20 000 projections."""
+
 MAX_NAME_LENGTH = 256
 """Module names go into labels, logs and patterns; the longest in use has about 80 characters."""
 
@@ -68,11 +71,18 @@ class Adapter:
     unscorable: tuple[str, ...] = ()  # names of tensors that the index is not defined for
 
 
-def read_adapter(copy: PrivateCopy, limits: Limits, on_unscorable: str = "reject") -> Adapter:
+def read_adapter(
+    copy: PrivateCopy,
+    limits: Limits,
+    on_unscorable: str = "reject",
+    between_modules: Callable[[], None] = lambda: None,
+) -> Adapter:
     """Read and check an adapter from its private copy; tensors are views, nothing is converted.
 
     What the index is not defined for is refused, or let pass by name: with `admit` all of it, with
     `strip` what can be taken away and leave the rest as it was trained.
+
+    `between_modules` runs before each module and may raise to stop (deadlines).
 
     Raises:
         AdapterRejected: a subclass for each way in which it is not a well-formed plain LoRA.
@@ -99,9 +109,17 @@ def read_adapter(copy: PrivateCopy, limits: Limits, on_unscorable: str = "reject
         factors[match["side"]] = key, tensor
     if not sides:
         raise PartnerMissing("the adapter has no modules")
-    names = sorted(sides, key=_natural)
-    modules = tuple(_module(name, sides[name], config, limits) for name in names)
-    return Adapter(config, modules, header, copy, tuple(sorted(unscorable)))
+    if len(sides) > MAX_MODULES:
+        raise OverLimit(f"the adapter has {len(sides)} modules, over {MAX_MODULES}")
+    for key in unscorable:
+        # vLLM takes an embedding's factors for those of the module of that name.
+        if (stem := key.removeprefix(PREFIX).partition(".lora_embedding")[0]) in sides:
+            raise ModuleTwice(f"{key} and a lora_A or lora_B are one module's, {stem}")
+    modules = []
+    for name in sorted(sides, key=_natural):
+        between_modules()
+        modules.append(_module(name, sides[name], config, limits))
+    return Adapter(config, tuple(modules), header, copy, tuple(sorted(unscorable)))
 
 
 def _may_pass(key: str, on_unscorable: str) -> bool:

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,10 +65,12 @@ def admit(
     read = scored = started
     try:
         copy = copy_adapter(folder, effective.limits, into() if into else None)
-        adapter = read_adapter(copy, effective.limits, effective.on_unscorable)
+        check = partial(_check_deadline, deadline, effective)
+        check()
+        adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check)
         _check_shapes(adapter, shapes)
         read = time.perf_counter()
-        scores = _score(adapter, effective, device, deadline)
+        scores = _score(adapter, effective, device, check)
         scored = time.perf_counter()
         scaling = {module.name: module.scaling for module in adapter.modules}
         ruling = rule(scores, scaling, copy.digest, effective)
@@ -116,13 +119,15 @@ def _real_path(folder: Path) -> str:
         return str(folder)
 
 
-def _score(adapter: Adapter, policy: Policy, device: str, deadline: float) -> list[ModuleScore]:
+def _check_deadline(deadline: float, policy: Policy) -> None:
+    if time.perf_counter() > deadline:
+        raise DeadlinePassed(f"reading and scoring took over {policy.limits.seconds:g} s")
+
+
+def _score(
+    adapter: Adapter, policy: Policy, device: str, check_deadline: Callable[[], None]
+) -> list[ModuleScore]:
     """Score the selected modules, check the others for NaN, within the deadline."""
-
-    def check_deadline() -> None:
-        if time.perf_counter() > deadline:
-            raise DeadlinePassed(f"scoring took longer than {policy.limits.seconds:g} s")
-
     selected = [module for module in adapter.modules if policy.selects(module.name)]
     factors = [Factors(m.name, m.B, m.A, m.scaling) for m in selected]
     if wide := [module.name for module in adapter.modules if not _is_servable(module)]:

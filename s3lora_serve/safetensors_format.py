@@ -16,8 +16,9 @@ from torch import Tensor
 
 from s3lora_serve.errors import WeightsUnreadable
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own bound."""
+MAX_HEADER_BYTES = 16 * 2**20
+"""An entry takes about 150 bytes: room for 100 000 tensors. The format allows 100 MB, which take
+seconds to parse, while nothing else in the process runs."""
 
 MAX_DIMENSIONS = 8
 """No tensor of an adapter has more; multiplying out a long hostile shape would take hours."""

@@ -115,9 +115,11 @@ class Store:
             verdict = Verdict.from_json(json.loads((path / VERDICT_NAME).read_bytes()))
             copy = _copy(path) if servable(verdict) else None
             sound = key(verdict) == path.name and (copy is None or _is_whole(copy, verdict))
-        except (OSError, ValueError, KeyError, TypeError, ConfigInvalid) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, ConfigInvalid) as error:
             self._put_aside(path)
             raise StoreDamaged(f"{path}: {type(error).__name__}") from None
+        except OSError as error:  # this process cannot read it now, which is no fault of the copy
+            raise StoreDamaged(f"{path}: {error.strerror}") from None
         if not sound:
             self._put_aside(path)
             raise StoreDamaged(f"{path} does not hold what it is named after")

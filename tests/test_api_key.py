@@ -47,8 +47,11 @@ def test_with_a_key_ours_ask_for_it(path, method, headers):
     assert client("the key").request(method, path, headers=headers).status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/adapters/", "/adapters//", "/s3lora/"])
-def test_trailing_slashes_open_nothing(path):
+@pytest.mark.parametrize(
+    "path",
+    ["/adapters/", "/adapters//", "/s3lora/", "/adapters%0A", "/adapters/x%0A", "/s3lora%0d"],
+)
+def test_trailing_slashes_and_newlines_open_nothing(path):
     assert client("the key").post(path).status_code == 401
 
 

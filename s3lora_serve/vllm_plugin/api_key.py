@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -48,11 +49,12 @@ class ApiKeyGate:
 
 def _path(scope: Scope) -> str:
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path.rstrip("/") or "/"
+    return path
 
 
 def _under(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(f"{prefix}/")
+    """As the router would match: its patterns end in `$`, which a trailing newline satisfies."""
+    return re.match(rf"{prefix}(?![^/\s])", path) is not None
 
 
 def _token(scope: Scope, *, basic: bool) -> str:

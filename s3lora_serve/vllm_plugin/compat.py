@@ -216,8 +216,11 @@ def adapter_folder(request: LoRARequest, *, download: bool = True) -> Path | Non
 
     vLLM takes what is no local path for a hub id, and downloads it: not where `download` is false.
     """
-    local = Path(request.lora_path).expanduser()
-    if not local.exists() and (local.is_absolute() or not download):
+    try:
+        local = Path(request.lora_path).expanduser()
+        if not local.exists() and (local.is_absolute() or not download):
+            return None
+    except (OSError, RuntimeError, ValueError):  # no such user, too long, a null byte
         return None
     try:
         folder = Path(get_adapter_absolute_path(request.lora_path))

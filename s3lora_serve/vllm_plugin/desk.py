@@ -11,7 +11,7 @@ from s3lora_serve.errors import AdapterRejected
 from s3lora_serve.policy import Policy
 from s3lora_serve.settings import Settings
 from s3lora_serve.store import Store
-from s3lora_serve.verdict import Verdict
+from s3lora_serve.verdict import Verdict, refused
 from s3lora_serve.vllm_plugin.recorder import Recorder
 
 MOST_REMEMBERED = 1000
@@ -44,7 +44,9 @@ class Desk:
         name: str,
         base_model: str | None,
         shapes: Collection[tuple[int, int]],
-    ) -> tuple[Verdict, Path]:
+        *,
+        keep_refused: bool,
+    ) -> tuple[Verdict, Path | None]:
         """The decision on an adapter, and where it is kept.
 
         Raises:
@@ -62,6 +64,8 @@ class Desk:
                 into=private.make,
                 shapes=shapes,
             ).verdict
+            if refused(verdict) and not keep_refused:
+                return verdict, None
             return verdict, self.store.keep(private, verdict)
 
 

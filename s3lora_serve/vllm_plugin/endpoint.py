@@ -71,5 +71,5 @@ class GateEndpoint:
 
 def _decision(name: str) -> dict[str, str] | None:
     desk = registrar()
-    verdict = desk.verdict(name) if desk else None
-    return {DECISION_HEADER: verdict.decision.value} if verdict else None
+    decision = desk.decision(name) if desk else None
+    return {DECISION_HEADER: decision} if decision else None

@@ -76,6 +76,8 @@ def check_loaded(lora: Any, served: dict[str, str], adapter: Adapter) -> None:
                 f"vLLM would scale {module.name} by {loaded.scaling:g}, it was scored with"
                 f" {module.scaling:g} (this version may not know rank_pattern and alpha_pattern)"
             )
+        if not (_same(loaded.lora_a, module.A) and _same(loaded.lora_b, module.B)):
+            raise DoesNotFitModel(f"vLLM loaded other factors for {module.name} than were scored")
         if not (_within(loaded.lora_a, 1.0) and _within(loaded.lora_b, module.scaling)):
             raise NotFinite(
                 f"module {module.name} leaves the range of {loaded.lora_b.dtype}, in which this"
@@ -91,6 +93,10 @@ def remove_unscorable(lora: Any, served: dict[str, str], removed: Collection[str
     for name in [name for name in lora.loras if name not in scored]:
         del lora.loras[name]
     served_model.drop_full_modules(lora)
+
+
+def _same(loaded: Tensor, scored: Tensor) -> bool:
+    return torch.equal(loaded.cpu(), scored.to(loaded.dtype))
 
 
 def _within(tensor: Tensor, factor: float) -> bool:

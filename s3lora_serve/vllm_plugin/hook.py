@@ -147,6 +147,11 @@ class Guard:
         vLLM marks an adapter active before it fills its slot: whatever goes wrong in between would
         leave later modules with the slot's last tenant.
         """
+        named = self.desk.store.find(request.lora_path)
+        held = self._held.get(request.lora_int_id)
+        if named and held and held != named.name:
+            # Replaced in place while requests for the other content were waiting.
+            manager.remove_adapter(request.lora_int_id)
         try:
             return original(manager, request)
         except Exception as error:
@@ -160,7 +165,11 @@ class Guard:
         """The admitted copy: the one the request names, or one that is decided on here."""
         named = self.desk.store.find(request.lora_path)
         if named is not None:
-            return self.desk.store.open(named)
+            kept = self.desk.store.open(named)
+            ruled_by = (kept.verdict.policy_digest, kept.verdict.mode)
+            if ruled_by != (self.desk.policy.digest, self.desk.policy.mode):
+                raise GateFailed(f"{named} was decided on under another policy than this worker's")
+            return kept
         origin = (request.lora_int_id, request.lora_path)
         known = None if request.load_inplace else self._origins.get(origin)
         if known is None:
@@ -174,11 +183,18 @@ class Guard:
         if folder is None:
             raise NotAnAdapter(f"{request.lora_path} does not exist")
         shapes = self._shapes if self._whole else ()
-        verdict, path = self.desk.decide(folder, request.lora_name, self._base_model, shapes)
-        if verdict.digest:
+        verdict, path = self.desk.decide(
+            folder, request.lora_name, self._base_model, shapes, keep_refused=True
+        )
+        if path is None:
+            raise Refused(str(verdict.reason))
+        passing = verdict.reason and verdict.reason.code.startswith("S3LORA-4")
+        if verdict.digest and not passing:
             # Ranks score for themselves; should they differ, the first to be done rules for all.
             content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
-            facts = (version("s3lora-serve"), request.lora_name, str(folder), *content)
+            model = (self._base_model, sorted(self._shapes) if self._whole else None)
+            name = (version("s3lora-serve"), request.lora_name, str(folder))
+            facts = (*name, *model, *content)
             path = self.desk.store.agree(repr(facts), path)
         if compat.is_first_rank():
             self.desk.recorder.decided(verdict, "engine")

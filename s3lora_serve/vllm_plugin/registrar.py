@@ -29,11 +29,11 @@ class Registrar:
         self._desk = desk
         self._shapes: set[tuple[int, int]] | None = None
         self._threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="s3lora")
-        self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
+        self._decisions: OrderedDict[str, str] = OrderedDict()
 
-    def verdict(self, name: str) -> Verdict | None:
+    def decision(self, name: str) -> str | None:
         """The last decision on the adapter of this name."""
-        return self._verdicts.get(name)
+        return self._decisions.get(name)
 
     async def add_lora(
         self, engine: Any, request: Any, original: Callable[..., Awaitable[bool]]
@@ -54,14 +54,20 @@ class Registrar:
         added = False
         if path is not None:
             asked, request.lora_path = request.lora_path, str(path)
-            added = await original(engine, request)
-            if reason := await self._refusal_of_workers(engine, request):
-                verdict = rejected(verdict, reason)
+            try:
+                added = await original(engine, request)
+                if reason := await self._refusal_of_workers(engine, request, path.name):
+                    verdict = rejected(verdict, reason)
+            except BaseException:
+                request.lora_path = asked
+                # Also when the client has gone: what nobody registered must not stay under the id.
+                await engine.remove_lora(request.lora_int_id)
+                raise
             if refused(verdict):
                 # Workers hold it without effect; they need not hold it at all.
                 await engine.remove_lora(request.lora_int_id)
                 request.lora_path = asked
-        remember(self._verdicts, verdict.name, verdict)
+        remember(self._decisions, verdict.name, verdict.decision.value)
         self._desk.recorder.decided(verdict, door.get())
         if path is None or refused(verdict):
             raise Refused(str(verdict.reason))
@@ -78,11 +84,12 @@ class Registrar:
         if folder is None:
             raise compat.not_found(request)
         try:
-            verdict, path = self._desk.decide(folder, request.lora_name, base_model, shapes)
+            return self._desk.decide(
+                folder, request.lora_name, base_model, shapes, keep_refused=False
+            )
         except (AuditFailed, GateFailed) as error:
             reason = Reason.of(error)
             return rejected(unknown(request.lora_name, str(folder), policy), reason), None
-        return verdict, None if refused(verdict) else path
 
     async def _know_model(self, engine: Any) -> set[tuple[int, int]]:
         """The shapes of the model's modules; metrics count by their layers and projections."""
@@ -93,7 +100,12 @@ class Registrar:
             self._shapes = {(m, n) for rank in ranks for m, n in rank["shapes"]}
         return self._shapes
 
-    async def _refusal_of_workers(self, engine: Any, request: Any) -> Reason | None:
-        """Why a worker holds this adapter without effect, if one does."""
-        answers = await engine.collective_rpc("s3lora_refusal", args=(request.lora_int_id,))
-        return next((Reason(*answer) for answer in answers if answer), None)
+    async def _refusal_of_workers(self, engine: Any, request: Any, key: str) -> Reason | None:
+        """Why a worker holds this adapter without effect, or holds another under its id."""
+        number = (request.lora_int_id,)
+        answers = await engine.collective_rpc("s3lora_refusal", args=number)
+        if refusal := next((Reason(*answer) for answer in answers if answer), None):
+            return refusal
+        if all(held == key for held in await engine.collective_rpc("s3lora_holds", args=number)):
+            return None
+        return Reason.of(GateFailed("the engine holds another adapter under this id"))
