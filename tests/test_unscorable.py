@@ -77,3 +77,18 @@ def test_numbers_that_nothing_serves_are_refused(trained, tmp_path):
 
     verdict = scan_adapter(copy_with(trained, tmp_path / "wide", widen), policy("reject"))
     assert verdict.reason.code == "S3LORA-109"
+
+
+@pytest.mark.parametrize("word", ["admit", "strip", "reject"])
+def test_an_embeddings_factors_cannot_stand_in_for_a_scored_modules(trained, tmp_path, word):
+    # vLLM takes lora_embedding_B for the lora_B of the module of that name.
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_embedding_B"
+    folder = copy_with(trained, tmp_path / "with", adding(name))
+    verdict = scan_adapter(folder, policy(word))
+    assert verdict.reason.code == ("S3LORA-110" if word == "reject" else "S3LORA-111")
+
+
+def test_more_patterns_than_vllm_can_keep_compiled_are_refused(trained, tmp_path):
+    patterns = {f"layers.{i}.none": 8 for i in range(201)}
+    folder = copy_with(trained, tmp_path / "slow", rank_pattern=patterns, alpha_pattern=patterns)
+    assert scan_adapter(folder, policy("reject")).reason.code == "S3LORA-103"
