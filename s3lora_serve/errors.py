@@ -151,6 +151,11 @@ class AuditFailed(AdapterRejected):
     remedy = "The policy has audit.required: make the audit log writable again."
 
 
+class StoreFull(AdapterRejected):
+    code = "S3LORA-405"
+    remedy = "Unload adapters that are no longer needed, or raise store.max_bytes in the policy."
+
+
 class PolicyInvalid(S3LoRAError):
     code = "S3LORA-901"
     remedy = "Fix the policy; `s3lora policy check FILE` explains it."

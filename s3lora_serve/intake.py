@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Self
 
@@ -52,18 +53,17 @@ class PrivateFolder:
     What vLLM has mapped from it stays readable: the mapping holds the file.
     """
 
-    def __init__(self, parent: Path, before: Callable[[], None] = lambda: None) -> None:
-        """Plan a folder under `parent`; `before` runs first when it is made, and may raise."""
+    def __init__(self, parent: Callable[[], Path]) -> None:
+        """Plan a folder; under which one is asked when it is made."""
         self._parent = parent
-        self._before = before
-        self.path = parent / "s3lora-none"
-        self._made = False
+        self.path: Path | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def make(self) -> Path:
         """Make the folder now, unless it has been made.
@@ -71,14 +71,12 @@ class PrivateFolder:
         Raises:
             GateFailed: there is no room or no right to.
         """
-        if self._made:
-            return self.path
-        self._before()
-        try:
-            self.path = Path(tempfile.mkdtemp(prefix="copy-", dir=self._parent))
-        except OSError as error:
-            raise GateFailed(f"no private copy in {self._parent}: {error.strerror}") from None
-        self._made = True
+        if self.path is None:
+            parent = self._parent()
+            try:
+                self.path = Path(tempfile.mkdtemp(prefix="copy-", dir=parent))
+            except OSError as error:
+                raise GateFailed(f"no private copy in {parent}: {error.strerror}") from None
         return self.path
 
 
@@ -180,10 +178,16 @@ def _copy_to_file(source: int, path: Path, config: bytes, most: int) -> PrivateC
             if not read:
                 break
             digest.update(chunk[:read])
-            target.write(chunk[:read])
+            _write_whole(target, chunk[:read])
             position += read
         _check_unchanged(before, os.fstat(source), position)
     return PrivateCopy(config, mapped(path), "sha256:" + digest.hexdigest())
+
+
+def _write_whole(target: RawIOBase, data: memoryview) -> None:
+    """Write all of it, or raise: a disk that fills up takes a part first."""
+    while data:
+        data = data[target.write(data) or 0 :]
 
 
 def mapped(path: Path) -> memoryview:

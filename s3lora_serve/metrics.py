@@ -11,14 +11,14 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from s3lora_serve.errors import rejection_codes
+from s3lora_serve.served_gauge import OTHER, ServedGauge
 from s3lora_serve.verdict import Decision, Verdict
 
 MODES = ("enforce", "audit")
 PHASES = ("read", "score", "strip", "total")
 DEVICES = ("cpu", "cuda")
-FAILURES = ("audit", "score", "deadline", "store")
-OTHER = "other"
-"""Label value for what the base model does not have: labels never come from an adapter's owner."""
+FAILURES = ("audit", "score", "deadline", "store", "policy")
+SOURCES = ("store", "path")
 
 SSI_BUCKETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 """SSI lies in [1/M, 1]; isotropic updates of common ranks crowd at its low end."""
@@ -50,6 +50,9 @@ class Metrics:
         self.quarantined = counter(
             "quarantined_total", "Adapters served without effect.", ("reason",)
         )
+        self.reloads = counter(
+            "reloads_total", "Adapters that the engine loaded again.", ("source",)
+        )
         self.module_ssi = histogram(
             "module_ssi", "Spectral Sharpness Index of scored modules.", "projection", SSI_BUCKETS
         )
@@ -61,6 +64,8 @@ class Metrics:
         )
         self._registry = registry
         self._worker: tuple[Gauge, Gauge] | None = None
+        self._policy: tuple[str, str, str] | None = None
+        self._served: ServedGauge | None = None
         self._places: frozenset[tuple[str, str]] = frozenset()
         self._start_at_zero()
 
@@ -72,6 +77,8 @@ class Metrics:
             self.admission_seconds.labels(phase)
         for device in DEVICES:
             self.scoring_seconds.labels(device)
+        for source in SOURCES:
+            self.reloads.labels(source)
         for reason in FAILURES:
             self.failures.labels(reason)
         for code in rejection_codes():
@@ -107,7 +114,21 @@ class Metrics:
             self._worker = active, info
         active, info = self._worker
         active.set(0 if mode == "off" else 1)
-        info.labels(policy_digest, mode, version).set(1)
+        if self._policy is not None:
+            info.labels(*self._policy).set(0)
+        self._policy = policy_digest, mode, version
+        info.labels(*self._policy).set(1)
+
+    def serve(self, verdict: Verdict) -> None:
+        """An adapter is served from now on. Only an API server serves under names."""
+        if self._served is None:
+            self._served = ServedGauge(self._registry)
+        self._served.serve(verdict.name, served_stripped(verdict))
+
+    def withdraw(self, name: str) -> None:
+        """An adapter is no longer served."""
+        if self._served is not None:
+            self._served.withdraw(name)
 
     def record(self, verdict: Verdict, device: str) -> None:
         """Count one decision."""
@@ -135,3 +156,8 @@ class Metrics:
     def _place(self, layer: int | None, projection: str) -> tuple[str, str]:
         place: Any = (OTHER if layer is None else str(layer), projection)
         return place if place in self._places else (OTHER, OTHER)
+
+
+def served_stripped(verdict: Verdict) -> int:
+    """How many modules are taken away while the adapter is served; audit takes none."""
+    return len(verdict.stripped) if verdict.mode == "enforce" else 0

@@ -57,6 +57,7 @@ class Limits(_Section):
     max_scaling: Annotated[float, Field(gt=0)] | None = 64  # alpha 64 at r = 1 [ours]
     max_norm_ratio: Annotated[float, Field(gt=0)] | None = None
     seconds: Annotated[float, Field(gt=0)] = 30  # far over any measured admission
+    download_seconds: Annotated[float, Field(gt=0)] = 600  # hub ids: the largest adapter at 4 MB/s
     max_bytes: Annotated[int, Field(gt=0)] = 2 * 2**30  # r = 64 on a 70B model is 1.7 GB in bf16
     min_rank: Annotated[int, Field(ge=1)] = 1  # 2 refuses what cannot be ranked: rank-1 modules
     max_rank: Annotated[int, Field(ge=1)] = 256  # the largest rank in common use; vLLM stops at 512

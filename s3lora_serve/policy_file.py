@@ -53,6 +53,20 @@ def read_policy(file: Path) -> Policy:
     Raises:
         PolicyInvalid: the file cannot be read, is not YAML, or breaks the schema.
     """
+    text = policy_bytes(file)
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader, see below
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise PolicyInvalid(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    return parse_policy(data, str(file))
+
+
+def policy_bytes(file: Path) -> bytes:
+    """The contents of a policy file.
+
+    Raises:
+        PolicyInvalid: it cannot be read, or is too large to be one.
+    """
     try:
         with file.open("rb") as stream:
             text = stream.read(MAX_POLICY_BYTES + 1)
@@ -60,11 +74,7 @@ def read_policy(file: Path) -> Policy:
         raise PolicyInvalid(f"{file}: {error.strerror or error}") from None
     if len(text) > MAX_POLICY_BYTES:
         raise PolicyInvalid(f"{file}: larger than {MAX_POLICY_BYTES} bytes")
-    try:
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader, see below
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise PolicyInvalid(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    return parse_policy(data, str(file))
+    return text
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -11,15 +11,20 @@ import re
 import shutil
 import stat
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
+from s3lora_serve.claims import Claims
 from s3lora_serve.errors import ConfigInvalid, GateFailed, StoreDamaged
+from s3lora_serve.eviction import Entry, folder_size, move_aside, to_evict
 from s3lora_serve.intake import CONFIG_NAME, WEIGHTS_NAME, PrivateCopy, PrivateFolder, mapped
 from s3lora_serve.peft_config import parse_config
 from s3lora_serve.verdict import Verdict, refused
 
 VERDICT_NAME = "verdict.json"
-_KEY = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"([0-9a-f]{64})(-\d{1,9})?")
+_CONDEMNED = ".quarantined"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +41,10 @@ class Store:
 
     def __init__(self, state_dir: Path) -> None:
         self.root = state_dir / f"s3lora-{os.getuid()}"
+        self._claims = Claims(self.root)
 
     def prepare(self) -> None:
-        """Make the folder, or check that the one there is ours alone.
+        """Make the folder, or check that the one there is ours alone and can be locked.
 
         Raises:
             GateFailed: there is no room or right to, or it belongs to somebody else.
@@ -51,33 +57,76 @@ class Store:
         alone = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
         if not alone or status.st_uid != os.getuid():
             raise GateFailed(f"the store {self.root} can be entered by others than this user")
+        with self._claims.store_locked():
+            pass
 
     def fresh(self) -> PrivateFolder:
         """A folder to take a copy in, on the same file system as what is kept."""
-        return PrivateFolder(self.root, before=self.prepare)
 
-    def keep(self, private: PrivateFolder, verdict: Verdict) -> Path:
-        """Keep a decided copy under the digest of content and ruling; return where it now lies.
+        def parent() -> Path:
+            self.prepare()
+            return self._claims.folder()
 
-        Of what may not be served only the verdict is kept.
+        return PrivateFolder(parent)
+
+    def keep(self, private: PrivateFolder, verdict: Verdict, most: int) -> Path:
+        """Keep a decided copy, pinned, under the digest of content and ruling; return where.
+
+        Of what may not be served only the verdict is kept. Least recently used adapters that no
+        process serves make room; `most` is in bytes.
 
         Raises:
+            StoreFull: there is no room beside what is served.
             GateFailed: it cannot be written.
         """
         folder = private.make()
+        evicted: list[Path] = []
         try:
             if not servable(verdict):
                 (folder / WEIGHTS_NAME).unlink(missing_ok=True)
             (folder / VERDICT_NAME).write_text(json.dumps(verdict.as_json()))
-            target = self.root / key(verdict)
-            try:
-                folder.rename(target)
-            except OSError:
-                if not target.is_dir():
-                    raise
+            with self._claims.store_locked():
+                target = self._vacant_or_sound(key(verdict))
+                if target.is_dir():
+                    os.utime(target)
+                else:
+                    evicted = self._make_room(folder_size(folder), most)
+                    folder.rename(target)
+                self._claims.pin(target.name)
         except OSError as error:
             raise GateFailed(f"no room in the store {self.root}: {error.strerror}") from None
+        finally:
+            for old in evicted:
+                shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def release(self, path: Path) -> None:
+        """This process no longer serves what it kept there; others may."""
+        self._claims.release(path.name)
+
+    def _vacant_or_sound(self, name: str) -> Path:
+        """Where content of this name is or may go: a path once condemned never comes back."""
+        for generation in count():
+            target = self.root / (f"{name}-{generation}" if generation else name)
+            if self.is_condemned(target):
+                continue
+            if target.is_dir():
+                try:
+                    self.open(target)
+                except StoreDamaged:
+                    shutil.rmtree(target, ignore_errors=True)
+            break
+        return target
+
+    def _make_room(self, size: int, most: int) -> list[Path]:
+        """Move least recently used adapters aside until `size` more bytes fit; return them."""
+        served = self._claims.pinned()
+        for mark in self.root.glob(f"*{_CONDEMNED}"):
+            if mark.name.removesuffix(_CONDEMNED) not in served:
+                mark.unlink(missing_ok=True)
+        kept = [path for path in self.root.iterdir() if _NAME.fullmatch(path.name)]
+        chosen = to_evict([Entry.of(path) for path in kept], served, size, most)
+        return move_aside(chosen, self._claims.folder())
 
     def agree(self, topic: str, proposal: Path) -> Path:
         """Of several proposals on one topic the first stands, for all processes.
@@ -91,7 +140,11 @@ class Store:
                 name.symlink_to(proposal.name)
             except FileExistsError:
                 standing = self.root / name.readlink()
-                if standing.is_dir():
+                if standing == proposal:
+                    return proposal
+                if standing.is_dir() and not self.is_condemned(standing):
+                    self._claims.pin(standing.name)
+                    self.release(proposal)
                     return standing
                 name.unlink(missing_ok=True)  # what it names is gone
             except OSError as error:
@@ -102,32 +155,48 @@ class Store:
 
     def find(self, path: str) -> Path | None:
         """The path itself if it is the store's, else None."""
-        found = Path(path)
-        return found if found.parent == self.root and _KEY.fullmatch(found.name) else None
+        return _found(self.root, path)
+
+    def condemn(self, path: Path) -> None:
+        """Mark what lies at a path as quarantined, for every process, until nobody serves it.
+
+        Raises:
+            GateFailed: the mark cannot be written.
+        """
+        try:
+            path.with_name(path.name + _CONDEMNED).touch(mode=0o600)
+        except OSError as error:
+            raise GateFailed(f"no room in the store {self.root}: {error.strerror}") from None
+
+    def is_condemned(self, path: Path) -> bool:
+        """Whether any process has quarantined what lies at a path."""
+        return os.path.exists(f"{path}{_CONDEMNED}")  # noqa: PTH110 - asked for every block of tokens
 
     def open(self, path: Path) -> Kept:
         """What is kept at a path, every byte of it checked against the path's name.
 
         Raises:
-            StoreDamaged: it is gone, or is not what was admitted; what is left is put aside.
+            StoreDamaged: it is gone, cannot be read, or is not what was admitted.
         """
         try:
             verdict = Verdict.from_json(json.loads((path / VERDICT_NAME).read_bytes()))
             copy = _copy(path) if servable(verdict) else None
-            sound = key(verdict) == path.name and (copy is None or _is_whole(copy, verdict))
+            named = path.name.partition("-")[0] == key(verdict)
+            sound = named and (copy is None or _is_whole(copy, verdict))
+            os.utime(path)
         except (FileNotFoundError, ValueError, KeyError, TypeError, ConfigInvalid) as error:
-            self._put_aside(path)
             raise StoreDamaged(f"{path}: {type(error).__name__}") from None
         except OSError as error:  # this process cannot read it now, which is no fault of the copy
             raise StoreDamaged(f"{path}: {error.strerror}") from None
         if not sound:
-            self._put_aside(path)
             raise StoreDamaged(f"{path} does not hold what it is named after")
         return Kept(path, verdict, copy)
 
-    def _put_aside(self, path: Path) -> None:
-        """Make room for a registration to bring the adapter anew."""
-        shutil.rmtree(path, ignore_errors=True)
+
+@lru_cache(maxsize=4096)
+def _found(root: Path, path: str) -> Path | None:
+    found = Path(path)
+    return found if found.parent == root and _NAME.fullmatch(found.name) else None
 
 
 def key(verdict: Verdict) -> str:

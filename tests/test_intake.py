@@ -70,7 +70,7 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(folder, into, monkeyp
 
 
 def test_the_private_folder_is_the_servers_alone_and_gone_afterwards(tmp_path):
-    with PrivateFolder(tmp_path) as private:
+    with PrivateFolder(lambda: tmp_path) as private:
         made = private.make()
         assert made.stat().st_mode & 0o777 == 0o700
         (made / "file").write_text("x")
@@ -80,6 +80,6 @@ def test_the_private_folder_is_the_servers_alone_and_gone_afterwards(tmp_path):
 def test_a_private_folder_that_cannot_be_made_is_a_refusal(tmp_path):
     with (
         pytest.raises(GateFailed, match="S3LORA-401"),
-        PrivateFolder(tmp_path / "nowhere") as private,
+        PrivateFolder(lambda: tmp_path / "nowhere") as private,
     ):
         private.make()

@@ -23,7 +23,9 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.utils import parse_fine_tuned_lora_name as parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.model_executor.utils import get_moe_expert_mapping as get_moe_expert_mapping
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -44,9 +46,12 @@ _CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (AsyncLLM, "add_lora", ("self", "lora_request")),
     (AsyncLLM, "remove_lora", ("self", "lora_id")),
     (OpenAIServingModels, "load_lora_adapter", ("self", "request", "base_model_name")),
+    (OpenAIServingModels, "unload_lora_adapter", ("self", "request")),
     (OpenAIServingModels, "init_static_loras", ("self",)),
     (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
+    (kv_cache_utils, "_gen_lora_extra_hash_keys", ("request",)),
 )
+_ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_request")
 
 
 def installed_version() -> str:
@@ -76,6 +81,9 @@ def check_contract() -> None:
             _broken(f"LoRALayerWeights takes no {name}")
     if "loras" not in inspect.signature(LoRAModel.__init__).parameters:
         _broken("LoRAModel takes no loras")
+    found = tuple(inspect.signature(LLMEngine.add_request).parameters)
+    if found[: len(_ADD_REQUEST)] != _ADD_REQUEST:
+        _broken(f"LLMEngine.add_request takes {found}, expected {_ADD_REQUEST} first")
     if not {"lora_name", "lora_path", "lora_int_id"} <= set(LoRARequest.__struct_fields__):
         _broken(f"LoRARequest has the fields {LoRARequest.__struct_fields__}")
 
@@ -131,6 +139,79 @@ def wrap_add_lora(wrapper: Callable[..., Awaitable[bool]]) -> None:
         return await wrapper(self, lora_request, original)
 
     AsyncLLM.add_lora = add_lora
+
+
+def wrap_add_request(admitted: Callable[[Any, LoRARequest], LoRARequest]) -> None:
+    """Give `LLMEngine` (`LLM.generate`) requests for what `admitted(engine, request)` returns."""
+    original = LLMEngine.add_request
+
+    def add_request(
+        self: Any,
+        request_id: Any,
+        prompt: Any,
+        params: Any,
+        arrival_time: Any = None,
+        lora_request: LoRARequest | None = None,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        if lora_request is not None and self.vllm_config.lora_config is not None:
+            lora_request = admitted(self, lora_request)
+        return original(self, request_id, prompt, params, arrival_time, lora_request, *rest, **more)
+
+    LLMEngine.add_request = add_request
+
+
+def tell_requests_apart() -> None:
+    """Make requests for two adapters that had one name, one after the other, two requests.
+
+    vLLM compares them by name alone: in a batch that holds both (the name was unloaded and loaded
+    again, or replaced, while a request ran) one adapter is not activated, and the engine stops.
+    """
+
+    def same(self: LoRARequest, other: object) -> bool:
+        if not isinstance(other, LoRARequest):
+            return False
+        ours, theirs = (self.lora_name, self.lora_int_id), (other.lora_name, other.lora_int_id)
+        return ours == theirs
+
+    LoRARequest.__eq__ = same
+    LoRARequest.__hash__ = lambda self: hash((self.lora_name, self.lora_int_id))
+
+
+def mark_blocks(is_quarantined: Callable[[str], bool]) -> None:
+    """Keep prefix-cache blocks of a quarantined adapter apart from those of its better days."""
+    original = kv_cache_utils._gen_lora_extra_hash_keys
+
+    def _gen_lora_extra_hash_keys(request: Any) -> Any:
+        keys = original(request)
+        if keys and is_quarantined(request.lora_request.lora_path):
+            return [*keys, *keys]  # another hash, whatever a key is in this version
+        return keys
+
+    kv_cache_utils._gen_lora_extra_hash_keys = _gen_lora_extra_hash_keys
+
+
+def wrap_unload(removed: Callable[[Any, str], None]) -> None:
+    """Call `removed(engine, name)` when vLLM no longer knows an adapter."""
+    original = OpenAIServingModels.unload_lora_adapter
+
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        result = await original(self, request)
+        if isinstance(result, str):
+            removed(self.engine_client, request.lora_name)
+        return result
+
+    OpenAIServingModels.unload_lora_adapter = unload_lora_adapter
+
+
+def has_requests_under_way(engine: Any, adapter_id: int) -> bool:
+    """Whether a request for the adapter of this id is in the engine."""
+    states = engine.output_processor.request_states.values()
+    return any(
+        state.lora_request is not None and state.lora_request.lora_int_id == adapter_id
+        for state in states
+    )
 
 
 def wrap_doors(door: ContextVar[str]) -> None:
@@ -212,16 +293,28 @@ def is_first_rank() -> bool:
 
 
 def adapter_folder(request: LoRARequest, *, download: bool = True) -> Path | None:
-    """Where the requested adapter lies; None if nowhere.
+    """Where the requested adapter lies, downloaded if its path is a hub id and that is allowed."""
+    if (local := local_folder(request)) is not None:
+        return local
+    return downloaded_folder(request) if download and is_hub_id(request) else None
 
-    vLLM takes what is no local path for a hub id, and downloads it: not where `download` is false.
-    """
+
+def local_folder(request: LoRARequest) -> Path | None:
+    """Where the requested adapter lies on this machine; None if nowhere."""
     try:
-        local = Path(request.lora_path).expanduser()
-        if not local.exists() and (local.is_absolute() or not download):
-            return None
+        folder = Path(request.lora_path).expanduser()
+        return folder.absolute() if folder.exists() else None
     except (OSError, RuntimeError, ValueError):  # no such user, too long, a null byte
         return None
+
+
+def is_hub_id(request: LoRARequest) -> bool:
+    """Whether vLLM would look on the hub for what is not on this machine."""
+    return not request.lora_path.startswith(("/", "~"))
+
+
+def downloaded_folder(request: LoRARequest) -> Path | None:
+    """Where vLLM's own means put what they download; None if they find nothing."""
     try:
         folder = Path(get_adapter_absolute_path(request.lora_path))
     except Exception:  # whatever a download ended in, there is no adapter
@@ -238,9 +331,14 @@ def not_found(request: LoRARequest) -> Exception:
     return error
 
 
-def with_path(request: LoRARequest, folder: Path) -> LoRARequest:
-    """The same request for the files in another folder."""
-    return msgspec.structs.replace(request, lora_path=str(folder))
+def with_path(request: LoRARequest, folder: Path, number: int | None = None) -> LoRARequest:
+    """The same request for the files in another folder, to be read once."""
+    return msgspec.structs.replace(
+        request,
+        lora_path=str(folder),
+        lora_int_id=number or request.lora_int_id,
+        load_inplace=False,
+    )
 
 
 def api_keys(args: Any) -> list[str]:

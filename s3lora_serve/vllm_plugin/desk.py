@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.admission import admit
-from s3lora_serve.errors import AdapterRejected
+from s3lora_serve.errors import AdapterRejected, PolicyInvalid
+from s3lora_serve.live_policy import LivePolicy
 from s3lora_serve.policy import Policy
 from s3lora_serve.settings import Settings
 from s3lora_serve.store import Store
@@ -28,15 +29,33 @@ class Refused(AdapterRejected):
 class Desk:
     """Policy, store and recorder of one process."""
 
-    def __init__(self, policy: Policy, settings: Settings) -> None:
-        self.policy = policy
+    def __init__(self, settings: Settings) -> None:
+        """Read the policy.
+
+        Raises:
+            PolicyInvalid, SettingInvalid: it is not valid.
+        """
+        self.settings = settings
         self.store = Store(settings.state_dir)
-        self._settings = settings
+        self._live = LivePolicy(settings)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._live.current
 
     @cached_property
     def recorder(self) -> Recorder:
         """Made when first asked for: what registers metrics shows in them."""
-        return Recorder(self.policy, self._settings)
+        return Recorder(self.policy, self.settings)
+
+    def refresh(self) -> Policy:
+        """The policy in force after a look at its file; one that is not valid changes nothing."""
+        try:
+            return self._live.refresh()
+        except PolicyInvalid as error:
+            self.recorder.policy_kept(str(error), self.policy)
+            return self.policy
 
     def decide(
         self,
@@ -47,31 +66,31 @@ class Desk:
         *,
         keep_refused: bool,
     ) -> tuple[Verdict, Path | None]:
-        """The decision on an adapter, and where it is kept.
+        """The decision on an adapter, and where it is kept, pinned.
 
         Raises:
             AuditFailed: the policy lets nothing in that cannot be written down.
-            GateFailed: the store cannot be written.
+            GateFailed, StoreFull: the store cannot take it.
         """
-        self.recorder.require_audit()
+        policy = self.refresh()
+        self.recorder.require_audit(policy)
         with self.store.fresh() as private:
             verdict = admit(
                 folder,
                 name,
-                self.policy,
+                policy,
                 base_model=base_model,
-                device=self._settings.device,
+                device=self.settings.device,
                 into=private.make,
                 shapes=shapes,
             ).verdict
             if refused(verdict) and not keep_refused:
                 return verdict, None
-            return verdict, self.store.keep(private, verdict)
+            return verdict, self.store.keep(private, verdict, policy.store.max_bytes)
 
 
-def remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    """Put an entry last, and let the first go when there are too many."""
+def remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> Any:
+    """Put an entry last, and let the first go when there are too many; return what went."""
     known[key] = value
     known.move_to_end(key)
-    if len(known) > MOST_REMEMBERED:
-        known.popitem(last=False)
+    return known.popitem(last=False)[1] if len(known) > MOST_REMEMBERED else None

@@ -8,23 +8,36 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from s3lora_serve.adapter import read_adapter
-from s3lora_serve.errors import AdapterRejected, GateFailed, NotAnAdapter, Reason, RefusedByVLLM
-from s3lora_serve.metrics import OTHER
-from s3lora_serve.policy_file import serving_policy
+from s3lora_serve.errors import (
+    AdapterRejected,
+    GateFailed,
+    NotAnAdapter,
+    Reason,
+    RefusedByVLLM,
+    StoreDamaged,
+)
+from s3lora_serve.policy import Limits
+from s3lora_serve.served_gauge import OTHER
 from s3lora_serve.settings import load_settings
-from s3lora_serve.store import Kept
+from s3lora_serve.store import Kept, servable
 from s3lora_serve.verdict import Verdict
 from s3lora_serve.vllm_plugin import compat, served_model
 from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
 from s3lora_serve.vllm_plugin.fit import check_loaded, fitted_names, load_copy, remove_unscorable
+from s3lora_serve.vllm_plugin.offline import OfflineDoor
+from s3lora_serve.vllm_plugin.recorder import unknown
 from s3lora_serve.vllm_plugin.registrar import Registrar, door
 
 logger = compat.logger
+
+CHECKED = Limits(max_scaling=None, max_rank=2**31, max_bytes=2**62)
+"""For content that its digest shows to be what was admitted, under the limits of that day."""
 
 _guard: "Guard | None" = None
 
@@ -38,20 +51,23 @@ def install() -> None:
     global _guard
     if _guard is not None:
         return
-    settings = load_settings()
-    policy = serving_policy(settings)
+    desk = Desk(load_settings())
     compat.check_contract()
-    guard = Guard(Desk(policy, settings))
+    guard = Guard(desk)
     compat.after_create_lora_manager(guard.activate)
-    for name in ("status", "model", "refusal", "holds"):
+    for name in ("status", "model", "refusal", "holds", "refresh"):
         compat.add_worker_method(f"s3lora_{name}", _asked(guard, name))
-    if policy.mode != "off":
-        guard.desk.store.prepare()
+    if desk.policy.mode != "off":
+        desk.store.prepare()
+        compat.tell_requests_apart()
         compat.wrap_load_adapter(guard.load)
         compat.wrap_add_adapter(guard.add)
         compat.around_registration(guard.registration)
         compat.wrap_add_lora(guard.registrar.add_lora)
+        compat.wrap_add_request(OfflineDoor(desk).admitted)
         compat.wrap_doors(door)
+        compat.wrap_unload(guard.registrar.served.remove)
+        compat.mark_blocks(guard.is_quarantined)
     _guard = guard
 
 
@@ -87,12 +103,18 @@ class Guard:
         shapes = served_model.module_shapes(manager)
         self._places, self._shapes = _places(shapes), set(shapes.values())
         self._active = self.desk.policy.mode != "off"
-        metrics = self.desk.recorder.metrics
-        metrics.know_model(self._places)
-        policy = self.desk.policy
-        release, digest, mode = version("s3lora-serve"), policy.digest, policy.mode
-        metrics.activate(digest, mode, release)
-        logger.info("s3lora %s: gate in mode %s, policy %s", release, mode, digest)
+        self.desk.recorder.metrics.know_model(self._places)
+        self._show_policy()
+
+    def _show_policy(self) -> None:
+        policy, release = self.desk.policy, version("s3lora-serve")
+        self.desk.recorder.metrics.activate(policy.digest, policy.mode, release)
+        logger.info("s3lora %s: gate in mode %s, policy %s", release, policy.mode, policy.digest)
+
+    def refresh(self) -> None:
+        """Take up a policy file that has changed."""
+        self.desk.refresh()
+        self._show_policy()
 
     def status(self) -> dict[str, Any]:
         """What this worker says when asked whether it is guarded."""
@@ -135,8 +157,11 @@ class Guard:
             logger.exception("s3lora: adapter %r", request.lora_name)
             failed = GateFailed(f"{type(error).__name__}: {error}")
             return self._quarantined(request, Reason.of(failed), verdict)
-        if self._registering and compat.is_first_rank():
-            self.desk.recorder.metrics.observe_strip(time.perf_counter() - started)
+        if compat.is_first_rank():
+            if self._registering:
+                self.desk.recorder.metrics.observe_strip(time.perf_counter() - started)
+            elif self._held.get(adapter_id) == kept.path.name:
+                self.desk.recorder.reloaded(replace(kept.verdict, name=request.lora_name), "store")
         self._refusals.pop(adapter_id, None)
         remember(self._held, adapter_id, kept.path.name)
         return lora
@@ -147,10 +172,10 @@ class Guard:
         vLLM marks an adapter active before it fills its slot: whatever goes wrong in between would
         leave later modules with the slot's last tenant.
         """
-        named = self.desk.store.find(request.lora_path)
         held = self._held.get(request.lora_int_id)
-        if named and held and held != named.name:
-            # Replaced in place while requests for the other content were waiting.
+        expected = self._expected(request)
+        if held and expected and (held != expected.name or self.is_quarantined(str(expected))):
+            # Another adapter's id, or another rank could not load it: no rank serves it then.
             manager.remove_adapter(request.lora_int_id)
         try:
             return original(manager, request)
@@ -160,22 +185,35 @@ class Guard:
             failed = RefusedByVLLM(f"vLLM says: {type(error).__name__}: {error}")
             empty = self._quarantined(request, Reason.of(failed), None)
             return served_model.add_loaded(manager, empty)
+        finally:
+            # vLLM keeps the request for its later steps, which are to read nothing again.
+            request.load_inplace = False
+
+    def is_quarantined(self, path: str) -> bool:
+        """Whether what lies at a path of the store has lost its update, on whichever rank."""
+        named = self.desk.store.find(path)
+        return named is not None and self.desk.store.is_condemned(named)
+
+    def _expected(self, request: Any) -> Path | None:
+        """Where the admitted copy lies, if it is known."""
+        named = self.desk.store.find(request.lora_path)
+        return named or self._origins.get((request.lora_int_id, request.lora_path))
 
     def _kept(self, request: Any) -> Kept:
         """The admitted copy: the one the request names, or one that is decided on here."""
-        named = self.desk.store.find(request.lora_path)
-        if named is not None:
-            kept = self.desk.store.open(named)
-            ruled_by = (kept.verdict.policy_digest, kept.verdict.mode)
-            if ruled_by != (self.desk.policy.digest, self.desk.policy.mode):
-                raise GateFailed(f"{named} was decided on under another policy than this worker's")
-            return kept
-        origin = (request.lora_int_id, request.lora_path)
-        known = None if request.load_inplace else self._origins.get(origin)
-        if known is None:
-            known = self._decide(request)
-            remember(self._origins, origin, known)
-        return self.desk.store.open(known)
+        path = self.desk.store.find(request.lora_path)
+        if path is None:
+            path = None if request.load_inplace else self._expected(request)
+            if path is None:
+                path = self._decide(request)
+                origin = (request.lora_int_id, request.lora_path)
+                before = self._origins.get(origin)
+                for old in (before, remember(self._origins, origin, path)):
+                    if old is not None:
+                        self.desk.store.release(old)
+        if self.desk.store.is_condemned(path):
+            raise StoreDamaged(f"{path} could not be loaded, here or on another rank")
+        return self.desk.store.open(path)
 
     def _decide(self, request: Any) -> Path:
         """Decide on an adapter that no API server registered: `LLM.generate` and the like."""
@@ -207,8 +245,8 @@ class Guard:
         verdict = kept.verdict
         if kept.copy is None:
             raise Refused(str(verdict.reason))
-        policy = self.desk.policy.for_adapter(verdict.name, verdict.path, self._base_model)
-        adapter = read_adapter(kept.copy, policy.limits, policy.on_unscorable)
+        passed = "strip" if verdict.removed else "admit" if verdict.unscored else "reject"
+        adapter = read_adapter(kept.copy, CHECKED, passed)
         served = fitted_names(manager, adapter)
         lora = load_copy(manager, compat.with_path(request, kept.path), original)
         check_loaded(lora, served, adapter)
@@ -224,13 +262,24 @@ class Guard:
         """An adapter without effect in the place of one that is refused."""
         remember(self._refusals, request.lora_int_id, reason)
         self._held.pop(request.lora_int_id, None)
+        path = self._expected(request)
         # A registrar that waits for this load asks, answers its client, and takes it back.
         asked = self._registering and self.desk.store.find(request.lora_path) is not None
-        taken_back = asked and self.desk.policy.mode == "enforce"
-        if compat.is_first_rank() and not taken_back:
-            recorder = self.desk.recorder
-            recorder.quarantined(request.lora_name, request.lora_path, reason, verdict)
+        mode = verdict.mode if verdict else self.desk.policy.mode
+        if asked and mode == "enforce":
+            return served_model.inert_adapter(request)
+        if path is not None and (verdict is None or servable(verdict)):
+            self._condemn(path)
+        if compat.is_first_rank():
+            known = verdict or unknown(request.lora_name, request.lora_path, self.desk.policy)
+            self.desk.recorder.quarantined(replace(known, name=request.lora_name), reason)
         return served_model.inert_adapter(request)
+
+    def _condemn(self, path: Path) -> None:
+        try:
+            self.desk.store.condemn(path)
+        except GateFailed as error:  # other ranks will not hear of it
+            logger.error("s3lora: %s", error)
 
 
 def _reason(refusal: AdapterRejected, verdict: Verdict | None) -> Reason:

@@ -23,18 +23,17 @@ class Recorder:
 
     def __init__(self, policy: Policy, settings: Settings) -> None:
         self.metrics = Metrics()
-        self._policy = policy
         self._device = resolve_device(settings.device)
         path = policy.audit.path
         self._audit = AuditLog(path, compat.installed_version()) if path else None
 
-    def require_audit(self) -> None:
+    def require_audit(self, policy: Policy) -> None:
         """Let no adapter in that cannot be written down, where the policy asks for that.
 
         Raises:
             AuditFailed: the audit log is required and cannot be written.
         """
-        if not (self._policy.audit.required and self._policy.mode == "enforce"):
+        if not (policy.audit.required and policy.mode == "enforce"):
             return
         if self._audit is None:
             raise AuditFailed("there is no audit log: audit.path and S3LORA_AUDIT_LOG are unset")
@@ -51,13 +50,24 @@ class Recorder:
         self._count_failure(verdict.reason)
         self._write(verdict, door)
 
-    def quarantined(self, name: str, path: str, reason: Reason, verdict: Verdict | None) -> None:
+    def reloaded(self, verdict: Verdict, source: str) -> None:
+        """An adapter that the engine had let go came back: from the `store`, or from its `path`."""
+        self.metrics.reloads.labels(source).inc()
+        if source == "store":
+            self._write(verdict, "reload")
+
+    def policy_kept(self, problem: str, policy: Policy) -> None:
+        """A changed policy file is not valid; the policy before it stays in force."""
+        logger.error("s3lora: policy %s stays in force: %s", policy.digest, problem)
+        self.metrics.failures.labels("policy").inc()
+
+    def quarantined(self, verdict: Verdict, reason: Reason) -> None:
         """An adapter is served without effect because the engine could not do without it."""
+        name = verdict.name
         logger.error("s3lora: adapter %r is quarantined, it answers as the base: %s", name, reason)
         self.metrics.quarantined.labels(reason.code).inc()
         self._count_failure(reason)
-        known = verdict or unknown(name, path, self._policy)
-        self._write(rejected(known, reason), "quarantine")
+        self._write(rejected(verdict, reason), "quarantine")
 
     def _count_failure(self, reason: Reason | None) -> None:
         if reason and reason.code in _FAILURES:

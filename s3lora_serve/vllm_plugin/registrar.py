@@ -6,17 +6,25 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from s3lora_serve.errors import AuditFailed, GateFailed, Reason
+from s3lora_serve.errors import AdapterRejected, DeadlinePassed, GateFailed, Reason
 from s3lora_serve.verdict import Verdict, refused, rejected
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
 from s3lora_serve.vllm_plugin.recorder import unknown
+from s3lora_serve.vllm_plugin.served import Served, ServedAdapters
 
 AT_A_TIME = 2
 """Adapters decided on side by side: one that takes long does not keep the others waiting."""
+
+DOWNLOADS = 8
+"""Downloads side by side, apart from decisions: those that hang close the door only to others."""
+
+IN_PLACE_IDS = 2**30
+"""From here on, ids for adapters that are replaced; vLLM counts its own from 1, in 32 bits."""
 
 door: ContextVar[str] = ContextVar("door", default="engine")
 """By which door the adapter came that this task registers."""
@@ -28,8 +36,12 @@ class Registrar:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._shapes: set[tuple[int, int]] | None = None
+        self._told: str | None = None
         self._threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="s3lora")
+        self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="s3lora-hub")
+        self._ids = count(IN_PLACE_IDS)
         self._decisions: OrderedDict[str, str] = OrderedDict()
+        self.served = ServedAdapters(desk)
 
     def decision(self, name: str) -> str | None:
         """The last decision on the adapter of this name."""
@@ -41,64 +53,107 @@ class Registrar:
         """Register an adapter with the engine, in the place of vLLM's `AsyncLLM.add_lora`.
 
         The request leaves with the path of the admitted copy: vLLM keeps it, so every later load
-        and every prefix-cache block belong to that content and ruling.
+        and every prefix-cache block belong to that content and ruling. What replaces other content
+        gets an id of its own: requests under way end with the adapter they began with.
 
         Raises:
             AdapterRejected: it is not admitted; the engine serves nothing of it.
         """
-        shapes = await self._know_model(engine)
-        decision = asyncio.get_running_loop().run_in_executor(
-            self._threads, self._decide, request, compat.base_model(engine.vllm_config), shapes
-        )
-        verdict, path = await decision
+        await self._know_model(engine)
+        verdict, path = await self._decided(engine, request)
         added = False
         if path is not None:
-            asked, request.lora_path = request.lora_path, str(path)
-            try:
-                added = await original(engine, request)
-                if reason := await self._refusal_of_workers(engine, request, path.name):
-                    verdict = rejected(verdict, reason)
-            except BaseException:
-                request.lora_path = asked
-                # Also when the client has gone: what nobody registered must not stay under the id.
-                await engine.remove_lora(request.lora_int_id)
-                raise
-            if refused(verdict):
-                # Workers hold it without effect; they need not hold it at all.
-                await engine.remove_lora(request.lora_int_id)
-                request.lora_path = asked
+            added, verdict = await self._registered(engine, request, original, verdict, path)
         remember(self._decisions, verdict.name, verdict.decision.value)
-        self._desk.recorder.decided(verdict, door.get())
+        await self._in_thread(self._desk.recorder.decided, verdict, door.get())
         if path is None or refused(verdict):
             raise Refused(str(verdict.reason))
-        # Read once: vLLM would read and activate it again at each of its steps.
-        request.load_inplace = False
+        self.served.add(engine, Served(request.lora_int_id, path, verdict))
         return added
 
-    def _decide(
-        self, request: Any, base_model: str | None, shapes: set[tuple[int, int]]
-    ) -> tuple[Verdict, Path | None]:
+    async def _registered(
+        self,
+        engine: Any,
+        request: Any,
+        original: Callable[..., Awaitable[bool]],
+        verdict: Verdict,
+        path: Path,
+    ) -> tuple[bool, Verdict]:
+        """What the engine answers, and the verdict once its workers had their say."""
+        asked, request.lora_path = request.lora_path, str(path)
+        before = self.served.get(request.lora_name)
+        replaces = before if request.load_inplace else None
+        same = replaces is not None and replaces.path == path
+        if request.load_inplace:
+            number = replaces.number if replaces is not None and same else next(self._ids)
+            request.lora_int_id = number
+        # Read once: vLLM would read and activate it again at each of its steps.
+        request.load_inplace = False
+        taken = False
+        try:
+            added = await original(engine, request)
+            if reason := await self._refusal_of_workers(engine, request, path.name):
+                verdict = rejected(verdict, reason)
+            taken = not refused(verdict)
+        finally:
+            # Also when the client has gone: what nobody registered must not stay under the id.
+            if not taken:
+                request.lora_path = asked
+                self._desk.store.release(path)
+                if not same:
+                    await engine.remove_lora(request.lora_int_id)
+        return added, verdict
+
+    async def _decided(self, engine: Any, request: Any) -> tuple[Verdict, Path | None]:
         """The decision, and where the copy lies that workers may load, if they may."""
         policy = self._desk.policy
-        folder = compat.adapter_folder(request, download=not policy.limits.roots)
+        try:
+            folder = await self._folder(request)
+            decision: tuple[Verdict, Path | None] = await self._in_thread(
+                self._decide, folder, request.lora_name, compat.base_model(engine.vllm_config)
+            )
+        except AdapterRejected as error:
+            reason = Reason.of(error)
+            return rejected(unknown(request.lora_name, request.lora_path, policy), reason), None
+        await self._tell_policy(engine)
+        return decision
+
+    def _decide(
+        self, folder: Path, name: str, base_model: str | None
+    ) -> tuple[Verdict, Path | None]:
+        return self._desk.decide(folder, name, base_model, self._shapes or (), keep_refused=False)
+
+    async def _folder(self, request: Any) -> Path:
+        """Where the adapter lies, downloaded if its path is a hub id and the policy lets it be."""
+        folder = compat.local_folder(request)
+        limits = self._desk.policy.limits
+        if folder is None and compat.is_hub_id(request) and not limits.roots:
+            loop = asyncio.get_running_loop()
+            download = loop.run_in_executor(self._downloads, compat.downloaded_folder, request)
+            try:
+                folder = await asyncio.wait_for(download, limits.download_seconds)
+            except TimeoutError:
+                raise DeadlinePassed(
+                    f"downloading took over {limits.download_seconds:g} s (limits.download_seconds)"
+                ) from None
         if folder is None:
             raise compat.not_found(request)
-        try:
-            return self._desk.decide(
-                folder, request.lora_name, base_model, shapes, keep_refused=False
-            )
-        except (AuditFailed, GateFailed) as error:
-            reason = Reason.of(error)
-            return rejected(unknown(request.lora_name, str(folder), policy), reason), None
+        return folder
 
-    async def _know_model(self, engine: Any) -> set[tuple[int, int]]:
+    async def _know_model(self, engine: Any) -> None:
         """The shapes of the model's modules; metrics count by their layers and projections."""
         if self._shapes is None:
             ranks = await engine.collective_rpc("s3lora_model")
             places = {tuple(place) for rank in ranks for place in rank["places"]}
             self._desk.recorder.metrics.know_model(places)
             self._shapes = {(m, n) for rank in ranks for m, n in rank["shapes"]}
-        return self._shapes
+            self._told = self._desk.policy.digest
+
+    async def _tell_policy(self, engine: Any) -> None:
+        """Workers take up a changed policy when the registrar has."""
+        if self._told != (digest := self._desk.policy.digest):
+            self._told = digest
+            await engine.collective_rpc("s3lora_refresh")
 
     async def _refusal_of_workers(self, engine: Any, request: Any, key: str) -> Reason | None:
         """Why a worker holds this adapter without effect, or holds another under its id."""
@@ -109,3 +164,6 @@ class Registrar:
         if all(held == key for held in await engine.collective_rpc("s3lora_holds", args=number)):
             return None
         return Reason.of(GateFailed("the engine holds another adapter under this id"))
+
+    async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)

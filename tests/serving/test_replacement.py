@@ -1,0 +1,221 @@
+"""What is served under a name changes when somebody registers it anew, whole and at once: in the
+engine, in the prefix cache, in requests under way, in metrics, in the store."""
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.serving.conftest import PROMPTS, answers
+from tests.support.adapters import WEIGHTS, copy_with
+from tests.support.server import OPEN_LOADING, Server
+
+pytestmark = pytest.mark.serving
+
+LONG = " ".join(PROMPTS * 6)
+"""More than one block of the prefix cache."""
+
+
+@pytest.fixture(scope="module")
+def state(workplace) -> Path:
+    return workplace / "replacement-state"
+
+
+@pytest.fixture(scope="module")
+def policy(workplace) -> Path:
+    """A policy file that tests change while the server runs."""
+    file = workplace / "replacement-policy.yaml"
+    file.write_text("strip: {top_k: 3}\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def gate(model, policy, state, workplace):
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(policy),
+        "S3LORA_STATE_DIR": str(state),
+        "VLLM_SERVER_DEV_MODE": "1",  # POST /collective_rpc: what the engine holds
+    }
+    arguments = ("--max-cpu-loras", "4", "--max-loras", "2")
+    with Server(model, workplace / "replacement.log", arguments, environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stock(model, workplace):
+    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
+    log = workplace / "stock-replacement.log"
+    with Server(model, log, (), environment, guarded=False) as server:
+        yield server
+
+
+def first_token(server, name):
+    """The likeliest first tokens after a long prompt, which the prefix cache may answer."""
+    body = {"model": name, "prompt": LONG, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+    answer = server.post("/v1/completions", **body)
+    answer.raise_for_status()
+    return answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
+
+
+def alike(ours, theirs):
+    return ours == pytest.approx(theirs, abs=1e-4)
+
+
+def folders_of(state):
+    return {p.parent.name for p in state.glob(f"s3lora-*/*/{WEIGHTS}") if len(p.parent.name) >= 64}
+
+
+def pinned(state):
+    return {pin.name.removeprefix("pin-") for pin in state.glob("s3lora-*/process-*/pin-*")}
+
+
+def until(claim, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not (held := claim()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return held
+
+
+def held_by_engine(server):
+    """The ids of the adapters in the engine, be they active or not."""
+    [answer] = server.post("/collective_rpc", method="list_loras").json()["results"]
+    return set(answer)
+
+
+def test_stock_vllm_answers_from_blocks_of_the_weights_before(stock, spiked, trained, tmp_path):
+    """The trap, so that the test after this one is known to catch it."""
+    fresh = copy_with(trained, tmp_path / "fresh")
+    assert stock.load("fresh", fresh).status_code == 200
+    wanted = first_token(stock, "fresh")
+    folder = copy_with(spiked, tmp_path / "tenant")
+    assert stock.load("tenant", folder).status_code == 200
+    first_token(stock, "tenant")
+    shutil.copy(trained / WEIGHTS, folder / WEIGHTS)
+    assert stock.load("tenant", folder, load_inplace=True).status_code == 200
+    assert not alike(first_token(stock, "tenant"), wanted)
+
+
+def test_replaced_content_is_answered_from_no_block_of_the_old(gate, spiked, trained, tmp_path):
+    folder = copy_with(spiked, tmp_path / "tenant")
+    fresh = copy_with(trained, tmp_path / "fresh")
+    assert gate.load("fresh", fresh).status_code == 200
+    assert gate.load("changing", folder).status_code == 200
+    before, wanted = first_token(gate, "changing"), first_token(gate, "fresh")
+    assert not alike(before, wanted)
+    shutil.copy(trained / WEIGHTS, folder / WEIGHTS)
+    assert gate.load("changing", folder, load_inplace=True).status_code == 200
+    assert alike(first_token(gate, "changing"), wanted)
+    # Unloaded and loaded again under its name is a new admission too.
+    assert gate.unload("changing").status_code == 200
+    shutil.copy(spiked / WEIGHTS, folder / WEIGHTS)
+    assert gate.load("changing", folder).status_code == 200
+    assert alike(first_token(gate, "changing"), before)
+
+
+def test_a_changed_policy_rules_the_next_registration_and_no_old_block(
+    gate, policy, expected, spiked, tmp_path
+):
+    text = policy.read_text()
+    assert gate.load("ruled", spiked).status_code == 200
+    stripped = first_token(gate, "ruled")
+    try:
+        policy.write_text("strip: {top_k: 0}\n")
+        assert answers(gate, "ruled") == expected["by-hand"], "registered under the old policy"
+        assert gate.load("ruled", spiked, load_inplace=True).status_code == 200
+        assert answers(gate, "ruled") == expected["whole"]
+        assert not alike(first_token(gate, "ruled"), stripped)
+        digests = {k for k, v in gate.metrics().items() if "policy_info" in k and v}
+        assert len(digests) == 1
+    finally:
+        policy.write_text(text)
+
+
+def test_a_changed_policy_that_is_not_valid_keeps_the_old_one_loudly(
+    gate, policy, expected, spiked
+):
+    text = policy.read_text()
+    metric = 's3lora_failures_total{reason="policy"}'
+    assert gate.load("takes up the valid one", spiked).status_code == 200
+    counted = gate.metrics()[metric]
+    try:
+        policy.write_text("strip: {top_k: many}\n")
+        assert gate.load("kept", spiked).status_code == 200
+    finally:
+        policy.write_text(text)
+    assert answers(gate, "kept") == expected["by-hand"]
+    assert gate.metrics()[metric] == counted + 1
+    assert "stays in force: S3LORA-901" in gate.log.read_text()
+
+
+def test_requests_under_way_end_with_the_adapter_they_began_with(gate, spiked, trained, tmp_path):
+    def long_answer(name):
+        body = {"prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+        answer = gate.post("/v1/completions", model=name, **body)
+        answer.raise_for_status()
+        return answer.json()["choices"][0]["text"]
+
+    for name, folder in (("calm-old", spiked), ("calm-new", trained)):
+        assert gate.load(name, folder).status_code == 200
+    old, new = long_answer("calm-old"), long_answer("calm-new")
+    assert old != new
+    assert gate.load("busy", spiked).status_code == 200
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(long_answer, "busy")
+        time.sleep(0.3)
+        assert gate.load("busy", trained, load_inplace=True).status_code == 200
+        second = threads.submit(long_answer, "busy")
+        time.sleep(0.3)
+        assert not first.done(), "both have to be in the engine at once"
+        assert gate.unload("busy").status_code == 200
+        assert gate.load("busy", spiked).status_code == 200
+        third = threads.submit(long_answer, "busy")
+        assert [first.result(), second.result(), third.result()] == [old, new, old]
+    assert gate.get("/health").status_code == 200
+
+
+def test_unloading_leaves_nothing_of_an_adapter_behind(gate, state, spiked, tmp_path):
+    folder = copy_with(spiked, tmp_path / "tenant", r_unused=2)
+    gauge = 's3lora_adapter_modules_stripped{adapter_name="leaving"}'
+    before, engine = pinned(state), held_by_engine(gate)
+    assert gate.load("leaving", folder).status_code == 200
+    assert gate.metrics()[gauge] == 3
+    assert len(pinned(state) - before) == 1
+    [number] = held_by_engine(gate) - engine
+    assert gate.unload("leaving").status_code == 200
+    assert gate.metrics()[gauge] == 0
+    assert until(lambda: pinned(state) <= before)
+    assert number not in held_by_engine(gate)
+    assert gate.load("leaving", folder).status_code == 200, "a new admission"
+    assert number not in held_by_engine(gate)
+
+
+def test_what_replaces_itself_is_not_activated_again(gate, state, spiked, tmp_path):
+    folder = copy_with(spiked, tmp_path / "tenant", r_unused=3)
+    assert gate.load("same", folder).status_code == 200
+    held, kept = held_by_engine(gate), folders_of(state)
+    assert gate.load("same", folder, load_inplace=True).status_code == 200
+    assert held_by_engine(gate) == held
+    assert folders_of(state) == kept
+
+
+def test_a_quarantined_adapter_is_answered_from_no_block_of_its_better_days(
+    gate, state, spiked, trained, tmp_path
+):
+    before = folders_of(state)
+    folder = copy_with(spiked, tmp_path / "tenant", r_unused=4)
+    assert gate.load("fragile", folder).status_code == 200
+    whole = first_token(gate, "fragile")
+    [ours] = folders_of(state) - before
+    with next(state.glob(f"s3lora-*/{ours}/{WEIGHTS}")).open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\x7f" * 100)
+    for i in range(4):
+        assert gate.load(f"filler-{i}", trained).status_code == 200
+    gate.complete("fragile", PROMPTS[0], 1)  # meets the damage
+    assert "'fragile' is quarantined" in gate.log.read_text()
+    assert alike(first_token(gate, "fragile"), first_token(gate, "base"))
+    # Registered anew it is whole again, and not answered from blocks of the quarantine.
+    assert gate.load("fragile", folder, load_inplace=True).status_code == 200
+    assert alike(first_token(gate, "fragile"), whole)
