@@ -21,7 +21,7 @@ from s3lora_serve.errors import (
     Reason,
 )
 from s3lora_serve.gate import Ruling, rule
-from s3lora_serve.intake import PrivateCopy, copy_adapter
+from s3lora_serve.intake import PrivateCopy, check_roots, copy_adapter
 from s3lora_serve.policy import Policy
 from s3lora_serve.spectral import Factors, ModuleScore, Scorer, score_modules
 from s3lora_serve.verdict import Decision, ModuleVerdict, Seconds, Verdict
@@ -49,22 +49,28 @@ def admit(
     device: str = "auto",
     into: Callable[[], Path] | None = None,
     shapes: Collection[tuple[int, int]] = (),
+    origin: Path | None = None,
 ) -> Admission:
     """Take a private copy of the adapter and decide on it; a bad adapter is a rejected verdict.
 
     `policy` is the server's; its rules are applied here. `into` makes the folder for the
     copy, which is in memory if None. Where `shapes` of the served model's modules are known, others
-    are refused before any of them costs time or memory.
+    are refused before any of them costs time or memory. `origin` is where the adapter came from,
+    which rules match and the verdict names, if it no longer lies there.
     """
     started = time.perf_counter()
-    effective = policy.for_adapter(name, _real_path(folder), base_model)
+    effective = policy.for_adapter(name, _real_path(origin or folder), base_model)
     deadline = started + effective.limits.seconds
     copy: PrivateCopy | None = None
     adapter: Adapter | None = None
     scores: list[ModuleScore] = []
     read = scored = started
     try:
-        copy = copy_adapter(folder, effective.limits, into() if into else None)
+        limits = effective.limits
+        if origin is not None:
+            check_roots(Path(_real_path(origin)), limits.roots)
+            limits = limits.model_copy(update={"roots": ()})
+        copy = copy_adapter(folder, limits, into() if into else None)
         check = partial(_check_deadline, deadline, effective)
         check()
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check)
@@ -81,7 +87,7 @@ def admit(
     ended = time.perf_counter()
     unscorable = adapter.unscorable if adapter else ()
     verdict = Verdict(
-        path=str(folder),
+        path=str(origin or folder),
         name=name,
         digest=copy.digest if copy else None,
         config_digest=adapter.config.digest if adapter else None,

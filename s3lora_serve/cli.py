@@ -11,7 +11,7 @@ import torch
 import typer
 import yaml
 
-from s3lora_serve import tables
+from s3lora_serve import remote, tables
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.guarding import checks
 from s3lora_serve.intake import CONFIG_NAME, OTHER_FORMATS, WEIGHTS_NAME
@@ -130,6 +130,29 @@ def serve(
         _stop(f"required: true needs {EXTENSION} {GUARDED_WORKER}, got {theirs}")
     line = command(model, context.args)
     os.execve(line[0], line, environment(os.environ))  # noqa: S606 - signals and exit code are vLLM's
+
+
+@app.command()
+def recheck(
+    url: Annotated[str, typer.Argument(help="A guarded server: http://HOST:PORT.")],
+    key: Annotated[
+        str | None, typer.Option("--api-key", help="Its API key.", envvar="VLLM_API_KEY")
+    ] = None,
+    output: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+) -> None:
+    """Say which served adapters the policy in force would decide otherwise; nothing changes.
+
+    Exit code: 0 none, 1 at least one, 2 wrong usage, or the server did not answer.
+    """
+    try:
+        found = remote.recheck(url, key)
+    except remote.ServerSilent as error:
+        _stop(str(error))
+    if output is Format.JSON:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        tables.print_recheck(found["adapters"])
+    raise typer.Exit(1 if any(each["differs"] for each in found["adapters"]) else 0)
 
 
 @app.command()

@@ -131,12 +131,20 @@ def _opened(path: Path, roots: Sequence[Path]) -> Iterator[int]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise NotAnAdapter(f"{path} is not a regular file")
-        real = _real_path(descriptor, path)
-        if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
-            raise OutsideRoots(f"{path} lies at {real}, under none of limits.roots")
+        check_roots(_real_path(descriptor, path), roots)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def check_roots(real: Path, roots: Sequence[Path]) -> None:
+    """Check where something really lies, links resolved.
+
+    Raises:
+        OutsideRoots: there are roots, and it lies under none of them.
+    """
+    if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
+        raise OutsideRoots(f"{real} lies under none of limits.roots")
 
 
 def _real_path(descriptor: int, path: Path) -> Path:

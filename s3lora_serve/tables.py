@@ -1,6 +1,7 @@
 """What the command line prints for people. Names come from adapters' owners: never markup."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -46,6 +47,39 @@ def _print_stripped(console: Console, verdict: Verdict) -> None:
             str(module.rank),
         )
     console.print(table)
+
+
+def print_recheck(adapters: Sequence[dict[str, Any]]) -> None:
+    """One line per served adapter that the policy in force would decide otherwise."""
+    changed = [each for each in adapters if each["differs"]]
+    console = Console()
+    console.print(f"{len(adapters)} served, {len(changed)} would be decided otherwise now")
+    if not changed:
+        return
+    table = Table("adapter", "served as", "would be now", "why")
+    for each in changed:
+        table.add_row(
+            plain(each["name"]),
+            plain(_outcome(each["before"])),
+            plain(_outcome(each["after"])),
+            plain(_change(each["before"], each["after"])),
+        )
+    console.print(table)
+
+
+def _outcome(verdict: dict[str, Any]) -> str:
+    stripped = sum(module["stripped"] for module in verdict["modules"])
+    return f"{verdict['decision']} ({stripped} of {len(verdict['modules'])} modules stripped)"
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    if after["reason"]:
+        return f"{after['reason']['code']}: {after['reason']['message']}"
+    if before["mode"] != after["mode"]:
+        return f"mode {after['mode']}"
+    names = [{m["name"] for m in v["modules"] if m["stripped"]} for v in (before, after)]
+    signs = [f"-{name}" for name in names[1] - names[0]] + [f"+{n}" for n in names[0] - names[1]]
+    return ", ".join(sorted(signs)[:4]) + (" …" if len(signs) > 4 else "")
 
 
 def print_checks(checks: Sequence[Check]) -> None:

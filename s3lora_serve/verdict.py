@@ -65,8 +65,11 @@ class Verdict:
         """PEFT names of the modules that lose their update."""
         return tuple(module.name for module in self.modules if module.stripped)
 
-    def as_json(self) -> dict[str, Any]:
-        """The verdict as plain data, keys as the product's contract names them."""
+    def as_json(self, *, spectra: bool = True) -> dict[str, Any]:
+        """The verdict as plain data, keys as the product's contract names them.
+
+        Without `spectra`, which are most of its bytes, a module's is left out.
+        """
         return {
             "path": self.path,
             "name": self.name,
@@ -78,7 +81,7 @@ class Verdict:
             "mode": self.mode,
             "scorer": self.scorer,
             "policy_digest": self.policy_digest,
-            "modules": [_module_json(module) for module in self.modules],
+            "modules": [_module_json(module, spectra) for module in self.modules],
             "removed": list(self.removed),
             "unscored": list(self.unscored),
             "seconds": {
@@ -113,6 +116,17 @@ def refused(verdict: Verdict) -> bool:
     return verdict.decision is Decision.REJECTED and verdict.mode == "enforce"
 
 
+def differs(before: Verdict, after: Verdict) -> bool:
+    """Whether two verdicts let other modules of one adapter through, or refuse it otherwise."""
+    return _outcome(before) != _outcome(after)
+
+
+def _outcome(verdict: Verdict) -> tuple[object, ...]:
+    reason = verdict.reason and verdict.reason.code
+    stripped = frozenset(verdict.stripped)
+    return verdict.decision, verdict.mode, reason, stripped, verdict.removed, verdict.unscored
+
+
 def rejected(verdict: Verdict, reason: Reason) -> Verdict:
     """The verdict once somebody after the gate has refused: nothing is stripped of nothing."""
     kept = tuple(replace(module, stripped=False) for module in verdict.modules)
@@ -124,7 +138,8 @@ def _module_from_json(data: dict[str, Any]) -> ModuleVerdict:
     return ModuleVerdict(**data | {"shape": (m, n), "spectrum": tuple(data["spectrum"])})
 
 
-def _module_json(module: ModuleVerdict) -> dict[str, Any]:
+def _module_json(module: ModuleVerdict, spectra: bool) -> dict[str, Any]:
+    spectrum = {"spectrum": list(module.spectrum)} if spectra else {}
     return {
         "name": module.name,
         "layer": module.layer,
@@ -133,7 +148,7 @@ def _module_json(module: ModuleVerdict) -> dict[str, Any]:
         "rank": module.rank,
         "ssi": module.ssi,
         "relative_ssi": module.relative_ssi,
-        "spectrum": list(module.spectrum),
+        **spectrum,
         "row_norm_mean": module.row_norm_mean,
         "column_norm_mean": module.column_norm_mean,
         "stripped": module.stripped,

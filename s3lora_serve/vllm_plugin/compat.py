@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels, create_error_response
+from vllm.exceptions import LoRAAdapterNotFoundError as LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel as LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights as LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
@@ -90,6 +91,14 @@ def check_contract() -> None:
 
 def _broken(problem: str) -> None:
     raise ContractBroken(f"vLLM {installed_version()}: {problem}")
+
+
+def load_adapter(manager: Any, request: LoRARequest) -> Any:
+    """vLLM's own `_load_adapter`: the adapter in host memory, in no slot yet."""
+    return _load_adapter_of_vllm(manager, request)
+
+
+_load_adapter_of_vllm = WorkerLoRAManager._load_adapter
 
 
 def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], Any]) -> None:
@@ -325,10 +334,13 @@ def downloaded_folder(request: LoRARequest) -> Path | None:
 
 def not_found(request: LoRARequest) -> Exception:
     """The exception that vLLM turns into its own 404."""
-    from vllm.exceptions import LoRAAdapterNotFoundError
-
     error: Exception = LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
     return error
+
+
+def request_for(name: str, path: str, number: int) -> LoRARequest:
+    """A request for an adapter."""
+    return LoRARequest(name, number, path)
 
 
 def with_path(request: LoRARequest, folder: Path, number: int | None = None) -> LoRARequest:

@@ -2,17 +2,18 @@
 
 from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from s3lora_serve.admission import admit
-from s3lora_serve.errors import AdapterRejected, PolicyInvalid
+from s3lora_serve.errors import AdapterRejected, PolicyInvalid, Reason
 from s3lora_serve.live_policy import LivePolicy
 from s3lora_serve.policy import Policy
 from s3lora_serve.settings import Settings
 from s3lora_serve.store import Store
-from s3lora_serve.verdict import Verdict, refused
+from s3lora_serve.verdict import Verdict, refused, rejected
 from s3lora_serve.vllm_plugin.recorder import Recorder
 
 MOST_REMEMBERED = 1000
@@ -87,6 +88,30 @@ class Desk:
             if refused(verdict) and not keep_refused:
                 return verdict, None
             return verdict, self.store.keep(private, verdict, policy.store.max_bytes)
+
+    def recheck(
+        self,
+        before: Verdict,
+        kept: Path,
+        base_model: str | None,
+        shapes: Collection[tuple[int, int]],
+    ) -> Verdict:
+        """What the policy in force now decides on an adapter that is kept; nothing is changed."""
+        policy = self.refresh()
+        try:
+            self.store.open(kept)
+        except AdapterRejected as damage:
+            ruled = replace(before, policy_digest=policy.digest, mode=policy.mode)
+            return rejected(ruled, Reason.of(damage))
+        return admit(
+            kept,
+            before.name,
+            policy,
+            base_model=base_model,
+            device=self.settings.device,
+            shapes=shapes,
+            origin=Path(before.path),
+        ).verdict
 
 
 def remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> Any:

@@ -1,15 +1,19 @@
-"""HTTP routes inside vLLM's API server: refusals as 400, and whether the gate is up."""
+"""HTTP routes inside vLLM's API server: refusals as 400, what is served, is it guarded?"""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from s3lora_serve.verdict import differs
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.hook import registrar
+from s3lora_serve.vllm_plugin.registrar import Registrar
 
 DECISION_HEADER = "X-S3LoRA-Decision"
+PAGE = 100
+"""Adapters in one answer unless told otherwise; a verdict without spectra has some 50 KB."""
 
 
 class GateEndpoint:
@@ -22,15 +26,21 @@ class GateEndpoint:
         self._engine: Any | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the gate's routes; the load route only where vLLM itself has it open."""
+        """Add the gate's routes; those that read folders only where vLLM has loading open."""
         app.add_middleware(ApiKeyGate, keys=compat.api_keys(app.state.args))
         app.add_api_route("/s3lora/status", self.status, methods=["GET"])
+        app.add_api_route("/s3lora/policy", self.policy, methods=["GET"])
+        app.add_api_route("/s3lora/adapters", self.adapters, methods=["GET"])
+        app.add_api_route("/s3lora/adapters/{name:path}", self.adapter, methods=["GET"])
+        app.add_api_route("/s3lora/recheck", self.recheck, methods=["POST"])
         if compat.runtime_loading_open():
+            checked = compat.json_only()
+            app.add_api_route("/s3lora/scan", self.scan, methods=["POST"], dependencies=checked)
             app.add_api_route(
                 "/v1/load_lora_adapter",
                 self._load_route(),
                 methods=["POST"],
-                dependencies=compat.json_only(),
+                dependencies=checked,
             )
 
     async def init_state(
@@ -53,13 +63,75 @@ class GateEndpoint:
                 guarded = False
         return JSONResponse({"guarded": guarded}, status_code=200 if guarded else 503)
 
+    async def policy(self) -> JSONResponse:
+        """The policy in force, and its digest."""
+        gate = registrar()
+        if gate is None:
+            return _off()
+        return JSONResponse({"digest": gate.policy.digest, "policy": gate.policy.as_json()})
+
+    async def adapters(
+        self,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=1000)] = PAGE,
+    ) -> JSONResponse:
+        """Verdicts on the served adapters in the order of registration, without spectra."""
+        gate = registrar()
+        if gate is None:
+            return _off()
+        served = gate.served.all()
+        page = [one.verdict.as_json(spectra=False) for one in served[offset : offset + limit]]
+        return JSONResponse({"adapters": page, "offset": offset, "total": len(served)})
+
+    async def adapter(self, name: str) -> JSONResponse:
+        """The verdict on one served adapter."""
+        gate = registrar()
+        if gate is None:
+            return _off()
+        found = gate.served.get(name)
+        if found is None:
+            return JSONResponse({"error": f"no adapter {name!r} is served"}, 404)
+        return JSONResponse(found.verdict.as_json())
+
+    async def recheck(self) -> JSONResponse:
+        """Which served adapters would be decided otherwise under the policy in force now."""
+        gate = registrar()
+        if gate is None:
+            return _off()
+        pairs = await gate.recheck(self._engine)
+        found = [
+            {
+                "name": before.name,
+                "differs": differs(before, after),
+                "before": before.as_json(spectra=False),
+                "after": after.as_json(spectra=False),
+            }
+            for before, after in pairs
+        ]
+        return JSONResponse({"policy_digest": gate.policy.digest, "adapters": found})
+
+    async def scan(
+        self,
+        lora_name: Annotated[str, Body(min_length=1)],
+        lora_path: Annotated[str, Body(min_length=1)],
+    ) -> JSONResponse:
+        """The verdict that registering an adapter would get; nothing is registered."""
+        gate = registrar()
+        if gate is None:
+            return _off()
+        try:
+            verdict = await gate.dry_run(self._engine, lora_name, lora_path)
+        except compat.LoRAAdapterNotFoundError as error:
+            return JSONResponse({"error": str(error)}, 404)
+        return JSONResponse(verdict.as_json())
+
     def _load_route(self) -> Any:
         request_model = compat.load_request_model()
 
         async def load_lora_adapter(request: request_model, raw_request: Request) -> Response:  # type: ignore[valid-type]
             result = await compat.served_models(raw_request).load_lora_adapter(request)
             if isinstance(result, str):
-                return Response(result, headers=_decision(request.lora_name))  # type: ignore[attr-defined]
+                return Response(result, headers=_decision(registrar(), request.lora_name))  # type: ignore[attr-defined]
             error = result.error
             ours = error.type == "AdapterRejected"
             return JSONResponse(
@@ -69,7 +141,10 @@ class GateEndpoint:
         return load_lora_adapter
 
 
-def _decision(name: str) -> dict[str, str] | None:
-    desk = registrar()
-    decision = desk.decision(name) if desk else None
+def _off() -> JSONResponse:
+    return JSONResponse({"error": "the gate is off: nothing is looked at"}, 404)
+
+
+def _decision(gate: Registrar | None, name: str) -> dict[str, str] | None:
+    decision = gate.decision(name) if gate else None
     return {DECISION_HEADER: decision} if decision else None

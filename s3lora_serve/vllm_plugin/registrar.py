@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.errors import AdapterRejected, DeadlinePassed, GateFailed, Reason
+from s3lora_serve.policy import Policy
 from s3lora_serve.verdict import Verdict, refused, rejected
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
@@ -43,6 +44,11 @@ class Registrar:
         self._decisions: OrderedDict[str, str] = OrderedDict()
         self.served = ServedAdapters(desk)
 
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._desk.policy
+
     def decision(self, name: str) -> str | None:
         """The last decision on the adapter of this name."""
         return self._decisions.get(name)
@@ -70,6 +76,36 @@ class Registrar:
             raise Refused(str(verdict.reason))
         self.served.add(engine, Served(request.lora_int_id, path, verdict))
         return added
+
+    async def dry_run(self, engine: Any, name: str, path: str) -> Verdict:
+        """What registration would decide, workers included; nothing is registered or counted.
+
+        Raises:
+            LoRAAdapterNotFoundError: there is no such folder.
+        """
+        await self._know_model(engine)
+        verdict, kept = await self._decided(engine, compat.request_for(name, path, IN_PLACE_IDS))
+        if kept is not None:
+            try:
+                answers = await engine.collective_rpc("s3lora_trial", args=(name, str(kept)))
+            finally:
+                self._desk.store.release(kept)
+            if reason := next((Reason(*answer) for answer in answers if answer), None):
+                verdict = rejected(verdict, reason)
+        return verdict
+
+    async def recheck(self, engine: Any) -> list[tuple[Verdict, Verdict]]:
+        """The verdict each served adapter was admitted with, and the one it would get now."""
+        await self._know_model(engine)
+        served = [(adapter.verdict, adapter.path) for adapter in self.served.all()]
+        base_model = compat.base_model(engine.vllm_config)
+        return [
+            (
+                before,
+                await self._in_thread(self._desk.recheck, before, path, base_model, self._shapes),
+            )
+            for before, path in served
+        ]
 
     async def _registered(
         self,
@@ -157,11 +193,10 @@ class Registrar:
 
     async def _refusal_of_workers(self, engine: Any, request: Any, key: str) -> Reason | None:
         """Why a worker holds this adapter without effect, or holds another under its id."""
-        number = (request.lora_int_id,)
-        answers = await engine.collective_rpc("s3lora_refusal", args=number)
-        if refusal := next((Reason(*answer) for answer in answers if answer), None):
-            return refusal
-        if all(held == key for held in await engine.collective_rpc("s3lora_holds", args=number)):
+        answers = await engine.collective_rpc("s3lora_loaded", args=(request.lora_int_id,))
+        if reason := next((Reason(*refusal) for _, refusal in answers if refusal), None):
+            return reason
+        if all(held == key for held, _ in answers):
             return None
         return Reason.of(GateFailed("the engine holds another adapter under this id"))
 

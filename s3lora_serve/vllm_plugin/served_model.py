@@ -1,15 +1,46 @@
 """What the served model and vLLM's LoRA manager hold: modules, their shapes and names, adapters."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from s3lora_serve.served_gauge import OTHER
 from s3lora_serve.vllm_plugin import compat
 
 INERT = "s3lora.inert"
 """Name of the one entry of an adapter without effect. No module has it, so every LoRA slot of the
 adapter is reset; without any entry vLLM's packing step stops the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerModel:
+    """What one worker serves; empty until it has its LoRA modules."""
+
+    manager: Any = None  # vLLM's WorkerLoRAManager
+    base_model: str | None = None  # as the operator named it
+    places: frozenset[tuple[str, str]] = frozenset()  # (layer, projection)
+    shapes: frozenset[tuple[int, int]] = frozenset()  # (m, n) of ΔW
+    whole: bool = False  # one worker in a row of pipeline stages has a part of the layers
+
+    @classmethod
+    def of(cls, manager: Any, vllm_config: Any) -> "WorkerModel":
+        """The model of a worker that has just made its LoRA modules."""
+        shapes = module_shapes(manager)
+        return cls(
+            manager,
+            compat.base_model(vllm_config),
+            frozenset(_place(name) for name in shapes),
+            frozenset(shapes.values()),
+            holds_whole_model(manager),
+        )
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(layer, projection) of a module of the base model."""
+    parts = name.split(".")
+    return next((part for part in parts if part.isdecimal()), OTHER), parts[-1]
 
 
 def served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:

@@ -1,15 +1,18 @@
 """What is served under a name changes when somebody registers it anew, whole and at once: in the
 engine, in the prefix cache, in requests under way, in metrics, in the store."""
 
+import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from s3lora_serve.cli import app
 from tests.serving.conftest import PROMPTS, answers
-from tests.support.adapters import WEIGHTS, copy_with
+from tests.support.adapters import WEIGHTS, copy_with, key
 from tests.support.server import OPEN_LOADING, Server
 
 pytestmark = pytest.mark.serving
@@ -130,6 +133,7 @@ def test_a_changed_policy_rules_the_next_registration_and_no_old_block(
         assert len(digests) == 1
     finally:
         policy.write_text(text)
+        gate.unload("ruled")
 
 
 def test_a_changed_policy_that_is_not_valid_keeps_the_old_one_loudly(
@@ -147,6 +151,82 @@ def test_a_changed_policy_that_is_not_valid_keeps_the_old_one_loudly(
     assert answers(gate, "kept") == expected["by-hand"]
     assert gate.metrics()[metric] == counted + 1
     assert "stays in force: S3LORA-901" in gate.log.read_text()
+
+
+def test_the_server_says_what_it_would_decide_and_registers_nothing(gate, spiked, tmp_path):
+    def nan(tensors):
+        tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
+
+    def elsewhere(tensors):
+        for side in "AB":
+            tensor = tensors.pop(key("model.layers.3.self_attn.q_proj", side))
+            tensors[key("model.layers.3.self_attn.x_proj", side)] = tensor
+
+    cases = {
+        "dry": spiked,
+        "dry-nan": copy_with(spiked, tmp_path / "nan", nan),
+        "dry-elsewhere": copy_with(spiked, tmp_path / "elsewhere", elsewhere),
+    }
+    for name, folder in cases.items():
+        before = gate.metrics()
+        told = gate.post("/s3lora/scan", lora_name=name, lora_path=str(folder))
+        assert told.status_code == 200
+        assert gate.metrics() == before
+        assert name not in {entry["id"] for entry in gate.get("/v1/models").json()["data"]}
+        verdict = told.json()
+        answer = gate.load(name, folder)
+        assert (answer.status_code == 200) == (verdict["decision"] != "rejected")
+        assert answer.headers["X-S3LoRA-Decision"] == verdict["decision"]
+        if verdict["reason"]:
+            assert answer.json()["error"]["message"].startswith(verdict["reason"]["code"])
+        else:
+            served = gate.get(f"/s3lora/adapters/{name}").json()
+            assert served["modules"] == verdict["modules"]
+    assert gate.post("/s3lora/scan", lora_name="x", lora_path="/nowhere").status_code == 404
+
+
+def test_served_adapters_are_listed_a_page_at_a_time(gate, trained):
+    for name in ("acme/one", "acme/two"):
+        assert gate.load(name, trained).status_code == 200
+    found = gate.get("/s3lora/adapters?limit=1000").json()
+    served = {entry["id"] for entry in gate.get("/v1/models").json()["data"]} - {"base"}
+    assert {adapter["name"] for adapter in found["adapters"]} == served
+    assert found["total"] == len(served)
+    last = gate.get(f"/s3lora/adapters?offset={found['total'] - 1}&limit=1").json()["adapters"]
+    assert [adapter["name"] for adapter in last] == ["acme/two"]
+    assert "spectrum" not in last[0]["modules"][0]
+    one = gate.get("/s3lora/adapters/acme/one").json()
+    assert (one["name"], len(one["modules"][0]["spectrum"])) == ("acme/one", 8)
+    assert gate.get("/s3lora/adapters/nobody").status_code == 404
+    policy = gate.get("/s3lora/policy").json()
+    assert policy["policy"]["strip"] == {"top_k": 3}
+
+
+def test_recheck_names_what_the_policy_in_force_would_decide_otherwise(
+    gate, policy, spiked, trained, tmp_path
+):
+    def recheck():
+        done = CliRunner().invoke(app, ["recheck", gate.url(""), "--format", "json"])
+        found = json.loads(done.stdout)["adapters"]
+        return done.exit_code, {each["name"] for each in found if each["differs"]}
+
+    folder = copy_with(spiked, tmp_path / "gone")
+    assert gate.load("rechecked", folder).status_code == 200
+    shutil.rmtree(folder)
+    text = policy.read_text()
+    assert recheck() == (0, set())
+    digest = gate.get("/s3lora/adapters/rechecked").json()["digest"]
+    try:
+        policy.write_text(text + f"deny: ['{digest}']\n")
+        code, names = recheck()
+        assert code == 1
+        assert "rechecked" in names
+        assert "acme/one" not in names
+        table = CliRunner().invoke(app, ["recheck", gate.url("")]).stdout
+        assert "S3LORA-202" in table
+    finally:
+        policy.write_text(text)
+    assert recheck() == (0, set())
 
 
 def test_requests_under_way_end_with_the_adapter_they_began_with(gate, spiked, trained, tmp_path):
