@@ -75,53 +75,102 @@ def test_one_admission_counts_once_and_both_ranks_are_guarded(ranks, spiked, wor
     assert [json.loads(line)["adapter"] for line in lines].count("counted") == 1
 
 
-DISAGREEING = """
+DISTURBED = """
 import dataclasses
+import os
 from s3lora_serve import admission
+from s3lora_serve.store import Store
 
-whole = admission.score_modules
+scored, opened = admission.score_modules, Store.open
+
+def rank():
+    from vllm.distributed.parallel_state import get_world_group
+    return get_world_group().rank_in_group
 
 def score_modules(*arguments, **options):
-    from vllm.distributed.parallel_state import get_world_group
-    rank = get_world_group().rank_in_group
     return [
-        dataclasses.replace(s, relative_ssi=s.relative_ssi if rank == 0 else 1 - s.relative_ssi)
-        for s in whole(*arguments, **options)
+        dataclasses.replace(s, relative_ssi=s.relative_ssi if rank() == 0 else 1 - s.relative_ssi)
+        for s in scored(*arguments, **options)
     ]
 
-admission.score_modules = score_modules
+def open_store(self, path):
+    if rank() == 1 and os.path.exists(os.environ["RANK_1_FAILS"]):
+        raise MemoryError("no room on this rank")
+    return opened(self, path)
+
+admission.score_modules, Store.open = score_modules, open_store
 """
 PROGRAM = """
-import json, sys
-from vllm import LLM, SamplingParams
+import asyncio, json, os, sys
+from pathlib import Path
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
 
-llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
-          max_lora_rank=16, max_num_seqs=8, tensor_parallel_size=2)
-llm.generate("Q", SamplingParams(max_tokens=2), lora_request=LoRARequest("x", 1, sys.argv[2]))
-print("HELD", json.dumps(llm.collective_rpc("s3lora_holds", args=(1,))))
+model, *folders = sys.argv[1:]
+X, Y = (LoRARequest(Path(f).name, i, f) for i, f in enumerate(folders, 1))
+
+async def main():
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
+        model, dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
+        max_lora_rank=16, max_num_seqs=8, tensor_parallel_size=2, max_loras=1, max_cpu_loras=1,
+    ))
+    asked = 0
+
+    async def ask(adapter):  # straight to the engine: nobody registered it
+        nonlocal asked
+        asked += 1
+        params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True, prompt_logprobs=2)
+        async for out in engine.generate("Q: What", params, str(asked), lora_request=adapter):
+            pass
+        return [{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p]
+
+    async def held():
+        return await engine.collective_rpc("s3lora_loaded", args=(1,))
+
+    base, whole, agreed = await ask(None), await ask(X), await held()
+    await ask(Y)  # drives X out
+    Path(os.environ["RANK_1_FAILS"]).touch()
+    await ask(X)
+    failed, after = await held(), await ask(X)
+    print("FOUND", json.dumps([agreed, failed, whole == base, after == base]))
+    engine.shutdown()
+
+asyncio.run(main())
 """
 
 
-def test_ranks_that_score_differently_serve_one_verdict(model, spiked, policy_file, tmp_path):
+def test_ranks_that_score_differently_or_fail_alone_serve_one_thing(
+    model, spiked, trained, policy_file, tmp_path
+):
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(DISAGREEING)
+    (tmp_path / "site" / "sitecustomize.py").write_text(DISTURBED)
     environment = base_environment() | TWO_RANKS | {
         "S3LORA_POLICY": str(policy_file),
         "S3LORA_STATE_DIR": str(tmp_path),
         "S3LORA_AUDIT_LOG": str(tmp_path / "audit.jsonl"),
         "PYTHONPATH": str(tmp_path / "site"),
+        "RANK_1_FAILS": str(tmp_path / "rank-1-fails"),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model), str(spiked)],
+        [sys.executable, "-c", PROGRAM, str(model), str(spiked), str(trained)],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("HELD ")]
-    first, second = json.loads(line.removeprefix("HELD "))
-    assert first == second is not None
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    agreed, failed, stripped_to_nothing, quarantined = json.loads(line.removeprefix("FOUND "))
+    assert agreed[0] == agreed[1]
+    assert agreed[0][0] is not None
     rulings = [path.name for path in tmp_path.glob("s3lora-*/*") if len(path.name) == 64]
-    assert len(rulings) == 2, "the ranks were to disagree"
-    assert first in rulings
-    [entry] = [json.loads(text) for text in (tmp_path / "audit.jsonl").read_text().splitlines()]
-    assert len(entry["stripped"]) == TOP_K
+    assert len(rulings) == 4, "the ranks were to disagree on both adapters"
+    assert agreed[0][0] in rulings
+    assert not stripped_to_nothing
+    # One rank could not load it again: from the next step on no rank serves it.
+    assert [held for held, _ in failed] == [None, None]
+    assert [refusal[0] for _, refusal in failed] == ["S3LORA-403", "S3LORA-401"]
+    assert quarantined
+    entries = [json.loads(text) for text in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    doors = [(entry["adapter"], entry["door"]) for entry in entries]
+    assert doors.count(("spiked", "engine")) == doors.count(("spiked", "quarantine")) == 1
+    assert len(entries[0]["stripped"]) == TOP_K
