@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all fuzz lint format bench clean
+.PHONY: demo test test-fast test-all load fuzz lint format bench clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -16,6 +16,9 @@ test-fast: $(READY)  ## everything that needs no vLLM engine
 	$(BIN)/python -m pytest -m "not serving"
 
 test-all: test  ## what takes longer than CI allows is added here
+
+load: $(READY)  ## hot loads and unloads under traffic on a real server: about ten minutes
+	$(BIN)/python -m tests.load
 
 fuzz: $(READY)  ## hundreds of thousands of bent adapters and policies: about an hour
 	FUZZ_EXAMPLES=200000 $(BIN)/python -m pytest tests/fuzz -p no:randomly

@@ -1,0 +1,95 @@
+"""`make load`: hundreds of hot loads and unloads on a real vLLM server, every answer checked.
+
+Fifty tenants with good, bad and hostile adapters register, replace, meddle and unload while users
+ask the base model; then the engine is killed, started again on the same store, and goes on.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from s3lora_serve.policy_file import read_policy
+from tests.load.report import Run, write_report
+from tests.load.tenants import Tenant, make_tenants
+from tests.load.traffic import QUESTIONS, Answer, Traffic, ask, distance
+from tests.load.watch import Watch, processes
+from tests.support.server import OPEN_LOADING, Server
+from tests.support.tiny_model import make_model
+
+LOADS = int(os.environ.get("LOADS", "500"))
+ROOM = ("--max-cpu-loras", "4", "--max-loras", "2", "--disable-uvicorn-access-log")
+"""So few that adapters are evicted all the time."""
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        policy = place / "policy.yaml"
+        policy.write_text("strip: {top_k: 3}\nstore: {max_bytes: 3000000}\n")
+        model = make_model(place / "model")
+        tenants = make_tenants(model, place, read_policy(policy))
+        references = reference_answers(model, tenants, place / "stock.log")
+        environment = OPEN_LOADING | {
+            "S3LORA_POLICY": str(policy),
+            "S3LORA_STATE_DIR": str(place / "state"),
+            "S3LORA_AUDIT_LOG": str(place / "audit.jsonl"),
+        }
+        runs = []
+        with Server(model, place / "first.log", ROOM, environment) as server:
+            runs.append(one_run("first", server, tenants, references, place, LOADS))
+            kill_engine(server)
+        with Server(model, place / "second.log", ROOM, environment) as server:
+            runs.append(one_run("after a kill", server, tenants, references, place, LOADS // 4))
+        write_report(runs)
+    return int(any(run.problems for run in runs))
+
+
+def reference_answers(model: Path, tenants: list[Tenant], log: Path) -> dict[str, list[Answer]]:
+    """What stock vLLM answers with each adapter written without its stripped modules."""
+    good = [tenant for tenant in tenants if tenant.stripped]
+    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
+    with Server(model, log, (), environment, guarded=False) as stock:
+        found = {"base": [ask(stock, "base", question) for question in QUESTIONS]}
+        for tenant in good:
+            assert stock.load(tenant.name, tenant.stripped).status_code == 200
+            found[tenant.name] = [ask(stock, tenant.name, question) for question in QUESTIONS]
+            stock.unload(tenant.name)
+    nearest = min(max(map(distance, found[a.name], found[b.name])) for a, b in pairwise(good))
+    assert nearest > 0.01, "adapters that answer alike could be mistaken for each other unnoticed"
+    return found
+
+
+def one_run(
+    name: str,
+    server: Server,
+    tenants: list[Tenant],
+    references: dict[str, list[Answer]],
+    place: Path,
+    loads: int,
+) -> Run:
+    """Load and unload under traffic, watched."""
+    assert server.process is not None
+    traffic = Traffic(server, tenants, references, place, loads)
+    started = time.monotonic()
+    with Watch(server.process.pid) as watch:
+        traffic.run()
+    seconds = time.monotonic() - started
+    if server.get("/health").status_code != 200:
+        traffic.problems.append("the engine is dead")
+    return Run(name, traffic, watch, seconds, server.metrics())
+
+
+def kill_engine(server: Server) -> None:
+    """SIGKILL, as the kernel does when memory runs out: nothing is tidied up."""
+    assert server.process is not None
+    for process in processes(server.process.pid):
+        if "EngineCore" in (process / "cmdline").read_text(errors="replace"):
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What tenants and users do at the same time, and a check of every answer."""
+
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.load.tenants import Tenant, tamper
+from tests.support.server import Server
+from tests.support.tiny_model import CAPITALS, PROMPT
+
+QUESTIONS = [PROMPT.format(country) for country in list(CAPITALS)[:3]]
+CLOSE = 1e-3
+"""Log-probabilities of one content in batches of different make-up; others are tenths away."""
+
+Answer = dict[str, float]
+
+
+@dataclass
+class Traffic:
+    """Shared by the threads of one run: who is served, what is expected, what went wrong."""
+
+    server: Server
+    tenants: list[Tenant]
+    references: dict[str, list[Answer]]
+    scratch: Path
+    loads: int
+    done: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._locks = {tenant.name: threading.Lock() for tenant in self.tenants}
+        self._mutex = threading.Lock()
+        self._left = self.loads
+        self._over = threading.Event()
+
+    def run(self, loaders: int = 3, users: int = 2) -> None:
+        """Load and unload until all loads are done; users ask the base model meanwhile."""
+        asking = [threading.Thread(target=self._use, args=(i,)) for i in range(users)]
+        loading = [threading.Thread(target=self._load, args=(i,)) for i in range(loaders)]
+        for thread in asking + loading:
+            thread.start()
+        for thread in loading:
+            thread.join()
+        self._over.set()
+        for thread in asking:
+            thread.join()
+
+    def _load(self, seed: int) -> None:
+        chance = random.Random(seed)
+        while self._take_one():
+            tenant = chance.choice(self.tenants)
+            with self._locks[tenant.name]:
+                try:
+                    self._one_life(tenant, chance)
+                except Exception as error:  # a thread that ends silently would hide the rest
+                    self._wrong(tenant.name, repr(error))
+
+    def _one_life(self, tenant: Tenant, chance: random.Random) -> None:
+        """Registered, perhaps replaced by itself, asked, its folder meddled with, unloaded."""
+        folder = self.scratch / f"{tenant.name}-{time.monotonic_ns()}"
+        shutil.copytree(tenant.folder, folder, symlinks=True)
+        try:
+            answer = self.server.load(tenant.name, folder)
+            if tenant.code:
+                told = (
+                    answer.json()["error"]["message"] if answer.status_code == 400 else answer.text
+                )
+                self._check(
+                    told.startswith(tenant.code), tenant.name, f"{answer.status_code} {told}"
+                )
+                return
+            self._check(answer.status_code == 200, tenant.name, answer.text)
+            if chance.random() < 0.2:
+                again = self.server.load(tenant.name, folder, load_inplace=True)
+                self._check(again.status_code == 200, tenant.name, again.text)
+            tamper(folder, chance)
+            for _ in range(chance.randint(1, 3)):
+                self._ask(tenant.name, chance)
+            gone = self.server.unload(tenant.name)
+            self._check(gone.status_code == 200, tenant.name, gone.text)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _use(self, seed: int) -> None:
+        chance = random.Random(1000 + seed)
+        while not self._over.is_set():
+            try:
+                self._ask("base", chance)
+            except Exception as error:
+                self._wrong("base", repr(error))
+
+    def _ask(self, name: str, chance: random.Random) -> None:
+        which = chance.randrange(len(QUESTIONS))
+        started = time.perf_counter()
+        given = ask(self.server, name, QUESTIONS[which])
+        self.latencies.append(time.perf_counter() - started)
+        off = distance(given, self.references[name][which])
+        self._check(off < CLOSE, name, f"answers {off:.3g} from its reference")
+
+    def _check(self, held: bool, name: str, problem: str) -> None:
+        with self._mutex:
+            self.done["checks"] += 1
+        if not held:
+            self._wrong(name, problem)
+
+    def _wrong(self, name: str, problem: str) -> None:
+        with self._mutex:
+            self.problems.append(f"{name}: {problem[:300]}")
+
+    def _take_one(self) -> bool:
+        with self._mutex:
+            self._left -= 1
+            self.done["loads"] += self._left >= 0
+            return self._left >= 0
+
+
+def ask(server: Server, name: str, question: str) -> Answer:
+    """The likeliest next tokens and their log-probabilities."""
+    body = {
+        "prompt": question,
+        "max_tokens": 4,
+        "temperature": 0,
+        "logprobs": 5,
+        "ignore_eos": True,
+    }
+    answer = server.post("/v1/completions", model=name, **body)
+    answer.raise_for_status()
+    found: Answer = answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
+    return found
+
+
+def distance(ours: Answer, theirs: Answer) -> float:
+    """Largest difference over the four likeliest tokens; the fifth may change places."""
+    likeliest = sorted(theirs, key=lambda token: -theirs[token])[:4]
+    return max(abs(ours.get(token, -99.0) - theirs[token]) for token in likeliest)
