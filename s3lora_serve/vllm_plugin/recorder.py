@@ -3,7 +3,7 @@
 from s3lora_serve.audit import AuditLog
 from s3lora_serve.errors import AuditFailed, DeadlinePassed, GateFailed, Reason, StoreDamaged
 from s3lora_serve.metrics import Metrics
-from s3lora_serve.policy import Policy
+from s3lora_serve.policy import Audit, Policy
 from s3lora_serve.settings import Settings
 from s3lora_serve.spectral import resolve_device
 from s3lora_serve.verdict import Decision, Verdict, rejected
@@ -25,8 +25,7 @@ class Recorder:
         self.metrics = Metrics()
         self._policy = policy
         self._device = resolve_device(settings.device)
-        path = policy.audit.path
-        self._audit = AuditLog(path, compat.installed_version()) if path else None
+        self._audit = _audit_log(policy.audit)
 
     def require_audit(self) -> None:
         """Let no adapter in that cannot be written down, where the policy asks for that.
@@ -71,6 +70,13 @@ class Recorder:
         except OSError as problem:
             logger.error("s3lora: audit log %s: %s", self._audit.path, problem)
             self.metrics.failures.labels("audit").inc()
+
+
+def _audit_log(wanted: Audit) -> AuditLog | None:
+    if wanted.path is None:
+        return None
+    version = compat.installed_version()
+    return AuditLog(wanted.path, version, max_bytes=wanted.max_bytes, keep=wanted.keep)
 
 
 def unknown(name: str, path: str, policy: Policy) -> Verdict:
