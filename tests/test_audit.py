@@ -239,6 +239,16 @@ def test_a_rotation_that_is_killed_half_way_keeps_the_order_and_the_chain(
     assert chain_at(path).broken == 0
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_new_file_goes_on_from_the_newest_rotated_one_whoever_rotated_it(path, empty):
+    write(path, "ab")
+    path.rename(numbered(path, 1))  # as far as a writer came that was killed
+    if empty:
+        log_at(path).check()
+    write(path, "c")
+    assert (chain_at(path).lines, chain_at(path).files, chain_at(path).broken) == (3, 2, 0)
+
+
 def test_a_link_is_followed_and_its_files_rotate_beside_the_target(path, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -299,15 +309,20 @@ def test_a_child_forked_while_a_line_is_written_does_not_keep_the_lock(path, mon
     assert chain_at(path).lines == 2
 
 
-def test_a_lock_file_that_was_deleted_keeps_nobody_out_and_lets_no_two_in(path):
+def test_a_lock_file_that_is_deleted_lets_no_two_writers_in(path, monkeypatch):
+    lock, flock = path.with_name("audit.jsonl.lock"), fcntl.flock
+    taken = []
+
+    def deleted_first(descriptor, operation):
+        if not taken:
+            lock.unlink()
+        taken.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_first)
     write(path, "a")
-    lock = path.with_name("audit.jsonl.lock")
-    with lock.open() as stale:
-        fcntl.flock(stale, fcntl.LOCK_EX)
-        lock.unlink()
-        write(path, "b")
-    assert lock.exists()
-    assert chain_at(path).lines == 2
+    assert lock.exists(), "the next writer must meet the lock that was held"
+    assert taken.count(fcntl.LOCK_EX | fcntl.LOCK_NB) == 2
 
 
 def killed_while_writing(path, part):
