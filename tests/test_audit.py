@@ -284,7 +284,7 @@ def test_a_lock_that_is_never_released_is_an_error_soon(path):
             with pytest.raises(TimeoutError) as refused:
                 attempt()
             assert refused.value.strerror
-        assert time.monotonic() - started < 3 * LOCK_SECONDS
+        assert time.monotonic() - started < 10 * LOCK_SECONDS
     write(path, "c")
     assert chain_at(path).lines == 2
 
