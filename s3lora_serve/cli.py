@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from s3lora_serve import remote, tables
+from s3lora_serve.cli_audit import audit_app
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.guarding import checks
 from s3lora_serve.intake import CONFIG_NAME, OTHER_FORMATS, WEIGHTS_NAME
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
 app.add_typer(policy_app, name="policy")
+app.add_typer(audit_app, name="audit")
 
 REJECTED, USAGE = 1, 2
 

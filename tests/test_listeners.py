@@ -1,13 +1,9 @@
-"""Metrics and the audit log say what was decided, and nothing an adapter's owner could choose."""
-
-import json
-import threading
+"""Metrics say what was decided, and nothing an adapter's owner could choose."""
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.audit import AuditLog
 from s3lora_serve.metrics import Metrics
 from s3lora_serve.policy import Strip
 
@@ -77,22 +73,3 @@ def test_gate_is_inactive_when_the_policy_is_off(registry, metrics):
     assert registry.get_sample_value("s3lora_gate_active") == 0
     metrics.activate("sha256:x", "enforce", "1")
     assert registry.get_sample_value("s3lora_gate_active") == 1
-
-
-def test_audit_lines_of_concurrent_writers_stay_whole(trained, tmp_path):
-    verdict = scan_adapter(trained, TWO)
-    log = AuditLog(tmp_path / "audit.jsonl", "0.32.0")
-    threads = [
-        threading.Thread(target=lambda: [log.record(verdict, "engine") for _ in range(50)])
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
-    assert len(lines) == 200
-    assert {line["digest"] for line in lines} == {verdict.digest}
-    assert lines[0]["stripped"] == list(verdict.stripped)
-    assert lines[0]["time"].endswith("Z")
-    assert (tmp_path / "audit.jsonl").stat().st_mode & 0o777 == 0o600

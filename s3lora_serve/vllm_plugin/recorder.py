@@ -3,7 +3,7 @@
 from s3lora_serve.audit import AuditLog
 from s3lora_serve.errors import AuditFailed, DeadlinePassed, GateFailed, Reason, StoreDamaged
 from s3lora_serve.metrics import Metrics
-from s3lora_serve.policy import Policy
+from s3lora_serve.policy import Audit, Policy
 from s3lora_serve.settings import Settings
 from s3lora_serve.spectral import resolve_device
 from s3lora_serve.verdict import Decision, Verdict, rejected
@@ -24,8 +24,7 @@ class Recorder:
     def __init__(self, policy: Policy, settings: Settings) -> None:
         self.metrics = Metrics()
         self._device = resolve_device(settings.device)
-        path = policy.audit.path
-        self._audit = AuditLog(path, compat.installed_version()) if path else None
+        self._audit = _audit_log(policy.audit)
 
     def require_audit(self, policy: Policy) -> None:
         """Let no adapter in that cannot be written down, where the policy asks for that.
@@ -42,13 +41,13 @@ class Recorder:
         except OSError as problem:  # counted when the refusal is written down, or not
             raise AuditFailed(f"audit log {self._audit.path}: {problem.strerror}") from None
 
-    def decided(self, verdict: Verdict, door: str) -> None:
-        """An adapter was decided on."""
+    def decided(self, verdict: Verdict, door: str) -> bool:
+        """An adapter was decided on; whether that could be written down, where it is asked for."""
         say = logger.warning if verdict.decision is Decision.REJECTED else logger.info
         say("s3lora: adapter %r %s", verdict.name, _summary(verdict))
         self.metrics.record(verdict, self._device)
         self._count_failure(verdict.reason)
-        self._write(verdict, door)
+        return self._write(verdict, door)
 
     def reloaded(self, verdict: Verdict, source: str) -> None:
         """An adapter that the engine had let go came back: from the `store`, or from its `path`."""
@@ -73,14 +72,23 @@ class Recorder:
         if reason and reason.code in _FAILURES:
             self.metrics.failures.labels(_FAILURES[reason.code]).inc()
 
-    def _write(self, verdict: Verdict, door: str) -> None:
+    def _write(self, verdict: Verdict, door: str) -> bool:
         if self._audit is None:
-            return
+            return True
         try:
             self._audit.record(verdict, door)
         except OSError as problem:
             logger.error("s3lora: audit log %s: %s", self._audit.path, problem)
             self.metrics.failures.labels("audit").inc()
+            return False
+        return True
+
+
+def _audit_log(wanted: Audit) -> AuditLog | None:
+    if wanted.path is None:
+        return None
+    version = compat.installed_version()
+    return AuditLog(wanted.path, version, max_bytes=wanted.max_bytes, keep=wanted.keep)
 
 
 def unknown(name: str, path: str, policy: Policy) -> Verdict:

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from s3lora_serve.errors import AdapterRejected, DeadlinePassed, GateFailed, Reason
+from s3lora_serve.errors import AdapterRejected, AuditFailed, DeadlinePassed, GateFailed, Reason
 from s3lora_serve.policy import Policy
 from s3lora_serve.verdict import Verdict, refused, rejected
 from s3lora_serve.vllm_plugin import compat
@@ -71,9 +71,13 @@ class Registrar:
         if path is not None:
             added, verdict = await self._registered(engine, request, original, verdict, path)
         remember(self._decisions, verdict.name, verdict.decision.value)
-        await self._in_thread(self._desk.recorder.decided, verdict, door.get())
+        written = await self._in_thread(self._desk.recorder.decided, verdict, door.get())
         if path is None or refused(verdict):
             raise Refused(str(verdict.reason))
+        if not written and self.policy.audit.required and verdict.mode == "enforce":
+            await engine.remove_lora(request.lora_int_id)
+            self._desk.store.release(path)
+            raise Refused(str(AuditFailed("the decision could not be written down")))
         self.served.add(engine, Served(request.lora_int_id, path, verdict))
         return added
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tests.benchmarks.measure import machine
 from tests.load.traffic import Traffic
 from tests.load.watch import Watch
 
@@ -46,7 +47,7 @@ def write_report(runs: list[Run]) -> None:
     lines = [
         "# `make load`: hot loads and unloads under traffic",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {_processor()}, {os.cpu_count()} cores, Python"
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()['processor']}, {os.cpu_count()} cores, Python"
         f" {platform.python_version()}. A real vLLM engine (CPU build, tiny Llama) with room for 4"
         " adapters in memory and 2 active; 38 good adapters, 12 bad or hostile ones; their folders"
         " are edited, cut or deleted once they are registered. Every answer is compared with stock"
@@ -77,7 +78,8 @@ def write_report(runs: list[Run]) -> None:
     ]
     lines += [
         "",
-        "Between the two the engine was killed (SIGKILL) and the server started again on the same store.",
+        "Between the two the engine was killed (SIGKILL), and the server started again on the same"
+        " store.",
     ]
     for run in runs:
         lines += [f"- {run.name}: {problem}" for problem in run.problems[:20]]
@@ -92,8 +94,3 @@ def _median(values: list[float]) -> float:
 
 def _arrow(early: float, late: float) -> str:
     return f"{early:.0f} → {late:.0f}"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((l.partition(": ")[2] for l in lines if l.startswith("model name")), "unknown")

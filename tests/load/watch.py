@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 EVERY_SECONDS = 2.0
 
@@ -23,7 +24,7 @@ class Watch:
     session: int
     samples: list[Sample] = field(default_factory=list)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -38,15 +39,15 @@ class Watch:
             self.samples.append(look(self.session))
 
     def growth(self) -> dict[str, tuple[float, float]]:
-        """Mean of the second quarter of the run and of its last quarter, for each figure."""
+        """Means early (the second quarter of the run) and late (the last), for each figure."""
         quarter = max(len(self.samples) // 4, 1)
         early, late = self.samples[quarter : 2 * quarter], self.samples[-quarter:]
-        return {
-            name: tuple(
-                sum(getattr(s, name) for s in part) / max(len(part), 1) for part in (early, late)
-            )
-            for name in ("megabytes", "files", "threads")
-        }  # type: ignore[return-value]
+        names = ("megabytes", "files", "threads")
+        return {name: (_mean(early or late, name), _mean(late, name)) for name in names}
+
+
+def _mean(samples: list[Sample], figure: str) -> float:
+    return sum(getattr(sample, figure) for sample in samples) / max(len(samples), 1)
 
 
 def look(session: int) -> Sample:
