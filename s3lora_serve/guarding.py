@@ -81,7 +81,10 @@ def _plugin() -> Iterator[Check]:
         yield Check(f"entry point {group}", passed, detail)
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None:
-        detail = f"unset: the gate loads, its HTTP routes do not (s3lora serve adds {PLUGIN})"
+        detail = (
+            "unset: the gate loads; its HTTP routes do not, and /adapters asks for no key"
+            f" (s3lora serve adds {PLUGIN})"
+        )
         yield Check("VLLM_PLUGINS", True, detail)
     else:
         yield Check("VLLM_PLUGINS", PLUGIN in allowed.split(","), f"{allowed!r} must list {PLUGIN}")

@@ -12,6 +12,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from s3lora_serve.policy_file import read_policy
 from tests.load.report import Run, write_report
 from tests.load.tenants import Tenant, make_tenants
@@ -26,7 +28,8 @@ ROOM = ("--max-cpu-loras", "4", "--max-loras", "2", "--disable-uvicorn-access-lo
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
+    torch.set_num_threads(1)  # the servers need the cores
+    with tempfile.TemporaryDirectory(prefix="s3lora-load-") as folder:
         place = Path(folder)
         policy = place / "policy.yaml"
         policy.write_text("strip: {top_k: 3}\nstore: {max_bytes: 3000000}\n")
