@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load fuzz lint format bench clean
+.PHONY: demo test test-fast test-all load fuzz lint format bench bench-admission clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -35,6 +35,9 @@ format: $(READY)
 
 bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks
+
+bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
+	$(BIN)/python -m tests.benchmarks.admission
 
 $(READY): deploy/requirements-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"the pinned environment is for Python 3.11, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'

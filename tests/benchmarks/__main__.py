@@ -70,7 +70,7 @@ def main() -> None:
         curves = scaling.curves(max(2, arguments.rounds // 3))
         data = {"machine": measure.machine(), "cases": list(found.values()), "scaling": curves}
     (HERE / "results.json").write_text(json.dumps(data, indent=1) + "\n")
-    (HERE / "RESULTS.md").write_text(report.markdown(data))
+    report.write(HERE)
     scaling.draw(data["scaling"], HERE / "scaling.svg")
     report.show(data["cases"])
 

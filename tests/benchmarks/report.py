@@ -1,7 +1,12 @@
 """The figures as a table to read, on the terminal and in RESULTS.md."""
 
+import json
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
+
+from tests.benchmarks import serving_report
 
 COLUMNS = (
     "adapter", "r", "dtype", "modules", "ours, s", "over floor", "naive f64 over ours",
@@ -37,6 +42,14 @@ The CUDA path is unmeasured: no machine with a GPU has run it. Its kernels are h
 twins in torch, and its scores to the dense definition, in Triton's interpreter
 (`tests/spectral/test_device.py`).
 """
+
+
+def write(folder: Path) -> None:
+    """RESULTS.md, from the figures of every benchmark that was run."""
+    sections = [markdown(json.loads((folder / "results.json").read_text()))]
+    if (figures := folder / "admission.json").exists():
+        sections.append(serving_report.admission(json.loads(figures.read_text())))
+    (folder / "RESULTS.md").write_text("\n".join(sections))
 
 
 def show(cases: list[dict]) -> None:  # type: ignore[type-arg]

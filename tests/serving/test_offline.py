@@ -18,7 +18,7 @@ from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-model, folder, *prompts = sys.argv[1:]
+model, folder, other, *prompts = sys.argv[1:]
 llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
           max_lora_rank=16, max_num_seqs=8, max_loras=1, max_cpu_loras=1)
 asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
@@ -38,13 +38,24 @@ config.write_text(config.read_text().replace("LORA", "IA3"))
 found.append(ask(2, bad))
 shutil.rmtree(folder)
 found.append(ask(1, folder))  # the second adapter had driven it out
+
+def first(number, folder, **more):  # what the prefix cache may answer
+    adapter = LoRARequest(f"a{number}", number, folder, **more)
+    asked = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
+    [out] = llm.generate(" ".join(prompts * 6), asked, lora_request=adapter)
+    return {t: v.logprob for t, v in out.outputs[0].logprobs[0].items()}
+
+shutil.copytree(other, folder)
+found.append([first(1, folder), first(1, folder, load_inplace=True), first(1, folder), first(3, other)])
+shutil.rmtree(folder)
+found[-1].append(first(1, folder))
 print("ANSWERS", json.dumps(found))
 """
 
 
-def generate(model, folder, **environment):
+def generate(model, folder, other, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model), str(folder), *PROMPTS],
+        [sys.executable, "-c", PROGRAM, str(model), str(folder), str(other), *PROMPTS],
         env=base_environment() | environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -59,22 +70,27 @@ def assert_alike(found, expected):
 
 
 def test_adapters_first_used_offline_are_stripped_quarantined_and_come_back_as_admitted(
-    model, spiked, expected, policy_file, tmp_path
+    model, spiked, trained, expected, policy_file, tmp_path
 ):
     folder = copy_with(spiked, tmp_path / "tenant")
-    found, log = generate(model, folder, S3LORA_POLICY=str(policy_file))
+    found, log = generate(model, folder, trained, S3LORA_POLICY=str(policy_file))
     assert_alike(found[0], expected["by-hand"])
     assert_alike(found[1], expected["base"])
     assert_alike(found[2], expected["by-hand"])
     assert "ERROR" in log
     assert "'a2' is quarantined, it answers as the base: S3LORA-103" in log
+    # Another content in the folder: read when loaded in place, and no old block answers then.
+    before, replaced, after, wanted, deleted = found[3]
+    assert before != pytest.approx(wanted, abs=1e-3)
+    for answer in (replaced, after, deleted):
+        assert answer == pytest.approx(wanted, abs=1e-4)
 
 
 def test_an_engine_with_a_bad_policy_does_not_start(model, spiked):
     with pytest.raises(AssertionError, match="S3LORA-901"):
-        generate(model, spiked, S3LORA_POLICY="/nowhere.yaml")
+        generate(model, spiked, spiked, S3LORA_POLICY="/nowhere.yaml")
 
 
 def test_an_engine_with_a_bad_setting_does_not_start(model, spiked):
     with pytest.raises(AssertionError, match="S3LORA_MODE='sometimes'"):
-        generate(model, spiked, S3LORA_MODE="sometimes")
+        generate(model, spiked, spiked, S3LORA_MODE="sometimes")
