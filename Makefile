@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all fuzz lint format bench clean
+.PHONY: demo test test-fast test-all compat fuzz lint format bench clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -16,6 +16,9 @@ test-fast: $(READY)  ## everything that needs no vLLM engine
 	$(BIN)/python -m pytest -m "not serving"
 
 test-all: test  ## what takes longer than CI allows is added here
+
+compat: $(READY)  ## the doors on every vLLM that is claimed to work: some ten minutes and 4 GB each; VERSIONS="0.30 0.31"
+	$(BIN)/python -m tests.compat $(VERSIONS)
 
 fuzz: $(READY)  ## hundreds of thousands of bent adapters and policies: about an hour
 	FUZZ_EXAMPLES=200000 $(BIN)/python -m pytest tests/fuzz -p no:randomly
@@ -41,4 +44,4 @@ $(READY): deploy/requirements-cpu.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .compat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

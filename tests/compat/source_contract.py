@@ -1,0 +1,59 @@
+"""`python -m tests.compat.source_contract WHEEL`: does this vLLM keep the contract?
+
+For a version that cannot be imported here. Runs the hook's own check on the wheel's source, and
+asks for each name that compat.py imports.
+"""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+from tests.compat import skeleton
+from tests.compat.pins import ROOT
+
+COMPAT = ROOT / "s3lora_serve" / "vllm_plugin" / "compat.py"
+
+
+def imported_names(source: str) -> list[tuple[str, str]]:
+    r"""Every name a source takes from vLLM, with its module, those in functions included.
+
+    >>> imported_names("def f():\n    from vllm.envs import A, B as C\nimport vllm.lora")
+    [('vllm.envs', 'A'), ('vllm.envs', 'B'), ('vllm.lora', '')]
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
+            found += [(str(node.module), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(a.name, "") for a in node.names if a.name.partition(".")[0] == "vllm"]
+    return sorted(found)
+
+
+def missing(names: list[tuple[str, str]]) -> list[str]:
+    """Those that this vLLM does not have."""
+    gone = []
+    for module, name in names:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            gone.append(module)
+        else:
+            if name and not hasattr(found, name):
+                gone.append(f"{module}.{name}")
+    return gone
+
+
+def main() -> None:
+    """Say what is kept, or end with what is broken."""
+    skeleton.install(Path(sys.argv[1]))
+    names = imported_names(COMPAT.read_text())
+    if gone := missing(names):
+        sys.exit(f"compat.py imports what this vLLM does not have: {', '.join(gone)}")
+    compat = importlib.import_module("s3lora_serve.vllm_plugin.compat")
+    compat.check_contract()
+    print(f"{len(names)} imports and {len(compat._CONTRACT)} signatures as expected")
+
+
+if __name__ == "__main__":
+    main()
