@@ -264,6 +264,19 @@ def load_request_model() -> Any:
     return LoadLoRAAdapterRequest
 
 
+def drop_route(app: Any, path: str, method: str) -> None:
+    """Take vLLM's own route away, for one of the gate's to stand in its place.
+
+    vLLM < 0.32 would keep both, and the earlier one would answer.
+    """
+    routes = app.router.routes
+    routes[:] = [
+        route
+        for route in routes
+        if getattr(route, "path", None) != path or method not in (route.methods or ())
+    ]
+
+
 def json_only() -> list[Any]:
     """vLLM's check that a request is JSON, as FastAPI dependencies."""
     from fastapi import Depends

@@ -26,6 +26,7 @@ class GateEndpoint:
         app.add_middleware(ApiKeyGate, keys=compat.api_keys(app.state.args))
         app.add_api_route("/s3lora/status", self.status, methods=["GET"])
         if compat.runtime_loading_open():
+            compat.drop_route(app, "/v1/load_lora_adapter", "POST")
             app.add_api_route(
                 "/v1/load_lora_adapter",
                 self._load_route(),
