@@ -46,11 +46,13 @@ def missing(names: list[tuple[str, str]]) -> list[str]:
 
 def main() -> None:
     """Say what is kept, or end with what is broken."""
-    skeleton.install(Path(sys.argv[1]))
+    wheel = Path(sys.argv[1])
+    skeleton.install(wheel)
     names = imported_names(COMPAT.read_text())
     if gone := missing(names):
         sys.exit(f"compat.py imports what this vLLM does not have: {', '.join(gone)}")
     compat = importlib.import_module("s3lora_serve.vllm_plugin.compat")
+    vars(compat)["installed_version"] = lambda: wheel.name.split("-")[1]  # not the one beside it
     compat.check_contract()
     print(f"{len(names)} imports and {len(compat._CONTRACT)} signatures as expected")
 
