@@ -22,6 +22,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.utils import parse_fine_tuned_lora_name as parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import get_moe_expert_mapping as get_moe_expert_mapping
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
@@ -78,6 +79,8 @@ def check_contract() -> None:
         _broken("LoRAModel takes no loras")
     if not {"lora_name", "lora_path", "lora_int_id"} <= set(LoRARequest.__struct_fields__):
         _broken(f"LoRARequest has the fields {LoRARequest.__struct_fields__}")
+    if not {"get_rename_mapper", "get_unstacked_mapper"} & set(vars(WeightsMapper)):
+        _broken("WeightsMapper has no get_rename_mapper")
 
 
 def _broken(problem: str) -> None:
@@ -186,6 +189,16 @@ def _wrap_create(owner: Any, listener: Callable[[Any, Any], None]) -> None:
         return created
 
     owner.create_lora_manager = create_lora_manager
+
+
+def rename_mapper(model: Any) -> Any:
+    """What maps the names in adapters to this model's, as vLLM loads them; None where none does."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return None
+    if hasattr(mapper, "get_rename_mapper"):  # vLLM >= 0.29
+        return mapper.get_rename_mapper()
+    return mapper.get_unstacked_mapper()  # vLLM 0.28
 
 
 def base_model(vllm_config: Any) -> str | None:
