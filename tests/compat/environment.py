@@ -18,15 +18,15 @@ def python_of(version: str) -> Path:
     python = folder / "bin" / "python"
     made_of = folder / "requirements.txt"  # written last: without it the environment is half made
     wanted = requirements(version)
-    if made_of.exists() and made_of.read_text() == wanted:
-        return python
-    venv.create(folder, clear=True, with_pip=True)
-    asked = folder / "asked.txt"
-    asked.write_text(wanted)
-    # As in the Makefile: --no-deps leaves out what would not load beside a CPU torch.
-    install(python, "-r", str(asked))
+    if not made_of.exists() or made_of.read_text() != wanted:
+        venv.create(folder, clear=True, with_pip=True)
+        asked = folder / "asked.txt"
+        asked.write_text(wanted)
+        # As in the Makefile: --no-deps leaves out what would not load beside a CPU torch.
+        install(python, "-r", str(asked))
+        asked.rename(made_of)
+    # Each time: the entry points, by which vLLM finds the plugin, may be others than last time.
     install(python, "--no-build-isolation", "-e", str(ROOT))
-    asked.rename(made_of)
     return python
 
 
