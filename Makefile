@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load fuzz lint format bench bench-admission clean
+.PHONY: demo test test-fast test-all load compat fuzz lint format bench bench-admission clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -19,6 +19,9 @@ test-all: test  ## what takes longer than CI allows is added here
 
 load: $(READY)  ## hot loads and unloads under traffic on a real server: about ten minutes
 	$(BIN)/python -m tests.load
+
+compat: $(READY)  ## the doors on every vLLM that is claimed to work: some ten minutes and 4 GB each; VERSIONS="0.30 0.31"
+	$(BIN)/python -m tests.compat $(VERSIONS)
 
 fuzz: $(READY)  ## hundreds of thousands of bent adapters and policies: about an hour
 	FUZZ_EXAMPLES=200000 $(BIN)/python -m pytest tests/fuzz -p no:randomly
@@ -47,4 +50,4 @@ $(READY): deploy/requirements-cpu.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .compat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -6,31 +6,30 @@ them is guarded, one that does not never starts.
 
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels, create_error_response
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels as OpenAIServingModels
+from vllm.entrypoints.openai.models.serving import create_error_response as create_error_response
 from vllm.exceptions import LoRAAdapterNotFoundError as LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel as LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights as LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
-from vllm.lora.request import LoRARequest
+from vllm.lora.request import LoRARequest as LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.utils import parse_fine_tuned_lora_name as parse_fine_tuned_lora_name
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager as LRUCacheWorkerLoRAManager
+from vllm.lora.worker_manager import WorkerLoRAManager as WorkerLoRAManager
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import get_moe_expert_mapping as get_moe_expert_mapping
-from vllm.v1.core import kv_cache_utils
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
-from vllm.v1.worker.worker_base import WorkerBase
+from vllm.v1.core import kv_cache_utils as kv_cache_utils
+from vllm.v1.engine.async_llm import AsyncLLM as AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine as LLMEngine
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as LoRAModelRunnerMixin
+from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
 
-from s3lora_serve.errors import ContractBroken, refusal_in
+from s3lora_serve.errors import ContractBroken
 from s3lora_serve.guarding import installed_vllm
 
 logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
@@ -74,144 +73,25 @@ def check_contract() -> None:
             else None
         )
         if found != expected:
-            _broken(f"{owner.__name__}.{name} takes {found}, expected {expected}")
+            broken(f"{owner.__name__}.{name} takes {found}, expected {expected}")
     if "_load_adapter" in vars(LRUCacheWorkerLoRAManager):
-        _broken("LRUCacheWorkerLoRAManager has a _load_adapter of its own")
+        broken("LRUCacheWorkerLoRAManager has a _load_adapter of its own")
     for name in ("lora_a", "lora_b", "scaling"):
         if name not in inspect.signature(LoRALayerWeights.__init__).parameters:
-            _broken(f"LoRALayerWeights takes no {name}")
+            broken(f"LoRALayerWeights takes no {name}")
     if "loras" not in inspect.signature(LoRAModel.__init__).parameters:
-        _broken("LoRAModel takes no loras")
+        broken("LoRAModel takes no loras")
     found = tuple(inspect.signature(LLMEngine.add_request).parameters)
     if found[: len(_ADD_REQUEST)] != _ADD_REQUEST:
-        _broken(f"LLMEngine.add_request takes {found}, expected {_ADD_REQUEST} first")
+        broken(f"LLMEngine.add_request takes {found}, expected {_ADD_REQUEST} first")
     if not {"lora_name", "lora_path", "lora_int_id"} <= set(LoRARequest.__struct_fields__):
-        _broken(f"LoRARequest has the fields {LoRARequest.__struct_fields__}")
+        broken(f"LoRARequest has the fields {LoRARequest.__struct_fields__}")
+    if not {"get_rename_mapper", "get_unstacked_mapper"} & set(vars(WeightsMapper)):
+        broken("WeightsMapper has no get_rename_mapper")
 
 
-def _broken(problem: str) -> None:
+def broken(problem: str) -> None:
     raise ContractBroken(f"vLLM {installed_version()}: {problem}")
-
-
-def load_adapter(manager: Any, request: LoRARequest) -> Any:
-    """vLLM's own `_load_adapter`: the adapter in host memory, in no slot yet."""
-    return _load_adapter_of_vllm(manager, request)
-
-
-_load_adapter_of_vllm = WorkerLoRAManager._load_adapter
-
-
-def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], Any]) -> None:
-    """Put `wrapper(manager, request, original)` in the place of `_load_adapter`: the choke point.
-
-    NB: coupled to WorkerLoRAManager._load_adapter, which every door ends in.
-    """
-    original = WorkerLoRAManager._load_adapter
-
-    def _load_adapter(self: Any, lora_request: LoRARequest) -> Any:
-        return wrapper(self, lora_request, original)
-
-    WorkerLoRAManager._load_adapter = _load_adapter
-
-
-def wrap_add_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., bool]], bool]) -> None:
-    """Put `wrapper(manager, request, original)` in the place of each `add_adapter`."""
-    for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
-        owner.add_adapter = _wrapped_add(owner.add_adapter, wrapper)
-
-
-def _wrapped_add(original: Callable[..., bool], wrapper: Callable[..., bool]) -> Any:
-    # Callers and subclasses name the parameter differently; both pass it by position.
-    def add_adapter(self: Any, lora_request: LoRARequest) -> bool:
-        return wrapper(self, lora_request, original)
-
-    return add_adapter
-
-
-def around_registration(context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Enter `context()` while a worker serves a registration call, not the engine's loop."""
-    original = LoRAModelRunnerMixin.add_lora
-
-    def add_lora(self: Any, lora_request: LoRARequest) -> bool:
-        with context():
-            added: bool = original(self, lora_request)
-            return added
-
-    LoRAModelRunnerMixin.add_lora = add_lora
-
-
-def wrap_add_lora(wrapper: Callable[..., Awaitable[bool]]) -> None:
-    """Put `wrapper(engine, request, original)` in the place of the API server's `add_lora`."""
-    original = AsyncLLM.add_lora
-
-    async def add_lora(self: Any, lora_request: LoRARequest) -> bool:
-        return await wrapper(self, lora_request, original)
-
-    AsyncLLM.add_lora = add_lora
-
-
-def wrap_add_request(admitted: Callable[[Any, LoRARequest], LoRARequest]) -> None:
-    """Give `LLMEngine` (`LLM.generate`) requests for what `admitted(engine, request)` returns."""
-    original = LLMEngine.add_request
-
-    def add_request(
-        self: Any,
-        request_id: Any,
-        prompt: Any,
-        params: Any,
-        arrival_time: Any = None,
-        lora_request: LoRARequest | None = None,
-        *rest: Any,
-        **more: Any,
-    ) -> Any:
-        if lora_request is not None and self.vllm_config.lora_config is not None:
-            lora_request = admitted(self, lora_request)
-        return original(self, request_id, prompt, params, arrival_time, lora_request, *rest, **more)
-
-    LLMEngine.add_request = add_request
-
-
-def tell_requests_apart() -> None:
-    """Make requests for two adapters that had one name, one after the other, two requests.
-
-    vLLM compares them by name alone: in a batch that holds both (the name was unloaded and loaded
-    again, or replaced, while a request ran) one adapter is not activated, and the engine stops.
-    """
-
-    def same(self: LoRARequest, other: object) -> bool:
-        if not isinstance(other, LoRARequest):
-            return False
-        ours, theirs = (self.lora_name, self.lora_int_id), (other.lora_name, other.lora_int_id)
-        return ours == theirs
-
-    LoRARequest.__eq__ = same
-    LoRARequest.__hash__ = lambda self: hash((self.lora_name, self.lora_int_id))
-
-
-def mark_blocks(is_quarantined: Callable[[str], bool]) -> None:
-    """Keep prefix-cache blocks of a quarantined adapter apart from those of its better days."""
-    original = kv_cache_utils._gen_lora_extra_hash_keys
-
-    def _gen_lora_extra_hash_keys(request: Any) -> Any:
-        keys = original(request)
-        if keys and is_quarantined(request.lora_request.lora_path):
-            return [*keys, *keys]  # another hash, whatever a key is in this version
-        return keys
-
-    kv_cache_utils._gen_lora_extra_hash_keys = _gen_lora_extra_hash_keys
-
-
-def wrap_unload(removed: Callable[[Any, str], None]) -> None:
-    """Call `removed(engine, name)` when vLLM no longer knows an adapter."""
-    original = OpenAIServingModels.unload_lora_adapter
-
-    async def unload_lora_adapter(self: Any, request: Any) -> Any:
-        result = await original(self, request)
-        if isinstance(result, str):
-            removed(self.engine_client, request.lora_name)
-        return result
-
-    OpenAIServingModels.unload_lora_adapter = unload_lora_adapter
 
 
 def has_requests_under_way(engine: Any, adapter_id: int) -> bool:
@@ -223,75 +103,19 @@ def has_requests_under_way(engine: Any, adapter_id: int) -> bool:
     )
 
 
-def wrap_doors(door: ContextVar[str]) -> None:
-    """Let `door` say by which way an adapter comes, and give HTTP clients refusals as 400."""
-    owner = OpenAIServingModels
-    load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
-
-    async def load_lora_adapter(self: Any, request: Any, base_model_name: Any = None) -> Any:
-        with _through(door, "static" if door.get() == "static" else "http"):
-            result = await load(self, request, base_model_name)
-        refusal = None if isinstance(result, str) else refusal_in(result.error.message)
-        if refusal is None:
-            return result
-        return create_error_response(
-            message=refusal, err_type="AdapterRejected", status_code=HTTPStatus.BAD_REQUEST
-        )
-
-    async def init_static_loras(self: Any) -> None:
-        with _through(door, "static"):
-            await static(self)
-
-    async def resolve_lora(self: Any, lora_name: str) -> Any:
-        with _through(door, "resolver"):
-            return await resolve(self, lora_name)
-
-    owner.load_lora_adapter = load_lora_adapter
-    owner.init_static_loras = init_static_loras
-    owner.resolve_lora = resolve_lora
-
-
-@contextmanager
-def _through(door: ContextVar[str], name: str) -> Iterator[None]:
-    token = door.set(name)
-    try:
-        yield
-    finally:
-        door.reset(token)
-
-
-def after_create_lora_manager(listener: Callable[[Any, Any], None]) -> None:
-    """Call `listener(worker_lora_manager, vllm_config)` once a worker has its LoRA modules."""
-    for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
-        _wrap_create(owner, listener)
-
-
-def _wrap_create(owner: Any, listener: Callable[[Any, Any], None]) -> None:
-    original = owner.create_lora_manager
-
-    def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
-        created = original(self, model, vllm_config)
-        self._s3lora_vllm_config = vllm_config
-        listener(self, vllm_config)
-        return created
-
-    owner.create_lora_manager = create_lora_manager
+def rename_mapper(model: Any) -> Any:
+    """What maps the names in adapters to this model's, as vLLM loads them; None where none does."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return None
+    if hasattr(mapper, "get_rename_mapper"):  # vLLM >= 0.29
+        return mapper.get_rename_mapper()
+    return mapper.get_unstacked_mapper()  # vLLM 0.28
 
 
 def base_model(vllm_config: Any) -> str | None:
     """The served model as the operator named it."""
     return getattr(vllm_config.model_config, "model", None)
-
-
-def add_worker_method(name: str, method: Callable[..., Any]) -> None:
-    """Let `collective_rpc(name)` call `method(worker, …)` on every worker.
-
-    Raises:
-        ContractBroken: the name is taken.
-    """
-    if hasattr(WorkerBase, name):
-        _broken(f"WorkerBase has a {name} already")
-    setattr(WorkerBase, name, method)
 
 
 def is_first_rank() -> bool:
@@ -372,6 +196,19 @@ def load_request_model() -> Any:
     from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
     return LoadLoRAAdapterRequest
+
+
+def drop_route(app: Any, path: str, method: str) -> None:
+    """Take vLLM's own route away, for one of the gate's to stand in its place.
+
+    vLLM < 0.32 would keep both, and the earlier one would answer.
+    """
+    routes = app.router.routes
+    routes[:] = [
+        route
+        for route in routes
+        if getattr(route, "path", None) != path or method not in (route.methods or ())
+    ]
 
 
 def json_only() -> list[Any]:

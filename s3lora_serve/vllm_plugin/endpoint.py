@@ -36,6 +36,7 @@ class GateEndpoint:
         if compat.runtime_loading_open():
             checked = compat.json_only()
             app.add_api_route("/s3lora/scan", self.scan, methods=["POST"], dependencies=checked)
+            compat.drop_route(app, "/v1/load_lora_adapter", "POST")
             app.add_api_route(
                 "/v1/load_lora_adapter",
                 self._load_route(),

@@ -23,7 +23,7 @@ from s3lora_serve.errors import (
 )
 from s3lora_serve.store import Kept, servable
 from s3lora_serve.verdict import Verdict
-from s3lora_serve.vllm_plugin import compat, served_model
+from s3lora_serve.vllm_plugin import compat, patches, served_model
 from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
 from s3lora_serve.vllm_plugin.enforcement import enforced
 from s3lora_serve.vllm_plugin.recorder import unknown
@@ -128,7 +128,7 @@ class Guard:
         """Why this worker would not serve what is kept at a path, if it would not."""
         request = compat.request_for(name, path, 1)
         try:
-            enforced(self.model.manager, request, compat.load_adapter, self._kept(request))
+            enforced(self.model.manager, request, patches.load_adapter, self._kept(request))
         except AdapterRejected as refusal:
             return Reason.of(refusal)
         except Exception as error:

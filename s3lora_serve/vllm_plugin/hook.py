@@ -4,7 +4,7 @@ from typing import Any
 
 from s3lora_serve.errors import Reason
 from s3lora_serve.settings import load_settings
-from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin import compat, patches
 from s3lora_serve.vllm_plugin.desk import Desk
 from s3lora_serve.vllm_plugin.guard import Guard
 from s3lora_serve.vllm_plugin.offline import OfflineDoor
@@ -26,22 +26,22 @@ def install() -> None:
     desk = Desk(load_settings())
     compat.check_contract()
     guard = Guard(desk)
-    compat.after_create_lora_manager(guard.activate)
+    patches.after_create_lora_manager(guard.activate)
     answers = WorkerAnswers(guard)
     for name in ("status", "model", "loaded", "refresh", "trial"):
-        compat.add_worker_method(f"s3lora_{name}", getattr(answers, name))
+        patches.add_worker_method(f"s3lora_{name}", getattr(answers, name))
     if desk.policy.mode != "off":
         desk.store.prepare()
         _registrar = Registrar(desk)
-        compat.tell_requests_apart()
-        compat.wrap_load_adapter(guard.load)
-        compat.wrap_add_adapter(guard.add)
-        compat.around_registration(guard.registration)
-        compat.wrap_add_lora(_registrar.add_lora)
-        compat.wrap_add_request(OfflineDoor(desk).admitted)
-        compat.wrap_doors(door)
-        compat.wrap_unload(_registrar.served.remove)
-        compat.mark_blocks(guard.is_quarantined)
+        patches.tell_requests_apart()
+        patches.wrap_load_adapter(guard.load)
+        patches.wrap_add_adapter(guard.add)
+        patches.around_registration(guard.registration)
+        patches.wrap_add_lora(_registrar.add_lora)
+        patches.wrap_add_request(OfflineDoor(desk).admitted)
+        patches.wrap_doors(door)
+        patches.wrap_unload(_registrar.served.remove)
+        patches.mark_blocks(guard.is_quarantined)
     _installed = True
 
 

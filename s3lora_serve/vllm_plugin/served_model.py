@@ -49,9 +49,7 @@ def served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:
     Raises:
         ValueError: vLLM cannot map a name.
     """
-    mapper = getattr(manager._adapter_manager.model, "hf_to_vllm_mapper", None)
-    if mapper is not None and hasattr(mapper, "get_rename_mapper"):
-        mapper = mapper.get_rename_mapper()
+    mapper = compat.rename_mapper(manager._adapter_manager.model)
     return {key: compat.parse_fine_tuned_lora_name(key, mapper)[0] for key in keys}
 
 

@@ -1,4 +1,4 @@
-"""`make bench-admission`: what the gate adds to loading an adapter, and to others' tokens meanwhile.
+"""`make bench-admission`: what the gate adds to loading an adapter, and to others' tokens.
 
 Two real vLLM servers (CPU build) of one 1B-like model with random weights, stock and guarded, take
 turns in one run.

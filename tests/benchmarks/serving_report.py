@@ -15,9 +15,9 @@ def admission(data: dict) -> str:  # type: ignore[type-arg]
         "## Cost of an admission",
         "",
         f"`make bench-admission`, {machine['processor']}, {machine['cores']} cores. Two real vLLM"
-        f" servers (CPU build, eager, float32) of a {data['model']}-shaped model with random weights"
-        f" take turns; adapters of rank {data['rank']} on all projections, {data['megabytes']:.0f} MB"
-        " in bfloat16, each of other content. Medians.",
+        f" servers (CPU build, eager, float32) of a {data['model']}-shaped model with random"
+        f" weights take turns; adapters of rank {data['rank']} on all projections,"
+        f" {data['megabytes']:.0f} MB in bfloat16, each of other content. Medians.",
         "",
         "| `POST /v1/load_lora_adapter` | stock | guarded | guarded over stock |",
         "|---|---:|---:|---:|",
@@ -30,7 +30,7 @@ def admission(data: dict) -> str:  # type: ignore[type-arg]
         "",
         "Time between tokens of a request to the base model:",
         "",
-        "| | stock p50, s | guarded p50, s | stock p99, s | guarded p99, s | p99, guarded over stock |",
+        "| | p50, s: stock | guarded | p99, s: stock | guarded | p99, guarded over stock |",
         "|---|---:|---:|---:|---:|---:|",
         _tokens("while adapters are loaded", tokens, ""),
         _tokens("while none is", tokens, ", no loads"),

@@ -1,0 +1,208 @@
+"""What is put in the place of vLLM's own methods; compat.py has checked that they are there."""
+
+import functools
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import Any
+
+from s3lora_serve.errors import refusal_in
+from s3lora_serve.vllm_plugin.compat import (
+    AsyncLLM,
+    LLMEngine,
+    LoRAModelRunnerMixin,
+    LoRARequest,
+    LRUCacheWorkerLoRAManager,
+    OpenAIServingModels,
+    WorkerBase,
+    WorkerLoRAManager,
+    broken,
+    create_error_response,
+    kv_cache_utils,
+)
+
+
+def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], Any]) -> None:
+    """Put `wrapper(manager, request, original)` in the place of `_load_adapter`: the choke point.
+
+    NB: coupled to WorkerLoRAManager._load_adapter, which every door ends in.
+    """
+    original = WorkerLoRAManager._load_adapter
+
+    @functools.wraps(original)
+    def _load_adapter(self: Any, lora_request: LoRARequest) -> Any:
+        return wrapper(self, lora_request, original)
+
+    WorkerLoRAManager._load_adapter = _load_adapter
+
+
+def load_adapter(manager: Any, request: LoRARequest) -> Any:
+    """vLLM's own `_load_adapter`: the adapter in host memory, in no slot yet."""
+    return WorkerLoRAManager._load_adapter.__wrapped__(manager, request)
+
+
+def wrap_add_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., bool]], bool]) -> None:
+    """Put `wrapper(manager, request, original)` in the place of each `add_adapter`."""
+    for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
+        owner.add_adapter = _wrapped_add(owner.add_adapter, wrapper)
+
+
+def _wrapped_add(original: Callable[..., bool], wrapper: Callable[..., bool]) -> Any:
+    # Callers and subclasses name the parameter differently; both pass it by position.
+    def add_adapter(self: Any, lora_request: LoRARequest) -> bool:
+        return wrapper(self, lora_request, original)
+
+    return add_adapter
+
+
+def around_registration(context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter `context()` while a worker serves a registration call, not the engine's loop."""
+    original = LoRAModelRunnerMixin.add_lora
+
+    def add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        with context():
+            added: bool = original(self, lora_request)
+            return added
+
+    LoRAModelRunnerMixin.add_lora = add_lora
+
+
+def wrap_add_lora(wrapper: Callable[..., Awaitable[bool]]) -> None:
+    """Put `wrapper(engine, request, original)` in the place of the API server's `add_lora`."""
+    original = AsyncLLM.add_lora
+
+    async def add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        return await wrapper(self, lora_request, original)
+
+    AsyncLLM.add_lora = add_lora
+
+
+def wrap_add_request(admitted: Callable[[Any, LoRARequest], LoRARequest]) -> None:
+    """Give `LLMEngine` (`LLM.generate`) requests for what `admitted(engine, request)` returns."""
+    original = LLMEngine.add_request
+
+    def add_request(
+        self: Any,
+        request_id: Any,
+        prompt: Any,
+        params: Any,
+        arrival_time: Any = None,
+        lora_request: LoRARequest | None = None,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        if lora_request is not None and self.vllm_config.lora_config is not None:
+            lora_request = admitted(self, lora_request)
+        return original(self, request_id, prompt, params, arrival_time, lora_request, *rest, **more)
+
+    LLMEngine.add_request = add_request
+
+
+def tell_requests_apart() -> None:
+    """Make requests for two adapters that had one name, one after the other, two requests.
+
+    vLLM compares them by name alone: in a batch that holds both (the name was unloaded and loaded
+    again, or replaced, while a request ran) one adapter is not activated, and the engine stops.
+    """
+
+    def same(self: LoRARequest, other: object) -> bool:
+        if not isinstance(other, LoRARequest):
+            return False
+        ours, theirs = (self.lora_name, self.lora_int_id), (other.lora_name, other.lora_int_id)
+        return ours == theirs
+
+    LoRARequest.__eq__ = same
+    LoRARequest.__hash__ = lambda self: hash((self.lora_name, self.lora_int_id))
+
+
+def mark_blocks(is_quarantined: Callable[[str], bool]) -> None:
+    """Keep prefix-cache blocks of a quarantined adapter apart from those of its better days."""
+    original = kv_cache_utils._gen_lora_extra_hash_keys
+
+    def _gen_lora_extra_hash_keys(request: Any) -> Any:
+        keys = original(request)
+        if keys and is_quarantined(request.lora_request.lora_path):
+            return [*keys, *keys]  # another hash, whatever a key is in this version
+        return keys
+
+    kv_cache_utils._gen_lora_extra_hash_keys = _gen_lora_extra_hash_keys
+
+
+def wrap_unload(removed: Callable[[Any, str], None]) -> None:
+    """Call `removed(engine, name)` when vLLM no longer knows an adapter."""
+    original = OpenAIServingModels.unload_lora_adapter
+
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        result = await original(self, request)
+        if isinstance(result, str):
+            removed(self.engine_client, request.lora_name)
+        return result
+
+    OpenAIServingModels.unload_lora_adapter = unload_lora_adapter
+
+
+def wrap_doors(door: ContextVar[str]) -> None:
+    """Let `door` say by which way an adapter comes, and give HTTP clients refusals as 400."""
+    owner = OpenAIServingModels
+    load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
+
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: Any = None) -> Any:
+        with _through(door, "static" if door.get() == "static" else "http"):
+            result = await load(self, request, base_model_name)
+        refusal = None if isinstance(result, str) else refusal_in(result.error.message)
+        if refusal is None:
+            return result
+        return create_error_response(
+            message=refusal, err_type="AdapterRejected", status_code=HTTPStatus.BAD_REQUEST
+        )
+
+    async def init_static_loras(self: Any) -> None:
+        with _through(door, "static"):
+            await static(self)
+
+    async def resolve_lora(self: Any, lora_name: str) -> Any:
+        with _through(door, "resolver"):
+            return await resolve(self, lora_name)
+
+    owner.load_lora_adapter = load_lora_adapter
+    owner.init_static_loras = init_static_loras
+    owner.resolve_lora = resolve_lora
+
+
+@contextmanager
+def _through(door: ContextVar[str], name: str) -> Iterator[None]:
+    token = door.set(name)
+    try:
+        yield
+    finally:
+        door.reset(token)
+
+
+def after_create_lora_manager(listener: Callable[[Any, Any], None]) -> None:
+    """Call `listener(worker_lora_manager, vllm_config)` once a worker has its LoRA modules."""
+    for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
+        _wrap_create(owner, listener)
+
+
+def _wrap_create(owner: Any, listener: Callable[[Any, Any], None]) -> None:
+    original = owner.create_lora_manager
+
+    def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
+        created = original(self, model, vllm_config)
+        self._s3lora_vllm_config = vllm_config
+        listener(self, vllm_config)
+        return created
+
+    owner.create_lora_manager = create_lora_manager
+
+
+def add_worker_method(name: str, method: Callable[..., Any]) -> None:
+    """Let `collective_rpc(name)` call `method(worker, …)` on every worker.
+
+    Raises:
+        ContractBroken: the name is taken.
+    """
+    if hasattr(WorkerBase, name):
+        broken(f"WorkerBase has a {name} already")
+    setattr(WorkerBase, name, method)

@@ -1,0 +1,58 @@
+"""The tests of the doors, run by one environment, and what they came to."""
+
+import subprocess
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.compat.environment import FOLDER, clean_variables
+from tests.compat.pins import ROOT
+
+TESTS = ("test_doors.py", "test_mediation.py", "test_contract.py")
+
+
+@dataclass
+class Outcome:
+    """How many tests of one run passed, failed and were skipped, and which did not pass."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    unhappy: list[str] = field(default_factory=list)
+
+
+def run(version: str, python: Path) -> Outcome:
+    """Run the tests; what they print goes to a log beside the environment."""
+    report = FOLDER / f"{version}.xml"
+    report.unlink(missing_ok=True)
+    command = [str(python), "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider"]
+    chosen = [str(Path("tests/serving") / name) for name in TESTS]
+    with (FOLDER / f"{version}.log").open("wb") as log:
+        done = subprocess.run(
+            [*command, f"--junitxml={report}", *chosen],
+            cwd=ROOT, env=clean_variables(), stdout=log, stderr=log,
+        )  # fmt: skip
+    if not report.exists():
+        return Outcome(failed=1, unhappy=[f"pytest ended with {done.returncode}: see {log.name}"])
+    return read(report.read_text())
+
+
+def read(report: str) -> Outcome:
+    """The outcome that a JUnit report tells.
+
+    >>> read('<suite><testcase name="a"/><testcase name="b"><failure/></testcase></suite>')
+    Outcome(passed=1, failed=1, skipped=0, unhappy=['b'])
+    """
+    outcome = Outcome()
+    # The report is pytest's own, of a minute ago.
+    for case in ET.fromstring(report).iter("testcase"):  # noqa: S314
+        ends = {part.tag for part in case}
+        if ends & {"failure", "error"}:
+            outcome.failed += 1
+        elif "skipped" in ends:
+            outcome.skipped += 1
+        else:
+            outcome.passed += 1
+            continue
+        outcome.unhappy.append(str(case.get("name")))
+    return outcome

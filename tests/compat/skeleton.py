@@ -1,0 +1,108 @@
+"""vLLM's modules as skeletons, read out of a wheel: names and signatures, and nothing that runs.
+
+A build for GPUs cannot be imported without one. What the hook relies on are names and signatures,
+and those stand in the source.
+"""
+
+import ast
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+
+class WheelFinder(MetaPathFinder, Loader):
+    """Lets `import vllm…` find the skeletons of one wheel, whatever else is installed."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.wheel = zipfile.ZipFile(wheel)
+        self.files = set(self.wheel.namelist())
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        """None for what is not vLLM's; what vLLM does not have must not be found elsewhere."""
+        if name.partition(".")[0] != "vllm":
+            return None
+        stem = name.replace(".", "/")
+        for file, is_package in ((f"{stem}/__init__.py", True), (f"{stem}.py", False)):
+            if file in self.files:
+                return ModuleSpec(name, self, origin=file, is_package=is_package)
+        raise ModuleNotFoundError(name, name=name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill the module with skeletons of what its source defines or imports."""
+        assert module.__spec__ is not None
+        source = self.wheel.read(str(module.__spec__.origin)).decode()
+        for statement in _top_level(ast.parse(source).body):
+            for name in _bound(statement):
+                if not name.startswith("__"):  # Python itself would call a module's __getattr__
+                    setattr(module, name, object())
+            match statement:
+                case ast.ClassDef():
+                    setattr(module, statement.name, _skeleton(statement, vars(module)))
+                case ast.FunctionDef() | ast.AsyncFunctionDef() if statement.name != "__getattr__":
+                    setattr(module, statement.name, _without_body(statement))
+
+
+def install(wheel: Path) -> None:
+    """From now on `import vllm` means this wheel."""
+    assert not any(name.partition(".")[0] == "vllm" for name in sys.modules)
+    sys.meta_path.insert(0, WheelFinder(wheel))
+
+
+def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run at import, those under `if` and `try` among them."""
+    for statement in body:
+        yield statement
+        for part in ("body", "orelse", "finalbody"):
+            if isinstance(statement, ast.If | ast.Try):
+                yield from _top_level(getattr(statement, part, []))
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """The names that a statement puts into its module."""
+    match statement:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+            return [name]
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            return [alias.asname or alias.name.partition(".")[0] for alias in names]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+    return []
+
+
+def _skeleton(found: ast.ClassDef, known: dict[str, object]) -> type:
+    """A class with the methods' parameters, on those of its bases that stand in the same module."""
+    bases = [known.get(base.id) for base in found.bases if isinstance(base, ast.Name)]
+    members: dict[str, object] = {}
+    fields = []
+    for statement in found.body:
+        match statement:
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                members[statement.name] = _without_body(statement)
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                fields.append(name)
+    if any(ast.unparse(base) == "msgspec.Struct" for base in found.bases):
+        members["__struct_fields__"] = tuple(fields)
+    return type(found.name, tuple(base for base in bases if isinstance(base, type)), members)
+
+
+def _without_body(found: ast.FunctionDef | ast.AsyncFunctionDef) -> object:
+    """A function with these parameters: no annotations, no defaults, nothing to run."""
+    parameters = found.args
+    for parameter in ast.walk(parameters):
+        if isinstance(parameter, ast.arg):
+            parameter.annotation = None
+    parameters.defaults = [ast.Constant(None) for _ in parameters.defaults]
+    parameters.kw_defaults = [d and ast.Constant(None) for d in parameters.kw_defaults]
+    bare = ast.Expression(ast.Lambda(args=parameters, body=ast.Constant(None)))
+    return eval(compile(ast.fix_missing_locations(bare), "<wheel>", "eval"))  # noqa: S307
