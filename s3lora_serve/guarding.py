@@ -50,7 +50,7 @@ def installed_vllm() -> tuple[str, str] | None:
 
 def checks() -> Iterator[Check]:
     """All checks, in the order in which a missing piece would be mended."""
-    yield _vllm()
+    yield vllm_release()
     yield from _plugin()
     yield _policy()
     yield _state_dir()
@@ -58,7 +58,8 @@ def checks() -> Iterator[Check]:
     yield _device()
 
 
-def _vllm() -> Check:
+def vllm_release() -> Check:
+    """Whether this vLLM is one whose source the hook was checked against."""
     found = installed_vllm()
     if found is None:
         return Check("vLLM", False, "not installed: pip install 's3lora-serve[vllm]'")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from s3lora_serve.errors import Reason
+from s3lora_serve.guarding import vllm_release
 from s3lora_serve.settings import load_settings
 from s3lora_serve.vllm_plugin import compat, patches
 from s3lora_serve.vllm_plugin.desk import Desk
@@ -25,6 +26,9 @@ def install() -> None:
         return
     desk = Desk(load_settings())
     compat.check_contract()
+    release = vllm_release()
+    if not release.passed:
+        compat.logger.warning("s3lora: %s; it has what the gate relies on", release.detail)
     guard = Guard(desk)
     patches.after_create_lora_manager(guard.activate)
     answers = WorkerAnswers(guard)

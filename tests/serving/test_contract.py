@@ -48,3 +48,13 @@ def test_the_installed_vllm_keeps_the_contract_and_loading_twice_is_harmless():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "STARTED" in done.stdout
+
+
+def test_an_unknown_version_that_keeps_the_contract_starts_with_a_warning():
+    done = start(
+        "import importlib.metadata as packages; found = packages.version;"
+        "packages.version = lambda name: '0.99.0' if 'vllm' in name else found(name)"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "STARTED" in done.stdout
+    assert "0.99.0 was never checked" in done.stdout + done.stderr
