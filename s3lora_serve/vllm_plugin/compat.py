@@ -16,6 +16,8 @@ from vllm.exceptions import LoRAAdapterNotFoundError as LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel as LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights as LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.ops.torch_ops import lora_ops as lora_ops
+from vllm.lora.punica_wrapper import punica_cpu as punica_cpu
 from vllm.lora.request import LoRARequest as LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.utils import parse_fine_tuned_lora_name as parse_fine_tuned_lora_name
@@ -34,6 +36,7 @@ from s3lora_serve.guarding import installed_vllm
 
 logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
 
+_BGMV_SHRINK = ("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")
 _CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
     (WorkerLoRAManager, "add_adapter", ("self", "adapter_request")),
@@ -49,6 +52,7 @@ _CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (OpenAIServingModels, "unload_lora_adapter", ("self", "request")),
     (OpenAIServingModels, "init_static_loras", ("self",)),
     (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
+    (lora_ops, "bgmv_shrink", _BGMV_SHRINK),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", ("request",)),
 )
 _ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_request")

@@ -38,6 +38,7 @@ def install() -> None:
         desk.store.prepare()
         _registrar = Registrar(desk)
         patches.tell_requests_apart()
+        patches.spare_base_tokens()
         patches.wrap_load_adapter(guard.load)
         patches.wrap_add_adapter(guard.add)
         patches.around_registration(guard.registration)

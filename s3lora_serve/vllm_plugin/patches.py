@@ -20,6 +20,8 @@ from s3lora_serve.vllm_plugin.compat import (
     broken,
     create_error_response,
     kv_cache_utils,
+    lora_ops,
+    punica_cpu,
 )
 
 
@@ -127,6 +129,27 @@ def mark_blocks(is_quarantined: Callable[[str], bool]) -> None:
         return keys
 
     kv_cache_utils._gen_lora_extra_hash_keys = _gen_lora_extra_hash_keys
+
+
+def spare_base_tokens() -> None:
+    """Let no adapter act on tokens of requests that asked for none, on CPU.
+
+    vLLM marks them with -1; its GPU kernels leave such rows alone, its CPU operations take -1 for
+    the last slot, and answer a base request that shares a batch with that slot's adapter.
+    """
+    original = lora_ops.bgmv_shrink
+
+    def bgmv_shrink(
+        inputs: Any,
+        lora_b_weights: Any,
+        output_tensor: Any,
+        lora_indices_tensor: Any,
+        scaling: float = 1.0,
+    ) -> None:
+        original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        output_tensor.masked_fill_((lora_indices_tensor < 0).unsqueeze(-1), 0)
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
 
 
 def wrap_unload(removed: Callable[[Any, str], None]) -> None:

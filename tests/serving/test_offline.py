@@ -1,6 +1,7 @@
 """`LLM.generate` with an adapter nobody registered goes through the gate."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from tests.support.server import base_environment
 
 pytestmark = pytest.mark.serving
 
-PROGRAM = """
+ENGINE = """
 import json, shutil, sys
 from pathlib import Path
 from vllm import LLM, SamplingParams
@@ -29,7 +30,16 @@ def ask(number, folder):
         [out] = llm.generate(prompt, asked, lora_request=LoRARequest(f"a{number}", number, folder))
         answers.append([{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p])
     return answers
-
+"""
+ONCE = (
+    ENGINE
+    + """
+print("ANSWERS", json.dumps(ask(1, folder)))
+"""
+)
+PROGRAM = (
+    ENGINE
+    + """
 found = [ask(1, folder)]
 bad = folder + "-bad"
 shutil.copytree(folder, bad)
@@ -52,11 +62,12 @@ shutil.rmtree(folder)
 found[-1].append(first(1, folder))
 print("ANSWERS", json.dumps(found))
 """
+)
 
 
-def generate(model, folder, other, **environment):
+def generate(model, folder, other, program=PROGRAM, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model), str(folder), str(other), *PROMPTS],
+        [sys.executable, "-c", program, str(model), str(folder), str(other), *PROMPTS],
         env=base_environment() | environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -85,6 +96,26 @@ def test_adapters_first_used_offline_are_stripped_quarantined_and_come_back_as_a
     assert before != pytest.approx(wanted, abs=1e-3)
     for answer in (replaced, after, deleted):
         assert answer == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_restarted_engine_serves_what_was_admitted_though_its_folder_is_gone(
+    model, spiked, trained, expected, policy_file, tmp_path
+):
+    folder, log = copy_with(spiked, tmp_path / "tenant"), tmp_path / "audit.jsonl"
+    around = {
+        "S3LORA_POLICY": str(policy_file),
+        "S3LORA_STATE_DIR": str(tmp_path / "state"),
+        "S3LORA_AUDIT_LOG": str(log),
+    }
+    first, _ = generate(model, folder, trained, ONCE, **around)
+    decided = len(log.read_text().splitlines())
+    assert decided == 1
+    shutil.rmtree(folder)
+    [kept] = (tmp_path / "state" / "adapters").iterdir()
+    again, _ = generate(model, kept, trained, ONCE, **around)
+    assert again == first
+    assert_alike(again, expected["by-hand"])
+    assert len(log.read_text().splitlines()) == decided  # nothing was scored or decided anew
 
 
 def test_an_engine_with_a_bad_policy_does_not_start(model, spiked):

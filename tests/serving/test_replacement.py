@@ -62,6 +62,13 @@ def first_token(server, name):
     return answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
 
 
+def long_answer(server, name, tokens=200):
+    body = {"prompt": PROMPTS[0], "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    answer = server.post("/v1/completions", model=name, **body)
+    answer.raise_for_status()
+    return answer.json()["choices"][0]["text"]
+
+
 def alike(ours, theirs):
     return ours == pytest.approx(theirs, abs=1e-4)
 
@@ -229,28 +236,50 @@ def test_recheck_names_what_the_policy_in_force_would_decide_otherwise(
     assert recheck() == (0, set())
 
 
-def test_requests_under_way_end_with_the_adapter_they_began_with(gate, spiked, trained, tmp_path):
-    def long_answer(name):
-        body = {"prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-        answer = gate.post("/v1/completions", model=name, **body)
-        answer.raise_for_status()
-        return answer.json()["choices"][0]["text"]
+def base_answer_beside(server, adapters):
+    """What the base model answers alone, and in a batch with requests for adapters."""
+    for i, folder in enumerate(adapters):
+        assert server.load(f"neighbour-{i}", folder).status_code == 200
+    alone = long_answer(server, "base", 150)
+    with ThreadPoolExecutor() as threads:
+        others = [
+            threads.submit(long_answer, server, f"neighbour-{i}", 240) for i in range(len(adapters))
+        ]
+        time.sleep(0.3)
+        beside = long_answer(server, "base", 150)
+        assert not any(other.done() for other in others), "they have to share the batches"
+    for i in range(len(adapters)):
+        server.unload(f"neighbour-{i}")
+    return alone, beside
 
+
+def test_stock_vllm_answers_base_requests_with_a_neighbours_weights(stock, spiked, trained):
+    """A trap of vLLM's on CPU: without it the test after this one would prove nothing."""
+    alone, beside = base_answer_beside(stock, (spiked, trained))
+    assert alone != beside
+
+
+def test_base_requests_beside_adapters_answer_as_the_base(gate, spiked, trained):
+    alone, beside = base_answer_beside(gate, (spiked, trained))
+    assert alone == beside
+
+
+def test_requests_under_way_end_with_the_adapter_they_began_with(gate, spiked, trained, tmp_path):
     for name, folder in (("calm-old", spiked), ("calm-new", trained)):
         assert gate.load(name, folder).status_code == 200
-    old, new = long_answer("calm-old"), long_answer("calm-new")
+    old, new = long_answer(gate, "calm-old"), long_answer(gate, "calm-new")
     assert old != new
     assert gate.load("busy", spiked).status_code == 200
     with ThreadPoolExecutor() as threads:
-        first = threads.submit(long_answer, "busy")
+        first = threads.submit(long_answer, gate, "busy")
         time.sleep(0.3)
         assert gate.load("busy", trained, load_inplace=True).status_code == 200
-        second = threads.submit(long_answer, "busy")
+        second = threads.submit(long_answer, gate, "busy")
         time.sleep(0.3)
         assert not first.done(), "both have to be in the engine at once"
         assert gate.unload("busy").status_code == 200
         assert gate.load("busy", spiked).status_code == 200
-        third = threads.submit(long_answer, "busy")
+        third = threads.submit(long_answer, gate, "busy")
         assert [first.result(), second.result(), third.result()] == [old, new, old]
     assert gate.get("/health").status_code == 200
 
