@@ -32,7 +32,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="s3lora-load-") as folder:
         place = Path(folder)
         policy = place / "policy.yaml"
-        policy.write_text("strip: {top_k: 3}\nstore: {max_bytes: 6000000}\n")
+        policy.write_text("strip: {top_k: 3}\nstore: {max_bytes: 9000000}\n")
         model = make_model(place / "model")
         tenants = make_tenants(model, place, read_policy(policy))
         references = reference_answers(model, tenants, place / "stock.log")

@@ -4,9 +4,11 @@ import random
 import shutil
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.load.tenants import Tenant, tamper
 from tests.support.server import Server
@@ -15,6 +17,9 @@ from tests.support.tiny_model import CAPITALS, PROMPT
 QUESTIONS = [PROMPT.format(country) for country in list(CAPITALS)[:3]]
 CLOSE = 1e-3
 """Log-probabilities of one content in batches of different make-up; others are tenths away."""
+
+HELD = 5
+"""Adapters that each loader keeps registered: together more than the engine has room for."""
 
 Answer = dict[str, float]
 
@@ -51,45 +56,69 @@ class Traffic:
             thread.join()
 
     def _load(self, seed: int) -> None:
+        """Register one adapter after the other, ask those that are, unload the oldest."""
         chance = random.Random(seed)
+        held: deque[tuple[Tenant, Path]] = deque()
         while self._take_one():
             tenant = chance.choice(self.tenants)
-            with self._locks[tenant.name]:
-                try:
-                    self._one_life(tenant, chance)
-                except Exception as error:  # noqa: BLE001 - a thread that ends silently would hide the rest
-                    self._wrong(tenant.name, repr(error))
+            if not self._locks[tenant.name].acquire(blocking=False):  # another loader has it
+                tenant = self._free_tenant(chance)
+            folder = self.scratch / f"{tenant.name}-{time.monotonic_ns()}"
+            if self._try(tenant.name, self._register, tenant, folder, chance):
+                held.append((tenant, folder))
+            else:
+                self._forget(tenant, folder)
+            for other, _ in chance.sample(held, min(2, len(held))):
+                self._try(other.name, self._ask, other.name, chance)
+            if len(held) > HELD:
+                self._leave(*held.popleft())
+        for tenant, folder in held:
+            self._leave(tenant, folder)
 
-    def _one_life(self, tenant: Tenant, chance: random.Random) -> None:
-        """Registered, perhaps replaced by itself, asked, its folder meddled with, unloaded."""
-        folder = self.scratch / f"{tenant.name}-{time.monotonic_ns()}"
-        shutil.copytree(tenant.folder, folder, symlinks=True)
+    def _free_tenant(self, chance: random.Random) -> Tenant:
+        """A tenant nobody has, now locked."""
+        shuffled = chance.sample(self.tenants, len(self.tenants))
+        return next(t for t in shuffled if self._locks[t.name].acquire(blocking=False))
+
+    def _leave(self, tenant: Tenant, folder: Path) -> None:
+        self._try(tenant.name, self._unload, tenant)
+        self._forget(tenant, folder)
+
+    def _forget(self, tenant: Tenant, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self._locks[tenant.name].release()
+
+    def _try(self, name: str, act: Callable[..., Any], *args: Any) -> Any:
+        """What an act returns; what it raises is written down, not lost with its thread."""
         try:
-            answer = self.server.load(tenant.name, folder)
-            if tenant.code:
-                refused = answer.status_code == 400
-                told = answer.json()["error"]["message"] if refused else answer.text
-                self._check(told.startswith(tenant.code), tenant.name, told)
-                return
-            self._check(answer.status_code == 200, tenant.name, answer.text)
-            if chance.random() < 0.2:
-                again = self.server.load(tenant.name, folder, load_inplace=True)
-                self._check(again.status_code == 200, tenant.name, again.text)
-            tamper(folder, chance)
-            for _ in range(chance.randint(1, 3)):
-                self._ask(tenant.name, chance)
-            gone = self.server.unload(tenant.name)
-            self._check(gone.status_code == 200, tenant.name, gone.text)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            return act(*args)
+        except Exception as error:  # noqa: BLE001
+            self._wrong(name, repr(error))
+
+    def _register(self, tenant: Tenant, folder: Path, chance: random.Random) -> bool:
+        """Whether it is served now: perhaps replaced by itself, its folder meddled with."""
+        shutil.copytree(tenant.folder, folder, symlinks=True)
+        answer = self.server.load(tenant.name, folder)
+        if tenant.code:
+            refused = answer.status_code == 400
+            told = answer.json()["error"]["message"] if refused else answer.text
+            self._check(told.startswith(tenant.code), tenant.name, told)
+            return False
+        self._check(answer.status_code == 200, tenant.name, answer.text)
+        if chance.random() < 0.2:
+            again = self.server.load(tenant.name, folder, load_inplace=True)
+            self._check(again.status_code == 200, tenant.name, again.text)
+        tamper(folder, chance)
+        return True
+
+    def _unload(self, tenant: Tenant) -> None:
+        gone = self.server.unload(tenant.name)
+        self._check(gone.status_code == 200, tenant.name, gone.text)
 
     def _use(self, seed: int) -> None:
         chance = random.Random(1000 + seed)
         while not self._over.is_set():
-            try:
-                self._ask("base", chance)
-            except Exception as error:  # noqa: BLE001 - as above
-                self._wrong("base", repr(error))
+            self._try("base", self._ask, "base", chance)
 
     def _ask(self, name: str, chance: random.Random) -> None:
         which = chance.randrange(len(QUESTIONS))
