@@ -8,7 +8,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,23 @@ from s3lora_serve.verdict import Verdict
 from s3lora_serve.vllm_plugin import compat, patches, served_model
 from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
 from s3lora_serve.vllm_plugin.enforcement import enforced
+from s3lora_serve.vllm_plugin.preparation import Preparation
 from s3lora_serve.vllm_plugin.recorder import unknown
 from s3lora_serve.vllm_plugin.served_model import WorkerModel
 
 logger = compat.logger
+
+TRIAL_ID = 2**30
+"""The id that an adapter has in a dry run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What loading an admitted copy came to."""
+
+    kept: Kept | None
+    result: Any  # vLLM's LoRAModel, or the AdapterRejected that says why there is none
+    seconds: float
 
 
 class Guard:
@@ -38,6 +52,7 @@ class Guard:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self.model = WorkerModel()
+        self._preparation = Preparation()
         self._registering = False
         self._refusals: OrderedDict[int, Reason] = OrderedDict()
         self._origins: OrderedDict[tuple[int, str], Path] = OrderedDict()
@@ -67,26 +82,45 @@ class Guard:
     def load(self, manager: Any, request: Any, original: Callable[..., Any]) -> Any:
         """Load an adapter in the place of vLLM's `_load_adapter`; what is refused has no effect."""
         adapter_id = request.lora_int_id
-        verdict: Verdict | None = None
-        try:
-            kept = self._kept(request)
-            verdict = kept.verdict
-            started = time.perf_counter()
-            lora = enforced(manager, request, original, kept)
-        except AdapterRejected as refusal:
-            return self._quarantined(request, _reason(refusal, verdict), verdict)
-        except Exception as error:
-            logger.exception("s3lora: adapter %r", request.lora_name)
-            failed = GateFailed(f"{type(error).__name__}: {error}")
-            return self._quarantined(request, Reason.of(failed), verdict)
+        attempt = self._preparation.take(_prepared(request)) or self._attempt(
+            manager, request, original
+        )
+        verdict = attempt.kept.verdict if attempt.kept else None
+        if attempt.kept is None or isinstance(attempt.result, Exception):
+            return self._quarantined(request, _reason(attempt.result, verdict), verdict)
+        kept = attempt.kept
         if compat.is_first_rank():
             if self._registering:
-                self.desk.recorder.metrics.observe_strip(time.perf_counter() - started)
+                self.desk.recorder.metrics.observe_strip(attempt.seconds)
             elif self._held.get(adapter_id) == kept.path.name:
                 self.desk.recorder.reloaded(replace(kept.verdict, name=request.lora_name), "store")
         self._refusals.pop(adapter_id, None)
         remember(self._held, adapter_id, kept.path.name)
-        return lora
+        return attempt.result
+
+    def is_prepared(self, name: str, path: str, adapter_id: int) -> bool:
+        """Whether what is kept at a path is ready to be added; reading it begins with the asking.
+
+        It is read beside the engine's steps: other tenants' tokens do not wait for it.
+        """
+        request = compat.request_for(name, path, adapter_id)
+        if self.desk.store.find(path) is None:
+            return True
+        work = partial(self._attempt, self.model.manager, request, patches.load_adapter)
+        return self._preparation.is_done(_prepared(request), work)
+
+    def _attempt(self, manager: Any, request: Any, original: Callable[..., Any]) -> _Attempt:
+        """Open the admitted copy and have vLLM load it; raises nothing."""
+        started, kept, result = time.perf_counter(), None, None
+        try:
+            kept = self._kept(request)
+            result = enforced(manager, request, original, kept)
+        except AdapterRejected as refusal:
+            result = refusal
+        except Exception as error:
+            logger.exception("s3lora: adapter %r", request.lora_name)
+            result = GateFailed(f"{type(error).__name__}: {error}")
+        return _Attempt(kept, result, time.perf_counter() - started)
 
     def add(self, manager: Any, request: Any, original: Callable[..., bool]) -> bool:
         """Add an adapter to the engine in the place of `add_adapter`, never half.
@@ -126,15 +160,12 @@ class Guard:
 
     def trial(self, name: str, path: str) -> Reason | None:
         """Why this worker would not serve what is kept at a path, if it would not."""
-        request = compat.request_for(name, path, 1)
-        try:
-            enforced(self.model.manager, request, patches.load_adapter, self._kept(request))
-        except AdapterRejected as refusal:
-            return Reason.of(refusal)
-        except Exception as error:
-            logger.exception("s3lora: adapter %r", name)
-            return Reason.of(GateFailed(f"{type(error).__name__}: {error}"))
-        return None
+        request = compat.request_for(name, path, TRIAL_ID)
+        attempt = self._preparation.take(_prepared(request))
+        result = (
+            attempt or self._attempt(self.model.manager, request, patches.load_adapter)
+        ).result
+        return Reason.of(result) if isinstance(result, AdapterRejected) else None
 
     def _expected(self, request: Any) -> Path | None:
         """Where the admitted copy lies, if it is known."""
@@ -202,6 +233,10 @@ class Guard:
             self.desk.store.condemn(path)
         except GateFailed as error:  # other ranks will not hear of it
             logger.error("s3lora: %s", error)
+
+
+def _prepared(request: Any) -> tuple[int, str]:
+    return request.lora_int_id, request.lora_path
 
 
 def _reason(refusal: AdapterRejected, verdict: Verdict | None) -> Reason:

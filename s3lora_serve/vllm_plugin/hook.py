@@ -32,7 +32,7 @@ def install() -> None:
     guard = Guard(desk)
     patches.after_create_lora_manager(guard.activate)
     answers = WorkerAnswers(guard)
-    for name in ("status", "model", "loaded", "refresh", "trial"):
+    for name in ("status", "model", "prepared", "loaded", "refresh", "trial"):
         patches.add_worker_method(f"s3lora_{name}", getattr(answers, name))
     if desk.policy.mode != "off":
         desk.store.prepare()
@@ -71,6 +71,10 @@ class WorkerAnswers:
         """(layer, projection) and (m, n) of the modules of this worker's part of the model."""
         model = self._guard.model
         return {"places": sorted(model.places), "shapes": sorted(model.shapes)}
+
+    def prepared(self, name: str, path: str, adapter_id: int) -> bool:
+        """Whether this worker has read what is kept at a path; it begins when first asked."""
+        return self._guard.is_prepared(name, path, adapter_id)
 
     def loaded(self, adapter_id: int) -> tuple[str | None, tuple[str, str] | None]:
         """The store's name for what this worker loaded under an id, or why it has no effect."""

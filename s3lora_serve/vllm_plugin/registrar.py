@@ -2,6 +2,7 @@
 hears of them, off the engine's loop, so that other tenants' tokens do not wait."""
 
 import asyncio
+import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,16 @@ from s3lora_serve.policy import Policy
 from s3lora_serve.verdict import Verdict, refused, rejected
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
+from s3lora_serve.vllm_plugin.guard import TRIAL_ID
 from s3lora_serve.vllm_plugin.recorder import unknown
 from s3lora_serve.vllm_plugin.served import Served, ServedAdapters
+from s3lora_serve.vllm_plugin.threads import use_cores
 
 AT_A_TIME = 2
 """Adapters decided on side by side: one that takes long does not keep the others waiting."""
+
+MOST_THREADS = 4
+"""Threads that score one adapter, on machines with four times as many cores or more."""
 
 DOWNLOADS = 8
 """Downloads side by side, apart from decisions: those that hang close the door only to others."""
@@ -27,8 +33,16 @@ DOWNLOADS = 8
 IN_PLACE_IDS = 2**30
 """From here on, ids for adapters that are replaced; vLLM counts its own from 1, in 32 bits."""
 
+POLL_SECONDS = 0.005
+"""How often workers are asked whether they have read an adapter; it takes tens of milliseconds."""
+
 door: ContextVar[str] = ContextVar("door", default="engine")
 """By which door the adapter came that this task registers."""
+
+
+def _leave_cores() -> None:
+    """Engines spin on the other cores: every parallel sum would wait for one of those."""
+    use_cores(min(MOST_THREADS, max(1, (os.cpu_count() or 1) // 4)))
 
 
 class Registrar:
@@ -38,7 +52,7 @@ class Registrar:
         self._desk = desk
         self._shapes: set[tuple[int, int]] | None = None
         self._told: str | None = None
-        self._threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="s3lora")
+        self._threads = ThreadPoolExecutor(AT_A_TIME, "s3lora", initializer=_leave_cores)
         self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="s3lora-hub")
         self._ids = count(IN_PLACE_IDS)
         self._decisions: OrderedDict[str, str] = OrderedDict()
@@ -91,6 +105,7 @@ class Registrar:
         verdict, kept = await self._decided(engine, compat.request_for(name, path, IN_PLACE_IDS))
         if kept is not None:
             try:
+                await self._prepare(engine, name, kept, TRIAL_ID)
                 answers = await engine.collective_rpc("s3lora_trial", args=(name, str(kept)))
             finally:
                 self._desk.store.release(kept)
@@ -131,6 +146,8 @@ class Registrar:
         request.load_inplace = False
         taken = False
         try:
+            if not same:
+                await self._prepare(engine, request.lora_name, path, request.lora_int_id)
             added = await original(engine, request)
             if reason := await self._refusal_of_workers(engine, request, path.name):
                 verdict = rejected(verdict, reason)
@@ -194,6 +211,12 @@ class Registrar:
         if self._told != (digest := self._desk.policy.digest):
             self._told = digest
             await engine.collective_rpc("s3lora_refresh")
+
+    async def _prepare(self, engine: Any, name: str, path: Path, adapter_id: int) -> None:
+        """Wait until every worker has read the copy, beside its steps."""
+        asked = (name, str(path), adapter_id)
+        while not all(await engine.collective_rpc("s3lora_prepared", args=asked)):
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _refusal_of_workers(self, engine: Any, request: Any, key: str) -> Reason | None:
         """Why a worker holds this adapter without effect, or holds another under its id."""

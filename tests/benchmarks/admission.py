@@ -1,16 +1,18 @@
 """`make bench-admission`: what the gate adds to loading an adapter, and to others' tokens.
 
 Two real vLLM servers (CPU build) of one 1B-like model with random weights, stock and guarded, take
-turns in one run.
+turns in one run: the one whose turn it is not stands still, since idle workers of vLLM spin.
 """
 
 import json
+import os
+import signal
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from tests.benchmarks import measure, report, shapes
+from tests.load.watch import processes
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import make_tokenizer
 
@@ -70,8 +73,9 @@ def _loads(servers: dict[str, Server], adapters: list[Path]) -> dict[str, object
         _load(server, "warm", adapters[0])
     before = servers["guarded"].metrics()
     for folder in track(adapters[1:], "loads", transient=True):
-        for name, server in servers.items():
-            seconds[name].append(_load(server, folder.name, folder))
+        for name in servers:
+            with _alone(name, servers) as server:
+                seconds[name].append(_load(server, folder.name, folder))
     after = servers["guarded"].metrics()
     sample = 's3lora_admission_seconds_sum{{phase="{}"}}'
     return {
@@ -88,14 +92,16 @@ def _tokens(servers: dict[str, Server], adapters: list[Path]) -> dict[str, dict[
     """Seconds between tokens of the base model, alone and while adapters are loaded."""
     found: dict[str, list[float]] = {}
     for _ in track(range(ROUNDS), "tokens", transient=True):
-        for name, server in servers.items():
-            found.setdefault(f"{name}, no loads", []).extend(_between_tokens(server, TOKENS // 3))
-            over = threading.Event()
-            loader = threading.Thread(target=_keep_loading, args=(server, adapters, over))
-            loader.start()
-            found.setdefault(name, []).extend(_between_tokens(server, TOKENS))
-            over.set()
-            loader.join()
+        for name in servers:
+            with _alone(name, servers) as server:
+                quiet = found.setdefault(f"{name}, no loads", [])
+                quiet.extend(_between_tokens(server, TOKENS // 3))
+                over = threading.Event()
+                loader = threading.Thread(target=_keep_loading, args=(server, adapters, over))
+                loader.start()
+                found.setdefault(name, []).extend(_between_tokens(server, TOKENS))
+                over.set()
+                loader.join()
     return {
         name: {
             "p50": statistics.median(gaps),
@@ -104,6 +110,20 @@ def _tokens(servers: dict[str, Server], adapters: list[Path]) -> dict[str, dict[
         }
         for name, gaps in found.items()
     }
+
+
+@contextmanager
+def _alone(name: str, servers: dict[str, Server]) -> Iterator[Server]:
+    """This server, while the processes of the others are stopped."""
+    others = [server for other, server in servers.items() if other != name]
+    pids = [int(p.name) for other in others for p in processes(other.process.pid)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield servers[name]
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def _between_tokens(server: Server, tokens: int) -> Iterator[float]:
