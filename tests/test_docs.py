@@ -1,0 +1,36 @@
+"""What the documents name is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
+SOURCES = {path.name: path.read_text() for path in ROOT.glob("tests/**/test_*.py")}
+
+
+@pytest.fixture(params=DOCUMENTS, ids=lambda path: path.name)
+def document(request):
+    return request.param
+
+
+def test_every_test_named_in_a_document_exists(document):
+    text = document.read_text()
+    for name in set(re.findall(r"`(?:tests/[\w/]*)?(test_\w+)(\.py)?`", text)):
+        stem, is_file = name
+        if is_file:
+            assert f"{stem}.py" in SOURCES
+        else:
+            assert any(f"def {stem}(" in source for source in SOURCES.values()), stem
+
+
+def test_every_link_in_a_document_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)#][^)]*)\)", document.read_text()):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (document.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_make_target_named_in_a_document_exists(document):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([\w-]+)", document.read_text())) <= targets
