@@ -1,7 +1,14 @@
 """Tells log, metrics and audit log what the gate decided; none of them can change it."""
 
 from s3lora_serve.audit import AuditLog
-from s3lora_serve.errors import AuditFailed, DeadlinePassed, GateFailed, Reason, StoreDamaged
+from s3lora_serve.errors import (
+    AuditFailed,
+    DeadlinePassed,
+    GateFailed,
+    Reason,
+    StoreDamaged,
+    StoreFull,
+)
 from s3lora_serve.metrics import Metrics
 from s3lora_serve.policy import Audit, Policy
 from s3lora_serve.settings import Settings
@@ -15,6 +22,7 @@ _FAILURES = {
     GateFailed.code: "score",
     DeadlinePassed.code: "deadline",
     StoreDamaged.code: "store",
+    StoreFull.code: "store",
 }
 
 
