@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from s3lora_serve.errors import rejection_codes
 from s3lora_serve.served_gauge import OTHER, ServedGauge
-from s3lora_serve.verdict import Decision, Verdict
+from s3lora_serve.verdict import Decision, Verdict, served_stripped
 
 MODES = ("enforce", "audit")
 PHASES = ("read", "score", "strip", "total")
@@ -156,8 +156,3 @@ class Metrics:
     def _place(self, layer: int | None, projection: str) -> tuple[str, str]:
         place: Any = (OTHER if layer is None else str(layer), projection)
         return place if place in self._places else (OTHER, OTHER)
-
-
-def served_stripped(verdict: Verdict) -> int:
-    """How many modules are taken away while the adapter is served; audit takes none."""
-    return len(verdict.stripped) if verdict.mode == "enforce" else 0

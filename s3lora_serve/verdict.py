@@ -116,6 +116,11 @@ def refused(verdict: Verdict) -> bool:
     return verdict.decision is Decision.REJECTED and verdict.mode == "enforce"
 
 
+def served_stripped(verdict: Verdict) -> int:
+    """How many modules are taken away while the adapter is served; audit takes none."""
+    return len(verdict.stripped) if verdict.mode == "enforce" else 0
+
+
 def differs(before: Verdict, after: Verdict) -> bool:
     """Whether two verdicts let other modules of one adapter through, or refuse it otherwise."""
     return _outcome(before) != _outcome(after)

@@ -3,12 +3,13 @@
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from s3lora_serve.verdict import differs
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.hook import registrar
+from s3lora_serve.vllm_plugin.page import one_adapter, overview
 from s3lora_serve.vllm_plugin.registrar import Registrar
 
 DECISION_HEADER = "X-S3LoRA-Decision"
@@ -29,6 +30,7 @@ class GateEndpoint:
         """Add the gate's routes; those that read folders only where vLLM has loading open."""
         app.add_middleware(ApiKeyGate, keys=compat.api_keys(app.state.args))
         app.add_api_route("/s3lora/status", self.status, methods=["GET"])
+        app.add_api_route("/s3lora/", self.page, methods=["GET"], response_class=HTMLResponse)
         app.add_api_route("/s3lora/policy", self.policy, methods=["GET"])
         app.add_api_route("/s3lora/adapters", self.adapters, methods=["GET"])
         app.add_api_route("/s3lora/adapters/{name:path}", self.adapter, methods=["GET"])
@@ -63,6 +65,22 @@ class GateEndpoint:
             except Exception:  # noqa: BLE001 - a dead or unguarded engine answers nothing usable: not guarded
                 guarded = False
         return JSONResponse({"guarded": guarded}, status_code=200 if guarded else 503)
+
+    async def page(
+        self,
+        adapter: Annotated[str | None, Query(max_length=4096)] = None,
+        module: Annotated[str | None, Query(max_length=4096)] = None,
+        q: Annotated[str, Query(max_length=256)] = "",
+        page: Annotated[int, Query(ge=1)] = 1,
+    ) -> Response:
+        """For people: the adapters, or one adapter with its heat map and a module's spectrum."""
+        gate = registrar()
+        if gate is None:
+            return _off()
+        if adapter is None:
+            return overview(gate, q, page)
+        found = one_adapter(gate, adapter, module)
+        return found or JSONResponse({"error": f"no adapter {adapter!r} is served"}, 404)
 
     async def policy(self) -> JSONResponse:
         """The policy in force, and its digest."""
@@ -147,5 +165,5 @@ def _off() -> JSONResponse:
 
 
 def _decision(gate: Registrar | None, name: str) -> dict[str, str] | None:
-    decision = gate.decision(name) if gate else None
-    return {DECISION_HEADER: decision} if decision else None
+    decided = gate.decisions.last(name) if gate else None
+    return {DECISION_HEADER: decided.decision.value} if decided else None

@@ -3,7 +3,6 @@ hears of them, off the engine's loop, so that other tenants' tokens do not wait.
 
 import asyncio
 import os
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -15,7 +14,8 @@ from s3lora_serve.errors import AdapterRejected, AuditFailed, DeadlinePassed, Ga
 from s3lora_serve.policy import Policy
 from s3lora_serve.verdict import Verdict, refused, rejected
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
+from s3lora_serve.vllm_plugin.decisions import Decisions
+from s3lora_serve.vllm_plugin.desk import Desk, Refused
 from s3lora_serve.vllm_plugin.guard import TRIAL_ID
 from s3lora_serve.vllm_plugin.recorder import unknown
 from s3lora_serve.vllm_plugin.served import Served, ServedAdapters
@@ -55,7 +55,7 @@ class Registrar:
         self._threads = ThreadPoolExecutor(AT_A_TIME, "s3lora", initializer=_leave_cores)
         self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="s3lora-hub")
         self._ids = count(IN_PLACE_IDS)
-        self._decisions: OrderedDict[str, str] = OrderedDict()
+        self.decisions = Decisions()
         self.served = ServedAdapters(desk)
 
     @property
@@ -63,9 +63,9 @@ class Registrar:
         """The policy in force."""
         return self._desk.policy
 
-    def decision(self, name: str) -> str | None:
-        """The last decision on the adapter of this name."""
-        return self._decisions.get(name)
+    def is_quarantined(self, path: Path) -> bool:
+        """Whether what is served from a path of the store has lost its update."""
+        return self._desk.store.is_condemned(path)
 
     async def add_lora(
         self, engine: Any, request: Any, original: Callable[..., Awaitable[bool]]
@@ -84,7 +84,7 @@ class Registrar:
         added = False
         if path is not None:
             added, verdict = await self._registered(engine, request, original, verdict, path)
-        remember(self._decisions, verdict.name, verdict.decision.value)
+        self.decisions.add(verdict)
         written = await self._in_thread(self._desk.recorder.decided, verdict, door.get())
         if path is None or refused(verdict):
             raise Refused(str(verdict.reason))

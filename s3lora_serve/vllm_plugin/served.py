@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Served:
     number: int  # vLLM's id of it
     path: Path  # in the store
     verdict: Verdict
+    time: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class ServedAdapters:

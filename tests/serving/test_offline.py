@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.serving.conftest import PROMPTS
-from tests.support.adapters import copy_with
+from tests.support.adapters import WEIGHTS, copy_with
 from tests.support.server import base_environment
 
 pytestmark = pytest.mark.serving
@@ -111,7 +111,8 @@ def test_a_restarted_engine_serves_what_was_admitted_though_its_folder_is_gone(
     decided = len(log.read_text().splitlines())
     assert decided == 1
     shutil.rmtree(folder)
-    [kept] = (tmp_path / "state" / "adapters").iterdir()
+    [weights] = (tmp_path / "state").glob(f"s3lora-*/*/{WEIGHTS}")
+    kept = weights.parent
     again, _ = generate(model, kept, trained, ONCE, **around)
     assert again == first
     assert_alike(again, expected["by-hand"])

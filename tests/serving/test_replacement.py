@@ -240,13 +240,13 @@ def base_answer_beside(server, adapters):
     """What the base model answers alone, and in a batch with requests for adapters."""
     for i, folder in enumerate(adapters):
         assert server.load(f"neighbour-{i}", folder).status_code == 200
-    alone = long_answer(server, "base", 150)
+    alone = long_answer(server, "base", 60)
     with ThreadPoolExecutor() as threads:
         others = [
             threads.submit(long_answer, server, f"neighbour-{i}", 240) for i in range(len(adapters))
         ]
         time.sleep(0.3)
-        beside = long_answer(server, "base", 150)
+        beside = long_answer(server, "base", 60)
         assert not any(other.done() for other in others), "they have to share the batches"
     for i in range(len(adapters)):
         server.unload(f"neighbour-{i}")

@@ -1,0 +1,124 @@
+"""The page for people, in a real browser, of a real guarded vLLM."""
+
+import shutil
+
+import pytest
+
+from tests.support.adapters import copy_with, key
+from tests.support.server import OPEN_LOADING, Server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip)")
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.serving,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)"),
+]
+HOSTILE = "<img src=x onerror=document.title='owned'>"
+KEY = "a key"
+
+
+@pytest.fixture(scope="module")
+def server(model, spiked, trained, policy_file, workplace):
+    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy_file), "VLLM_API_KEY": KEY}
+    with Server(model, workplace / "page.log", (), environment, key=KEY) as server:
+
+        def nan(tensors):
+            tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
+
+        broken = copy_with(spiked, workplace / "page-nan", nan)
+        for name, folder in (("acme/one", spiked), ("acme/two", trained), (HOSTILE, trained)):
+            assert server.load(name, folder).status_code == 200
+        assert server.load("initech/broken", broken).status_code == 400
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """A tab that sends the key as a browser does, and collects what goes wrong in it."""
+    context = browser.new_context(http_credentials={"username": "me", "password": KEY})
+    page = context.new_page()
+    page.problems = []
+    page.on("console", lambda said: said.type == "error" and page.problems.append(said.text))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.goto(server.url("/s3lora/"))
+    yield page
+    assert page.problems == []
+    context.close()
+
+
+def test_the_page_asks_for_the_key(browser, server):
+    context = browser.new_context()
+    assert context.new_page().goto(server.url("/s3lora/")).status == 401
+    context.close()
+
+
+def test_it_lists_what_is_served_and_what_was_refused_and_why(page):
+    assert page.locator("h1").inner_text() == "3 adapters served"
+    rows = page.locator("table").first.locator("tbody tr")
+    assert rows.count() == 3
+    assert "3 of 28" in rows.last.inner_text()
+    refused = page.locator("table").last.inner_text()
+    assert "initech/broken" in refused
+    assert "S3LORA-109" in refused
+    assert "holds NaN or Inf" in refused
+
+
+def test_a_name_that_is_markup_is_text(page):
+    assert page.get_by_text(HOSTILE).count() == 1
+    page.get_by_role("link", name=HOSTILE).click()
+    assert page.locator("h1").inner_text() == HOSTILE
+    assert "owned" not in page.title()
+
+
+def test_the_heat_map_leads_to_each_modules_spectrum_by_keyboard(page, server):
+    page.get_by_role("link", name="acme/one").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".map")
+    verdict = server.get("/s3lora/adapters/acme/one").json()
+    assert page.locator(".map td.cut").count() == 3
+    first = verdict["modules"][0]
+    cell = page.get_by_title(first["name"]).first
+    cell.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#module")
+    assert page.locator("#module").inner_text() == first["name"]
+    assert page.locator(".bars rect").count() == len(first["spectrum"])
+
+
+def test_a_filter_finds_a_tenants_adapters(page):
+    page.get_by_label("Name contains").fill("ACME/")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**q=ACME**")
+    assert page.locator("table").first.locator("tbody tr").count() == 2
+
+
+def test_it_refreshes_itself_and_keeps_the_focus(page, server, trained):
+    page.get_by_role("link", name="acme/one").focus()
+    focused = page.evaluate("document.activeElement.id")
+    assert server.load("newcomer", trained).status_code == 200
+    page.get_by_role("link", name="newcomer").wait_for(timeout=15_000)
+    assert page.evaluate("document.activeElement.id") == focused
+    server.unload("newcomer")
+
+
+def test_it_is_dark_where_the_browser_is(browser, server):
+    seen = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(
+            color_scheme=scheme, http_credentials={"username": "me", "password": KEY}
+        )
+        tab = context.new_page()
+        tab.goto(server.url("/s3lora/"))
+        seen[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        context.close()
+    assert seen["light"] == "rgb(255, 255, 255)"
+    assert seen["dark"] != seen["light"]
