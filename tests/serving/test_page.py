@@ -1,5 +1,6 @@
 """The page for people, in a real browser, of a real guarded vLLM."""
 
+import os
 import shutil
 
 import pytest
@@ -55,9 +56,17 @@ def page(browser, server):
     context.close()
 
 
+def photograph(page, name):
+    """For docs/, when SCREENSHOTS names a folder."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}", full_page=True)
+
+
 def test_the_page_asks_for_the_key(browser, server):
     context = browser.new_context()
-    assert context.new_page().goto(server.url("/s3lora/")).status == 401
+    answer = context.request.get(server.url("/s3lora/"))
+    assert answer.status == 401
+    assert answer.headers["www-authenticate"].startswith("Basic")  # a browser then asks its user
     context.close()
 
 
@@ -66,6 +75,7 @@ def test_it_lists_what_is_served_and_what_was_refused_and_why(page):
     rows = page.locator("table").first.locator("tbody tr")
     assert rows.count() == 3
     assert "3 of 28" in rows.last.inner_text()
+    photograph(page, "page-adapters.png")
     refused = page.locator("table").last.inner_text()
     assert "initech/broken" in refused
     assert "S3LORA-109" in refused
@@ -76,7 +86,7 @@ def test_a_name_that_is_markup_is_text(page):
     assert page.get_by_text(HOSTILE).count() == 1
     page.get_by_role("link", name=HOSTILE).click()
     assert page.locator("h1").inner_text() == HOSTILE
-    assert "owned" not in page.title()
+    assert page.title() != "owned"
 
 
 def test_the_heat_map_leads_to_each_modules_spectrum_by_keyboard(page, server):
@@ -92,6 +102,7 @@ def test_the_heat_map_leads_to_each_modules_spectrum_by_keyboard(page, server):
     page.wait_for_selector("#module")
     assert page.locator("#module").inner_text() == first["name"]
     assert page.locator(".bars rect").count() == len(first["spectrum"])
+    photograph(page, "page-adapter.png")
 
 
 def test_a_filter_finds_a_tenants_adapters(page):
@@ -119,6 +130,7 @@ def test_it_is_dark_where_the_browser_is(browser, server):
         tab = context.new_page()
         tab.goto(server.url("/s3lora/"))
         seen[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        photograph(tab, f"page-{scheme}.png")
         context.close()
     assert seen["light"] == "rgb(255, 255, 255)"
     assert seen["dark"] != seen["light"]
