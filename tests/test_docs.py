@@ -1,9 +1,12 @@
 """What the documents name is there."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from tests.compat import report
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
@@ -34,3 +37,9 @@ def test_every_link_in_a_document_leads_somewhere(document):
 def test_every_make_target_named_in_a_document_exists(document):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)", document.read_text())) <= targets
+
+
+def test_the_readmes_versions_are_those_that_make_compat_ran():
+    results = json.loads((ROOT / "tests" / "compat" / "results.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert report.in_readme(readme, results) == readme

@@ -13,6 +13,7 @@ from tests.compat import doors, environment, report
 from tests.compat.pins import ROOT, differences
 
 HERE = Path(__file__).parent
+README = ROOT / "README.md"
 DATA = HERE / "results.json"
 SHOWN = ("torch", "transformers", "peft")
 
@@ -33,6 +34,7 @@ def main() -> None:
         ordered = {v: results[v] for v in known if v in results}
         DATA.write_text(json.dumps(ordered, indent=1) + "\n")
         (HERE / "RESULTS.md").write_text(report.markdown(ordered, doors.TESTS))
+        README.write_text(report.in_readme(README.read_text(), ordered))
     sys.exit(any(results[version]["failed"] for version in chosen))
 
 

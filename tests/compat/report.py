@@ -16,6 +16,9 @@ made on its source.
 """
 
 
+MARK = "<!-- written by make compat -->"
+
+
 def markdown(results: Mapping[str, Mapping[str, Any]], tests: tuple[str, ...]) -> str:
     """The table, and under it what did not pass."""
     text = HEADER.format(tests=", ".join(f"`{name}`" for name in tests))
@@ -24,6 +27,17 @@ def markdown(results: Mapping[str, Mapping[str, Any]], tests: tuple[str, ...]) -
         text += f"| {_row(found)} |\n"
         notes += [f"- {version}: {name}" for name in found.get("unhappy", [])]
     return text + ("\nNot passed:\n\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def in_readme(readme: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README with its table of supported versions as the results have it."""
+    before, _, rest = readme.partition(MARK)
+    _, _, after = rest.partition(MARK)
+    lines = ["", "| vLLM | tests of the doors |", "|---|---|"]
+    for found in results.values():
+        ran = f"{found.get('passed')} passed, {found['failed']} failed"
+        lines.append(f"| {found['vllm']} | {found.get('source', ran)} |")
+    return before + MARK + "\n".join([*lines, ""]) + MARK + after
 
 
 def _row(found: Mapping[str, Any]) -> str:
