@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from s3lora_serve.adapter import Adapter, Module, read_adapter
 from s3lora_serve.errors import (
@@ -135,9 +136,7 @@ def _score(
 ) -> list[ModuleScore]:
     """Score the selected modules, check the others for NaN, within the deadline."""
     selected = [module for module in adapter.modules if policy.selects(module.name)]
-    factors = [Factors(m.name, m.B, m.A, m.scaling) for m in selected]
-    if wide := [module.name for module in adapter.modules if not _is_servable(module)]:
-        raise NotFinite(f"module {wide[0]} holds numbers beyond float32, which nothing serves")
+    factors = [Factors(m.name, _as_served(m.B), _as_served(m.A), m.scaling) for m in selected]
     scorer = Scorer(**policy.scorer.model_dump())
     scores = score_modules(factors, scorer, device=device, between_batches=check_deadline)
     broken = [score.name for score in scores if not score.finite]
@@ -146,7 +145,7 @@ def _score(
             check_deadline()
             broken += [] if _is_finite(module) else [module.name]
     if broken:
-        raise NotFinite(f"module {broken[0]} holds NaN or Inf (of {len(broken)} that do)")
+        raise NotFinite(f"module {broken[0]} holds NaN or Inf as served (of {len(broken)} that do)")
     for score in scores:
         if not score.cancellation <= MOST_CANCELLATION:
             raise Cancels(
@@ -159,15 +158,16 @@ def _score(
     return scores
 
 
-def _is_servable(module: Module) -> bool:
-    """Whether float64 factors stay within what adapters are served in; NaN is found later."""
-    largest = torch.finfo(torch.float32).max
-    wide = [factor for factor in (module.A, module.B) if factor.dtype == torch.float64]
-    return not any((factor.abs() > largest).any() for factor in wide)
+def _as_served(factor: Tensor) -> Tensor:
+    """A factor in no more than float32: no server's LoRA weights are wider.
+
+    What float32 cannot hold is served as zero or infinity, and is scored as that.
+    """
+    return factor.float() if factor.dtype == torch.float64 else factor
 
 
 def _is_finite(module: Module) -> bool:
-    return bool(module.A.isfinite().all() and module.B.isfinite().all())
+    return all(_as_served(factor).isfinite().all() for factor in (module.A, module.B))
 
 
 def _module_verdicts(

@@ -49,7 +49,7 @@ class Found(HTMLParser):
 
 
 def row(name, **changes):
-    values = {"path": "/adapters/x", "decision": "stripped", "stripped": 3, "modules": 28,
+    values = {"decision": "stripped", "stripped": 3, "modules": 28,
               "seconds": 0.12, "time": datetime(2026, 1, 2, tzinfo=UTC)}  # fmt: skip
     return Row(name=name, **values | changes)
 

@@ -72,6 +72,23 @@ def test_weights_are_scored_as_stored(trained, tmp_path, dtype):
         assert module.ssi == pytest.approx(dense_index(folder, module.name, 2.0), abs=1e-6)
 
 
+def test_float64_weights_are_scored_as_the_float32_that_is_served(trained, tmp_path):
+    def widen(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].double()
+            tensors[name][:, ::2] *= 1e-60
+
+    def narrow(tensors):
+        widen(tensors)
+        for name in tensors:
+            tensors[name] = tensors[name].float()
+
+    wide = scan_adapter(copy_with(trained, tmp_path / "wide", widen), TWO)
+    served = scan_adapter(copy_with(trained, tmp_path / "served", narrow), TWO)
+    assert [m.spectrum for m in wide.modules] == [m.spectrum for m in served.modules]
+    assert wide.stripped == served.stripped
+
+
 def test_rslora_and_patterns_give_each_module_its_scaling(model, tmp_path):
     folder = train_adapter(
         model, tmp_path / "patterned", use_rslora=True, lora_alpha=8,

@@ -22,7 +22,6 @@ class Row:
     """One adapter in a list."""
 
     name: str
-    path: str
     decision: str
     stripped: int
     modules: int
@@ -76,7 +75,6 @@ def adapter_page(verdict: Verdict, chosen: str | None, *, quarantined: bool) -> 
         verdict=verdict,
         quarantined=quarantined,
         map=heat_map(verdict),
-        shades=SHADES,
         chosen=modules.get(chosen or "", _sharpest(verdict)),
     )
 
@@ -97,7 +95,7 @@ def _page(template: str, **values: object) -> Page:
 
 @cache
 def _rendered(file: str) -> str:
-    return _environment().get_template(file).render()
+    return _environment().get_template(file).render(shades=SHADES)
 
 
 def _hash(text: str) -> str:

@@ -95,6 +95,11 @@ def check_contract() -> None:
 
 
 def broken(problem: str) -> None:
+    """Say which vLLM is not the one the hook was written for, and how.
+
+    Raises:
+        ContractBroken: always.
+    """
     raise ContractBroken(f"vLLM {installed_version()}: {problem}")
 
 

@@ -14,7 +14,6 @@ class Decided:
     """One decision, without what it says of each module."""
 
     name: str
-    path: str
     decision: Decision
     refused: bool
     reason: Reason | None
@@ -26,7 +25,6 @@ class Decided:
         """A decision of now."""
         return cls(
             verdict.name,
-            verdict.path,
             verdict.decision,
             refused(verdict),
             verdict.reason,

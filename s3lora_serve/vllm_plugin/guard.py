@@ -33,9 +33,6 @@ from s3lora_serve.vllm_plugin.served_model import WorkerModel
 
 logger = compat.logger
 
-TRIAL_ID = 2**30
-"""The id that an adapter has in a dry run."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
@@ -82,9 +79,7 @@ class Guard:
     def load(self, manager: Any, request: Any, original: Callable[..., Any]) -> Any:
         """Load an adapter in the place of vLLM's `_load_adapter`; what is refused has no effect."""
         adapter_id = request.lora_int_id
-        attempt = self._preparation.take(_prepared(request)) or self._attempt(
-            manager, request, original
-        )
+        attempt = self._attempted(manager, request, original)
         verdict = attempt.kept.verdict if attempt.kept else None
         if attempt.kept is None or isinstance(attempt.result, Exception):
             return self._quarantined(request, _reason(attempt.result, verdict), verdict)
@@ -107,7 +102,12 @@ class Guard:
         if self.desk.store.find(path) is None:
             return True
         work = partial(self._attempt, self.model.manager, request, patches.load_adapter)
-        return self._preparation.is_done(_prepared(request), work)
+        return self._preparation.is_done(_key(request), work)
+
+    def _attempted(self, manager: Any, request: Any, original: Callable[..., Any]) -> _Attempt:
+        """The attempt that was prepared, or else one made now."""
+        prepared: _Attempt | None = self._preparation.take(_key(request))
+        return prepared or self._attempt(manager, request, original)
 
     def _attempt(self, manager: Any, request: Any, original: Callable[..., Any]) -> _Attempt:
         """Open the admitted copy and have vLLM load it; raises nothing."""
@@ -158,13 +158,10 @@ class Guard:
         """The store's name for what this worker loaded under an id."""
         return self._held.get(adapter_id)
 
-    def trial(self, name: str, path: str) -> Reason | None:
+    def trial(self, name: str, path: str, adapter_id: int) -> Reason | None:
         """Why this worker would not serve what is kept at a path, if it would not."""
-        request = compat.request_for(name, path, TRIAL_ID)
-        attempt = self._preparation.take(_prepared(request))
-        result = (
-            attempt or self._attempt(self.model.manager, request, patches.load_adapter)
-        ).result
+        request = compat.request_for(name, path, adapter_id)
+        result = self._attempted(self.model.manager, request, patches.load_adapter).result
         return Reason.of(result) if isinstance(result, AdapterRejected) else None
 
     def _expected(self, request: Any) -> Path | None:
@@ -235,7 +232,7 @@ class Guard:
             logger.error("s3lora: %s", error)
 
 
-def _prepared(request: Any) -> tuple[int, str]:
+def _key(request: Any) -> tuple[int, str]:
     return request.lora_int_id, request.lora_path
 
 

@@ -85,9 +85,9 @@ class WorkerAnswers:
         self._guard.desk.refresh()
         self._guard.show_policy()
 
-    def trial(self, name: str, path: str) -> tuple[str, str] | None:
+    def trial(self, name: str, path: str, adapter_id: int) -> tuple[str, str] | None:
         """Code and message of why this worker would not serve what is kept at a path, if so."""
-        return _plain(self._guard.trial(name, path))
+        return _plain(self._guard.trial(name, path, adapter_id))
 
 
 def _plain(reason: Reason | None) -> tuple[str, str] | None:

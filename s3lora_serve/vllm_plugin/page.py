@@ -36,7 +36,6 @@ def _served(gate: Registrar, adapter: Served) -> Row:
     verdict = adapter.verdict
     return Row(
         name=verdict.name,
-        path=verdict.path,
         decision=verdict.decision.value,
         stripped=served_stripped(verdict),
         modules=len(verdict.modules),
@@ -50,7 +49,6 @@ def _refused(decided: Decided) -> Row:
     reason = decided.reason
     return Row(
         name=decided.name,
-        path=decided.path,
         decision=decided.decision.value,
         stripped=0,
         modules=0,

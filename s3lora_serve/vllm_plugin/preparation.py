@@ -32,7 +32,7 @@ class Preparation:
     def take(self, key: Any) -> Any:
         """What the work came to, once; None where it was never begun."""
         begun = self._begun.pop(key, None)
-        return begun.result() if begun is not None and not begun.cancelled() else None
+        return begun.result() if begun is not None else None
 
     def _stand_aside(self) -> None:
         use_cores(1)

@@ -16,7 +16,6 @@ from s3lora_serve.verdict import Verdict, refused, rejected
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.decisions import Decisions
 from s3lora_serve.vllm_plugin.desk import Desk, Refused
-from s3lora_serve.vllm_plugin.guard import TRIAL_ID
 from s3lora_serve.vllm_plugin.recorder import unknown
 from s3lora_serve.vllm_plugin.served import Served, ServedAdapters
 from s3lora_serve.vllm_plugin.threads import use_cores
@@ -102,11 +101,13 @@ class Registrar:
             LoRAAdapterNotFoundError: there is no such folder.
         """
         await self._know_model(engine)
-        verdict, kept = await self._decided(engine, compat.request_for(name, path, IN_PLACE_IDS))
+        request = compat.request_for(name, path, IN_PLACE_IDS)
+        verdict, kept = await self._decided(engine, request)
         if kept is not None:
             try:
-                await self._prepare(engine, name, kept, TRIAL_ID)
-                answers = await engine.collective_rpc("s3lora_trial", args=(name, str(kept)))
+                asked = (name, str(kept), request.lora_int_id)
+                await self._prepare(engine, asked)
+                answers = await engine.collective_rpc("s3lora_trial", args=asked)
             finally:
                 self._desk.store.release(kept)
             if reason := next((Reason(*answer) for answer in answers if answer), None):
@@ -135,7 +136,7 @@ class Registrar:
         path: Path,
     ) -> tuple[bool, Verdict]:
         """What the engine answers, and the verdict once its workers had their say."""
-        asked, request.lora_path = request.lora_path, str(path)
+        origin, request.lora_path = request.lora_path, str(path)
         before = self.served.get(request.lora_name)
         replaces = before if request.load_inplace else None
         same = replaces is not None and replaces.path == path
@@ -147,7 +148,8 @@ class Registrar:
         taken = False
         try:
             if not same:
-                await self._prepare(engine, request.lora_name, path, request.lora_int_id)
+                asked = (request.lora_name, str(path), request.lora_int_id)
+                await self._prepare(engine, asked)
             added = await original(engine, request)
             if reason := await self._refusal_of_workers(engine, request, path.name):
                 verdict = rejected(verdict, reason)
@@ -155,7 +157,7 @@ class Registrar:
         finally:
             # Also when the client has gone: what nobody registered must not stay under the id.
             if not taken:
-                request.lora_path = asked
+                request.lora_path = origin
                 self._desk.store.release(path)
                 if not same:
                     await engine.remove_lora(request.lora_int_id)
@@ -212,9 +214,8 @@ class Registrar:
             self._told = digest
             await engine.collective_rpc("s3lora_refresh")
 
-    async def _prepare(self, engine: Any, name: str, path: Path, adapter_id: int) -> None:
-        """Wait until every worker has read the copy, beside its steps."""
-        asked = (name, str(path), adapter_id)
+    async def _prepare(self, engine: Any, asked: tuple[str, str, int]) -> None:
+        """Wait until every worker has read a copy (name, path, id), beside its steps."""
         while not all(await engine.collective_rpc("s3lora_prepared", args=asked)):
             await asyncio.sleep(POLL_SECONDS)
 

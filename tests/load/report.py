@@ -2,6 +2,7 @@
 
 import os
 import platform
+import statistics
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +64,9 @@ def write_report(runs: list[Run]) -> None:
         "adapters loaded again from the store": lambda run: run.total("s3lora_reloads_total"),
         "quarantined": lambda run: run.total("s3lora_quarantined_total"),
         "seconds": lambda run: f"{run.seconds:.0f}",
-        "median request, ms": lambda run: f"{1000 * _median(run.traffic.latencies):.0f}",
+        "median request, ms": lambda run: (
+            f"{1000 * statistics.median(run.traffic.latencies or [0.0]):.0f}"
+        ),
     } | {
         f"{label}, early → late": lambda run, figure=figure: _arrow(*run.watch.growth()[figure])
         for figure, label in (
@@ -86,10 +89,6 @@ def write_report(runs: list[Run]) -> None:
     text = "\n".join(lines) + "\n"
     RESULTS.write_text(text)
     print(text)
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0
 
 
 def _arrow(early: float, late: float) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from s3lora_serve import scan_adapter
 from s3lora_serve.policy_file import read_policy
-from tests.support.adapters import copy_with, key, without
+from tests.support.adapters import copy_with, diverged, without
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import PROMPT
 
@@ -26,10 +26,7 @@ def resolver_folder(spiked, model, workplace):
     folder.mkdir()
     copy_with(spiked, folder / "resolved", base_model_name_or_path=str(model))
 
-    def wreck(tensors):
-        tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
-
-    copy_with(spiked, folder / "resolved-nan", wreck, base_model_name_or_path=str(model))
+    copy_with(spiked, folder / "resolved-nan", diverged, base_model_name_or_path=str(model))
     return folder
 
 

@@ -41,13 +41,17 @@ def test_a_vllm_that_breaks_the_contract_stops_the_process(case):
     assert "S3LORA-903" in done.stderr
 
 
+def assert_starts(done):
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "STARTED" in done.stdout
+
+
 def test_the_installed_vllm_keeps_the_contract_and_loading_twice_is_harmless():
     done = start(
         "from s3lora_serve.vllm_plugin.plugin import register; register();"
         "once = W._load_adapter; register(); assert W._load_adapter is once"
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "STARTED" in done.stdout
+    assert_starts(done)
 
 
 def test_an_unknown_version_that_keeps_the_contract_starts_with_a_warning():
@@ -55,6 +59,5 @@ def test_an_unknown_version_that_keeps_the_contract_starts_with_a_warning():
         "import importlib.metadata as packages; found = packages.version;"
         "packages.version = lambda name: '0.99.0' if 'vllm' in name else found(name)"
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "STARTED" in done.stdout
+    assert_starts(done)
     assert "0.99.0 was never checked" in done.stdout + done.stderr

@@ -11,20 +11,16 @@ import sys
 import pytest
 
 from tests.serving.conftest import answers
-from tests.support.adapters import copy_with, key
+from tests.support.adapters import copy_with, diverged
 from tests.support.server import OPEN_LOADING, Server, base_environment
 
 pytestmark = pytest.mark.serving
 
 
-def nan(tensors):
-    tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
-
-
 @pytest.fixture(scope="module")
 def cases(spiked, workplace):
     """The adapter that must be stripped and the one that must be refused."""
-    return {"sharp": spiked, "nan": copy_with(spiked, workplace / "mediated-nan", nan)}
+    return {"sharp": spiked, "nan": copy_with(spiked, workplace / "mediated-nan", diverged)}
 
 
 @pytest.fixture(scope="module")

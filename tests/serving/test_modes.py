@@ -3,7 +3,7 @@
 import pytest
 
 from tests.serving.conftest import TOP_K, answers
-from tests.support.adapters import copy_with, key
+from tests.support.adapters import copy_with, diverged, key
 from tests.support.server import OPEN_LOADING, Server
 
 pytestmark = pytest.mark.serving
@@ -30,12 +30,9 @@ def test_audit_mode_admits_what_the_policy_would_refuse(auditing, spiked, tmp_pa
 
 
 def test_audit_mode_never_serves_what_could_not_be_scored(auditing, expected, spiked, tmp_path):
-    def wreck(tensors):
-        tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
-
     metric = 's3lora_quarantined_total{reason="S3LORA-109"}'
     before = auditing.metrics()[metric]
-    response = auditing.load("nan", copy_with(spiked, tmp_path / "nan", wreck))
+    response = auditing.load("nan", copy_with(spiked, tmp_path / "nan", diverged))
     assert response.status_code == 200
     assert response.headers["X-S3LoRA-Decision"] == "rejected"
     assert answers(auditing, "nan") == expected["base"]

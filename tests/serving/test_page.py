@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.support.adapters import copy_with, key
+from tests.support.adapters import copy_with, diverged
 from tests.support.server import OPEN_LOADING, Server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip)")
@@ -22,11 +22,7 @@ KEY = "a key"
 def server(model, spiked, trained, policy_file, workplace):
     environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy_file), "VLLM_API_KEY": KEY}
     with Server(model, workplace / "page.log", (), environment, key=KEY) as server:
-
-        def nan(tensors):
-            tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
-
-        broken = copy_with(spiked, workplace / "page-nan", nan)
+        broken = copy_with(spiked, workplace / "page-nan", diverged)
         for name, folder in (("acme/one", spiked), ("acme/two", trained), (HOSTILE, trained)):
             assert server.load(name, folder).status_code == 200
         assert server.load("initech/broken", broken).status_code == 400

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from s3lora_serve.cli import app
 from tests.serving.conftest import PROMPTS, answers
-from tests.support.adapters import WEIGHTS, copy_with, key
+from tests.support.adapters import WEIGHTS, copy_with, diverged, key
 from tests.support.server import OPEN_LOADING, Server
 
 pytestmark = pytest.mark.serving
@@ -161,9 +161,6 @@ def test_a_changed_policy_that_is_not_valid_keeps_the_old_one_loudly(
 
 
 def test_the_server_says_what_it_would_decide_and_registers_nothing(gate, spiked, tmp_path):
-    def nan(tensors):
-        tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
-
     def elsewhere(tensors):
         for side in "AB":
             tensor = tensors.pop(key("model.layers.3.self_attn.q_proj", side))
@@ -171,7 +168,7 @@ def test_the_server_says_what_it_would_decide_and_registers_nothing(gate, spiked
 
     cases = {
         "dry": spiked,
-        "dry-nan": copy_with(spiked, tmp_path / "nan", nan),
+        "dry-nan": copy_with(spiked, tmp_path / "nan", diverged),
         "dry-elsewhere": copy_with(spiked, tmp_path / "elsewhere", elsewhere),
     }
     for name, folder in cases.items():

@@ -57,6 +57,11 @@ def key(module: str, side: str) -> str:
     return f"base_model.model.{module}.lora_{side}.weight"
 
 
+def diverged(tensors: Tensors) -> None:
+    """What a training run leaves that went to NaN."""
+    tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
+
+
 def spike(module: str, factor: float = 30.0) -> Callable[[Tensors], None]:
     """Give one module a dominant direction: rank-one plus what it had."""
 
