@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load compat fuzz lint format bench bench-admission clean
+.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-admission clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -25,6 +25,12 @@ compat: $(READY)  ## the doors on every vLLM that is claimed to work: some ten m
 
 fuzz: $(READY)  ## hundreds of thousands of bent adapters and policies: about an hour
 	FUZZ_EXAMPLES=200000 $(BIN)/python -m pytest tests/fuzz -p no:randomly
+
+generate: $(READY)  ## write what in deploy/ is made from something else: dashboard, PrometheusRule
+	$(BIN)/python -m deploy.generate
+
+dashboard-check: $(READY)  ## each panel's query on a real Prometheus that watches a real guarded vLLM
+	$(BIN)/python -m pytest tests/deploy
 
 lint: $(READY)  ## style, types, and the direction of imports
 	$(BIN)/ruff check .

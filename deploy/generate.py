@@ -1,0 +1,42 @@
+"""`make generate`: writes what in deploy/ is made from something else."""
+
+from pathlib import Path
+
+import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+from deploy.grafana.gate import gate
+
+DEPLOY = Path(__file__).parent
+NOTE = "# Written by `make generate` from deploy/prometheus/s3lora.rules.yaml: change it there.\n"
+
+
+def generated() -> dict[Path, str]:
+    """Each generated file with what belongs into it."""
+    return {
+        DEPLOY / "grafana" / "s3lora-gate.json": dashboard(),
+        DEPLOY / "kubernetes" / "base" / "prometheus-rule.yaml": prometheus_rule(),
+    }
+
+
+def dashboard() -> str:
+    """The dashboard as Grafana imports it."""
+    return JSONEncoder(sort_keys=True, indent=1).encode(gate().build()) + "\n"
+
+
+def prometheus_rule() -> str:
+    """The rules as the Prometheus operator takes them."""
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "s3lora.rules.yaml").read_text())
+    resource = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "s3lora"},
+        "spec": rules,
+    }
+    return NOTE + yaml.safe_dump(resource, sort_keys=False, width=100)
+
+
+if __name__ == "__main__":
+    for path, text in generated().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

@@ -1,0 +1,132 @@
+"""The dashboard: as its code says, and each query has something to show on a real Prometheus."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.generate import generated
+from tests.serving.conftest import answers
+from tests.support.adapters import WEIGHTS, copy_with, diverged
+from tests.support.prometheus import Prometheus, needs_prometheus
+from tests.support.server import OPEN_LOADING, Server
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy" / "prometheus" / "s3lora.rules.yaml"
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "s3lora-gate.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+QUERIES = [(panel, target["expr"]) for panel in PANELS for target in panel["targets"]]
+NAMES = [f"{panel['title']} {panel['targets'].index(target)}"
+         for panel in PANELS for target in panel["targets"]]  # fmt: skip
+JOB = "vllm"
+
+
+@pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
+def test_what_is_generated_is_what_is_checked_in(path):
+    assert path.read_text() == generated()[path], "run `make generate`"
+
+
+def test_no_panel_hides_another():
+    taken = set()
+    for panel in DASHBOARD["panels"]:
+        at = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+def test_every_panel_says_what_it_shows_and_is_for_the_chosen_replicas():
+    for panel, expression in QUERIES:
+        assert panel["description"], panel["title"]
+        assert expression.count("{job=~") or expression.count('{job=~"$job", instance=~"$instance"')
+        letters = [target["refId"] for target in panel["targets"]]
+        assert len(set(letters)) == len(letters)
+
+
+@pytest.fixture(scope="module")
+def watched(model, trained, spiked, workplace):
+    """A Prometheus that saw a guarded vLLM live through everything the panels are about."""
+    state = workplace / "dashboard-state"
+    policy = workplace / "dashboard-policy.yaml"
+    policy.write_text("strip: {top_k: 3}\n")
+    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy), "S3LORA_STATE_DIR": str(state)}
+    arguments = ("--max-cpu-loras", "2", "--max-loras", "1")
+    with Server(model, workplace / "dashboard.log", arguments, environment) as server:
+        target = f"127.0.0.1:{server.port}"
+        with Prometheus(workplace / "prometheus", JOB, [target], RULES) as prometheus:
+            _live(server, trained, spiked, workplace, state)
+            prometheus.until(
+                lambda: (prometheus.value("sum(increase(s3lora_quarantined_total[1m]))") or 0) > 0
+            )
+            yield prometheus
+
+
+def _live(server, trained, spiked, workplace, state):
+    """Adapters stripped, refused, evicted, loaded again, and damaged in the store."""
+    bad = copy_with(trained, workplace / "dashboard-bad", diverged)
+    for round_ in range(3):
+        for name, folder in {"acme": trained, "globex": spiked, "umbrella": trained}.items():
+            server.load(f"{name}-{round_}", folder)
+            answers(server, f"{name}-{round_}")
+        assert server.load("initech", bad).status_code == 400
+        server.complete("base", "two words", tokens=20)
+        time.sleep(2)
+    answers(server, "acme-0")  # driven out since
+    for path in state.glob(f"s3lora-*/*/{WEIGHTS}"):
+        with path.open("r+b") as file:
+            file.seek(-100, 2)
+            file.write(b"\x7f" * 100)
+    answers(server, "globex-1")
+
+
+@needs_prometheus
+@pytest.mark.serving
+@pytest.mark.parametrize(("panel", "expression"), QUERIES, ids=NAMES)
+def test_each_query_shows_something_of_a_real_guarded_vllm(watched, panel, expression):
+    for variable, value in {
+        "$job": JOB, "$instance": ".+", "$__rate_interval": "20s", "$__range": "5m"
+    }.items():  # fmt: skip
+        expression = expression.replace(variable, value)
+    assert "$" not in expression
+    found = watched.series(expression, time.time() - 90)
+    values = [value for one in found for value in one["values"]]
+    assert any(math.isfinite(value) for value in values), panel["title"]
+    if panel["title"] != "Failures":  # of which there were none
+        assert any(math.isfinite(value) and value > 0 for value in values), panel["title"]
+
+
+@needs_prometheus
+@pytest.mark.serving
+def test_the_dashboard_tells_what_happened(watched):
+    matrix = watched.get(
+        "query", query="sum by (layer, projection) (s3lora_modules_stripped_total) > 0"
+    )["result"]
+    places = {(one["metric"]["layer"], one["metric"]["projection"]) for one in matrix}
+    assert places
+    assert all(layer.isdigit() for layer, _ in places)
+    assert watched.value('s3lora_admissions_total{decision="rejected",mode="enforce"}') == 3
+    assert watched.value('s3lora_admissions_total{decision="stripped",mode="enforce"}') == 9
+    assert watched.value('s3lora_reloads_total{source="store"}') > 0
+
+
+@needs_prometheus
+@pytest.mark.serving
+def test_each_recording_rule_and_alert_is_evaluated_on_what_a_real_vllm_exposes(watched):
+    found = [rule for group in watched.get("rules")["groups"] for rule in group["rules"]]
+    written = [rule for group in yaml.safe_load(RULES.read_text())["groups"]
+               for rule in group["rules"]]  # fmt: skip
+    assert len(found) == len(written)
+    assert {rule["health"] for rule in found} == {"ok"}
+    firing = {rule["name"] for rule in found if rule.get("state") == "firing"}
+    assert firing == {"S3LoRAQuarantine", "S3LoRAScoringFailures"}  # a copy was damaged
+    for rule in written:
+        if "record" in rule:
+            assert watched.value(rule["record"]) is not None, rule["record"]
