@@ -159,8 +159,10 @@ def downloaded_folder(request: LoRARequest) -> Path | None:
     """Where vLLM's own means put what they download; None if they find nothing."""
     try:
         folder = Path(get_adapter_absolute_path(request.lora_path))
-    except Exception:  # whatever a download ended in, there is no adapter
-        logger.exception("s3lora: adapter %r at %r", request.lora_name, request.lora_path)
+    except Exception as error:  # noqa: BLE001 - whatever a download ended in, there is no adapter
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        asked = request.lora_name, request.lora_path
+        logger.warning("s3lora: no adapter %r found at %r: %s", *asked, cause)
         return None
     return folder if folder.exists() else None
 

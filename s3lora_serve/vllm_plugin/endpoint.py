@@ -6,7 +6,7 @@ from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from s3lora_serve.verdict import differs
-from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin import compat, openapi
 from s3lora_serve.vllm_plugin.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.hook import registrar
 from s3lora_serve.vllm_plugin.page import one_adapter, overview
@@ -29,22 +29,19 @@ class GateEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Add the gate's routes; those that read folders only where vLLM has loading open."""
         app.add_middleware(ApiKeyGate, keys=compat.api_keys(app.state.args))
-        app.add_api_route("/s3lora/status", self.status, methods=["GET"])
-        app.add_api_route("/s3lora/", self.page, methods=["GET"], response_class=HTMLResponse)
-        app.add_api_route("/s3lora/policy", self.policy, methods=["GET"])
-        app.add_api_route("/s3lora/adapters", self.adapters, methods=["GET"])
-        app.add_api_route("/s3lora/adapters/{name:path}", self.adapter, methods=["GET"])
-        app.add_api_route("/s3lora/recheck", self.recheck, methods=["POST"])
+        html = {"response_class": HTMLResponse}
+        _add(app, "GET", "/s3lora/status", self.status, openapi.STATUS)
+        _add(app, "GET", "/s3lora/", self.page, openapi.PAGE, **html)
+        _add(app, "GET", "/s3lora/policy", self.policy, openapi.POLICY)
+        _add(app, "GET", "/s3lora/adapters", self.adapters, openapi.ADAPTERS)
+        _add(app, "GET", "/s3lora/adapters/{name:path}", self.adapter, openapi.VERDICT)
+        _add(app, "POST", "/s3lora/recheck", self.recheck, openapi.RECHECK)
         if compat.runtime_loading_open():
-            checked = compat.json_only()
-            app.add_api_route("/s3lora/scan", self.scan, methods=["POST"], dependencies=checked)
-            compat.drop_route(app, "/v1/load_lora_adapter", "POST")
-            app.add_api_route(
-                "/v1/load_lora_adapter",
-                self._load_route(),
-                methods=["POST"],
-                dependencies=checked,
-            )
+            json_only = {"dependencies": compat.json_only()}
+            _add(app, "POST", "/s3lora/scan", self.scan, openapi.VERDICT, **json_only)
+            load = "/v1/load_lora_adapter"
+            compat.drop_route(app, load, "POST")
+            _add(app, "POST", load, self._load_route(), openapi.LOADED, **json_only)
 
     async def init_state(
         self,
@@ -148,6 +145,7 @@ class GateEndpoint:
         request_model = compat.load_request_model()
 
         async def load_lora_adapter(request: request_model, raw_request: Request) -> Response:  # type: ignore[valid-type]
+            """Load an adapter through the gate."""
             result = await compat.served_models(raw_request).load_lora_adapter(request)
             if isinstance(result, str):
                 return Response(result, headers=_decision(registrar(), request.lora_name))  # type: ignore[attr-defined]
@@ -158,6 +156,12 @@ class GateEndpoint:
             )
 
         return load_lora_adapter
+
+
+def _add(
+    app: FastAPI, method: str, path: str, handler: Any, answers: openapi.Answers, **more: Any
+) -> None:
+    app.add_api_route(path, handler, methods=[method], responses=answers, tags=["s3lora"], **more)
 
 
 def _off() -> JSONResponse:
