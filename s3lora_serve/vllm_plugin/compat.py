@@ -27,6 +27,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import get_moe_expert_mapping as get_moe_expert_mapping
 from vllm.v1.core import kv_cache_utils as kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM as AsyncLLM
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.llm_engine import LLMEngine as LLMEngine
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
@@ -48,6 +49,7 @@ _CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (LoRAModelRunnerMixin, "add_lora", ("self", "lora_request")),
     (AsyncLLM, "add_lora", ("self", "lora_request")),
     (AsyncLLM, "remove_lora", ("self", "lora_id")),
+    (AsyncMPClient, "_call_utility_async", ("self", "method", "args", "engine")),
     (OpenAIServingModels, "load_lora_adapter", ("self", "request", "base_model_name")),
     (OpenAIServingModels, "unload_lora_adapter", ("self", "request")),
     (OpenAIServingModels, "init_static_loras", ("self",)),

@@ -11,6 +11,7 @@ from s3lora_serve.vllm_plugin.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.hook import registrar
 from s3lora_serve.vllm_plugin.page import one_adapter, overview
 from s3lora_serve.vllm_plugin.registrar import Registrar
+from s3lora_serve.vllm_plugin.workers import ask_workers
 
 DECISION_HEADER = "X-S3LoRA-Decision"
 PAGE = 100
@@ -57,7 +58,7 @@ class GateEndpoint:
         guarded = False
         if self._engine is not None:
             try:
-                answers = await self._engine.collective_rpc("s3lora_status")
+                answers = await ask_workers(self._engine, "s3lora_status")
                 guarded = bool(answers) and all(answer["active"] for answer in answers)
             except Exception:  # noqa: BLE001 - a dead or unguarded engine answers nothing usable: not guarded
                 guarded = False

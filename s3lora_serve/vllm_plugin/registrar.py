@@ -19,6 +19,7 @@ from s3lora_serve.vllm_plugin.desk import Desk, Refused
 from s3lora_serve.vllm_plugin.recorder import unknown
 from s3lora_serve.vllm_plugin.served import Served, ServedAdapters
 from s3lora_serve.vllm_plugin.threads import use_cores
+from s3lora_serve.vllm_plugin.workers import ask_workers, is_first_server
 
 AT_A_TIME = 2
 """Adapters decided on side by side: one that takes long does not keep the others waiting."""
@@ -84,7 +85,10 @@ class Registrar:
         if path is not None:
             added, verdict = await self._registered(engine, request, original, verdict, path)
         self.decisions.add(verdict)
-        written = await self._in_thread(self._desk.recorder.decided, verdict, door.get())
+        written = True
+        # Each API server registers the static adapters; what they agree on counts once.
+        if door.get() != "static" or refused(verdict) or is_first_server(engine):
+            written = await self._in_thread(self._desk.recorder.decided, verdict, door.get())
         if path is None or refused(verdict):
             raise Refused(str(verdict.reason))
         if not written and self.policy.audit.required and verdict.mode == "enforce":
@@ -107,7 +111,7 @@ class Registrar:
             try:
                 asked = (name, str(kept), request.lora_int_id)
                 await self._prepare(engine, asked)
-                answers = await engine.collective_rpc("s3lora_trial", args=asked)
+                answers = await ask_workers(engine, "s3lora_trial", asked)
             finally:
                 self._desk.store.release(kept)
             if reason := next((Reason(*answer) for answer in answers if answer), None):
@@ -202,7 +206,7 @@ class Registrar:
     async def _know_model(self, engine: Any) -> None:
         """The shapes of the model's modules; metrics count by their layers and projections."""
         if self._shapes is None:
-            ranks = await engine.collective_rpc("s3lora_model")
+            ranks = await ask_workers(engine, "s3lora_model")
             places = {tuple(place) for rank in ranks for place in rank["places"]}
             self._desk.recorder.metrics.know_model(places)
             self._shapes = {(m, n) for rank in ranks for m, n in rank["shapes"]}
@@ -212,16 +216,16 @@ class Registrar:
         """Workers take up a changed policy when the registrar has."""
         if self._told != (digest := self._desk.policy.digest):
             self._told = digest
-            await engine.collective_rpc("s3lora_refresh")
+            await ask_workers(engine, "s3lora_refresh")
 
     async def _prepare(self, engine: Any, asked: tuple[str, str, int]) -> None:
         """Wait until every worker has read a copy (name, path, id), beside its steps."""
-        while not all(await engine.collective_rpc("s3lora_prepared", args=asked)):
+        while not all(await ask_workers(engine, "s3lora_prepared", asked)):
             await asyncio.sleep(POLL_SECONDS)
 
     async def _refusal_of_workers(self, engine: Any, request: Any, key: str) -> Reason | None:
         """Why a worker holds this adapter without effect, or holds another under its id."""
-        answers = await engine.collective_rpc("s3lora_loaded", args=(request.lora_int_id,))
+        answers = await ask_workers(engine, "s3lora_loaded", (request.lora_int_id,))
         if reason := next((Reason(*refusal) for _, refusal in answers if refusal), None):
             return reason
         if all(held == key for held, _ in answers):

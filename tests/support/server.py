@@ -52,7 +52,9 @@ class Server:
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     guarded: bool = True
+    program: tuple[str, ...] = ("-m", "s3lora_serve", "serve")  # what starts a guarded one
     key: str | None = None  # the API key, where the server has one
+    headers: Mapping[str, str] = field(default_factory=dict)  # of every request
     folder: Path | None = None  # to start in; the tests' own puts this project first on the path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -77,7 +79,7 @@ class Server:
             *self.arguments,
         )
         if self.guarded:
-            command = [sys.executable, "-m", "s3lora_serve", "serve", str(self.model), *rest]
+            command = [sys.executable, *self.program, str(self.model), *rest]
         else:
             command = [
                 sys.executable,
@@ -125,7 +127,7 @@ class Server:
 
     def request(self, method: str, path: str, **options: Any) -> requests.Response:
         bearer = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        options = {"headers": bearer} | options
+        options = {"headers": bearer | dict(self.headers)} | options
         return requests.request(method, self.url(path), timeout=120, **options)
 
     def get(self, path: str) -> requests.Response:

@@ -1,0 +1,26 @@
+"""`vllm serve` under the gate with several API servers, for vLLM's CPU build.
+
+That build's `vllm` command does not start (it asks for a distribution named vllm), and the module
+that `s3lora serve` runs in its place knows one API server only. This runs the command's own code.
+"""
+
+import os
+import sys
+
+from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, environment
+
+
+def main() -> None:
+    """Serve `sys.argv[1]` with vLLM's arguments after it."""
+    os.environ.update(environment(os.environ))
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    arguments = parser.parse_args(["serve", *sys.argv[1:], EXTENSION, GUARDED_WORKER])
+    ServeSubcommand.cmd(arguments)
+
+
+if __name__ == "__main__":
+    main()
