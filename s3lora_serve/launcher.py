@@ -12,10 +12,13 @@ from s3lora_serve.guarding import ENDPOINT_GROUP, PLUGIN, installed_vllm
 
 _METRICS_PREFIX = "s3lora-metrics-"
 
-
 EXTENSION = "--worker-extension-cls"
 GUARDED_WORKER = "s3lora_serve.vllm_plugin.worker.GuardedWorker"
 """A worker that cannot import it does not start: a plugin that cannot be imported is skipped."""
+
+
+RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+"""Of the environment, Ray's workers get what begins with one of these, and vLLM's own."""
 
 
 def command(model: str, arguments: Sequence[str]) -> list[str]:
@@ -49,6 +52,7 @@ def environment(current: Mapping[str, str]) -> dict[str, str]:
     """The environment of the server: what the user set is kept, what is missing is added."""
     added = dict(current)
     added["VLLM_PLUGINS"] = _plugins(current.get("VLLM_PLUGINS"))
+    added[RAY_PREFIXES] = _with_ours(current.get(RAY_PREFIXES, ""))
     if "PROMETHEUS_MULTIPROC_DIR" not in current:
         added["PROMETHEUS_MULTIPROC_DIR"] = str(_fresh_metrics_dir())
     return added
@@ -71,6 +75,11 @@ def _plugins(allowed: str | None) -> str:
             }
         )
     return ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def _with_ours(prefixes: str) -> str:
+    named = [prefix for prefix in prefixes.split(",") if prefix]
+    return ",".join(dict.fromkeys([*named, "S3LORA_"]))
 
 
 def _fresh_metrics_dir() -> Path:

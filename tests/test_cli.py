@@ -1,6 +1,7 @@
 """The command line keeps the contract's output and exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -175,7 +176,8 @@ def test_serve_refuses_to_start_unguarded(environment):
 
 def test_serve_keeps_the_users_plugins_and_metrics_folder(tmp_path):
     made = launcher.environment({"VLLM_PLUGINS": "mine", "PROMETHEUS_MULTIPROC_DIR": "/kept"})
-    assert made == {"VLLM_PLUGINS": "mine,s3lora", "PROMETHEUS_MULTIPROC_DIR": "/kept"}
+    assert made["VLLM_PLUGINS"] == "mine,s3lora"
+    assert made["PROMETHEUS_MULTIPROC_DIR"] == "/kept"
 
 
 def test_serve_names_every_plugin_that_would_have_loaded(monkeypatch, tmp_path):
@@ -184,6 +186,28 @@ def test_serve_names_every_plugin_that_would_have_loaded(monkeypatch, tmp_path):
     names = made["VLLM_PLUGINS"].split(",")
     assert {"s3lora", "lora_filesystem_resolver", "lora_hf_hub_resolver"} <= set(names)
     assert len(names) == len(set(names))
+
+
+COPIED = """
+from s3lora_serve.launcher import environment
+import os
+os.environ.update(environment(os.environ))
+from vllm.ray.ray_env import get_env_vars_to_copy
+print(*get_env_vars_to_copy())
+"""
+
+
+def test_workers_on_other_nodes_of_a_ray_cluster_get_the_gates_settings():
+    done = subprocess.run(
+        [sys.executable, "-c", COPIED], capture_output=True, text=True, check=True,
+        env=os.environ | {
+            "S3LORA_POLICY": "/p", "S3LORA_STATE_DIR": "/shared", "MINE_TOO": "1", "NOT_MINE": "1",
+            launcher.RAY_PREFIXES: "MINE_",
+        },
+    )  # fmt: skip
+    copied = set(done.stdout.split())
+    assert {"S3LORA_POLICY", "S3LORA_STATE_DIR", "MINE_TOO", "VLLM_PLUGINS"} <= copied
+    assert "NOT_MINE" not in copied
 
 
 def test_serve_makes_a_fresh_metrics_folder_and_removes_those_of_dead_servers(
