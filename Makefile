@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
 
-test: $(READY)  ## all tests that CI runs, those on real vLLM included
-	$(BIN)/python -m pytest
+test: $(READY)  ## all tests that CI runs; those on real vLLM in one process, the others beside them
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY)  ## everything that needs no vLLM engine
 	$(BIN)/python -m pytest -m "not serving"

@@ -11,6 +11,14 @@ from tests.support.tiny_model import make_model
 SPIKED_MODULE = "model.layers.2.self_attn.v_proj"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Engines want the machine for themselves: with `pytest -n 2` one process has all of them."""
+    for item in items:
+        if item.get_closest_marker("serving"):
+            item.add_marker(pytest.mark.xdist_group("engines"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_settings_from_outside():
     for name in [name for name in os.environ if name.startswith(("S3LORA_", "VLLM_"))]:

@@ -71,6 +71,23 @@ def test_one_admission_counts_once_and_both_ranks_are_guarded(ranks, spiked, wor
     assert [json.loads(line)["adapter"] for line in lines].count("counted") == 1
 
 
+def test_the_routes_tell_one_verdict_for_both_ranks(ranks, spiked, tmp_path):
+    assert ranks.load("acme/told", spiked).status_code == 200
+    told = ranks.get("/s3lora/adapters/acme/told").json()
+    assert sum(module["stripped"] for module in told["modules"]) == TOP_K
+    assert all(module["spectrum"] for module in told["modules"])
+    listed = ranks.get("/s3lora/adapters").json()
+    assert [one["name"] for one in listed["adapters"]].count("acme/told") == 1
+    tried = ranks.post("/s3lora/scan", lora_name="acme/told", lora_path=str(spiked)).json()
+    assert (tried["decision"], tried["digest"]) == ("stripped", told["digest"])
+    wide_copy = copy_with(spiked, tmp_path / "wide", wide)
+    refused = ranks.post("/s3lora/scan", lora_name="wide", lora_path=str(wide_copy)).json()
+    assert refused["reason"]["code"] == "S3LORA-301"
+    rechecked = ranks.post("/s3lora/recheck").json()["adapters"]
+    assert {one["name"]: one["differs"] for one in rechecked}["acme/told"] is False
+    assert "acme/told" in ranks.get("/s3lora/").text
+
+
 DISTURBED = """
 import dataclasses
 import os
