@@ -13,13 +13,17 @@ from s3lora_serve.verdict import Decision, Verdict
 _COLOURS = {Decision.ADMITTED: "green", Decision.STRIPPED: "yellow", Decision.REJECTED: "red"}
 
 
-def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+class VerdictTable:
     """One line per adapter, then per adapter what is stripped or why it is refused."""
-    console = Console()
-    table = Table("adapter", "decision", "modules", "stripped", "highest SSI", "ms")
-    for verdict in verdicts:
+
+    def __init__(self) -> None:
+        self._table = Table("adapter", "decision", "modules", "stripped", "highest SSI", "ms")
+        self._told: list[Text | Table] = []
+
+    def add(self, verdict: Verdict) -> None:
+        """Keep what is to be printed of one adapter."""
         indices = [module.ssi for module in verdict.modules if module.ssi is not None]
-        table.add_row(
+        self._table.add_row(
             plain(verdict.name),
             Text(verdict.decision, _COLOURS[verdict.decision]),
             str(len(verdict.modules)) if verdict.modules else "-",
@@ -27,15 +31,19 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
             f"{max(indices):.3f}" if indices else "-",
             f"{verdict.seconds.total * 1000:.1f}",
         )
-    console.print(table)
-    for verdict in verdicts:
         if verdict.reason:
-            console.print(plain(f"{verdict.name}: {verdict.reason}"))
+            self._told.append(plain(f"{verdict.name}: {verdict.reason}"))
         elif verdict.stripped:
-            _print_stripped(console, verdict)
+            self._told.append(_stripped(verdict))
+
+    def print(self) -> None:
+        """Print all that was added."""
+        console = Console()
+        for part in (self._table, *self._told):
+            console.print(part)
 
 
-def _print_stripped(console: Console, verdict: Verdict) -> None:
+def _stripped(verdict: Verdict) -> Table:
     table = Table("stripped module", "SSI", "relative", "σ̃₁", "rank", title=plain(verdict.name))
     stripped = [module for module in verdict.modules if module.stripped]
     for module in sorted(stripped, key=lambda module: -(module.relative_ssi or 0)):
@@ -46,7 +54,7 @@ def _print_stripped(console: Console, verdict: Verdict) -> None:
             f"{module.spectrum[0]:.3g}" if module.spectrum else "-",
             str(module.rank),
         )
-    console.print(table)
+    return table
 
 
 def print_recheck(adapters: Sequence[dict[str, Any]]) -> None:

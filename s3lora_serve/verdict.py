@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 from s3lora_serve.errors import Reason
+from s3lora_serve.policy import Policy
 
 
 class Decision(StrEnum):
@@ -136,6 +137,25 @@ def rejected(verdict: Verdict, reason: Reason) -> Verdict:
     """The verdict once somebody after the gate has refused: nothing is stripped of nothing."""
     kept = tuple(replace(module, stripped=False) for module in verdict.modules)
     return replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
+
+
+def unknown(name: str, path: str, policy: Policy) -> Verdict:
+    """What there is to say about an adapter of which nothing could be read."""
+    return Verdict(
+        path=path,
+        name=name,
+        digest=None,
+        config_digest=None,
+        decision=Decision.REJECTED,
+        reason=None,
+        uninformative=False,
+        mode=policy.mode,
+        scorer={
+            "name": policy.scorer.name,
+            "parameters": policy.scorer.model_dump(exclude={"name"}),
+        },
+        policy_digest=policy.digest,
+    )
 
 
 def _module_from_json(data: dict[str, Any]) -> ModuleVerdict:

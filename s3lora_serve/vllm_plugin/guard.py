@@ -23,12 +23,11 @@ from s3lora_serve.errors import (
     StoreDamaged,
 )
 from s3lora_serve.store import Kept, servable
-from s3lora_serve.verdict import Verdict
+from s3lora_serve.verdict import Verdict, unknown
 from s3lora_serve.vllm_plugin import compat, patches, served_model
 from s3lora_serve.vllm_plugin.desk import Desk, Refused, remember
 from s3lora_serve.vllm_plugin.enforcement import enforced
 from s3lora_serve.vllm_plugin.preparation import Preparation
-from s3lora_serve.vllm_plugin.recorder import unknown
 from s3lora_serve.vllm_plugin.served_model import WorkerModel
 
 logger = compat.logger

@@ -99,25 +99,6 @@ def _audit_log(wanted: Audit) -> AuditLog | None:
     return AuditLog(wanted.path, version, max_bytes=wanted.max_bytes, keep=wanted.keep)
 
 
-def unknown(name: str, path: str, policy: Policy) -> Verdict:
-    """What there is to say about an adapter of which nothing could be read."""
-    return Verdict(
-        path=path,
-        name=name,
-        digest=None,
-        config_digest=None,
-        decision=Decision.REJECTED,
-        reason=None,
-        uninformative=False,
-        mode=policy.mode,
-        scorer={
-            "name": policy.scorer.name,
-            "parameters": policy.scorer.model_dump(exclude={"name"}),
-        },
-        policy_digest=policy.digest,
-    )
-
-
 def _summary(verdict: Verdict) -> str:
     if verdict.reason:
         return f"{verdict.decision.value}: {verdict.reason}"

@@ -12,11 +12,10 @@ from typing import Any
 
 from s3lora_serve.errors import AdapterRejected, AuditFailed, DeadlinePassed, GateFailed, Reason
 from s3lora_serve.policy import Policy
-from s3lora_serve.verdict import Verdict, refused, rejected
+from s3lora_serve.verdict import Verdict, refused, rejected, unknown
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.decisions import Decisions
 from s3lora_serve.vllm_plugin.desk import Desk, Refused
-from s3lora_serve.vllm_plugin.recorder import unknown
 from s3lora_serve.vllm_plugin.served import Served, ServedAdapters
 from s3lora_serve.vllm_plugin.threads import use_cores
 from s3lora_serve.vllm_plugin.workers import ask_workers, is_first_server

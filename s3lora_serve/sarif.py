@@ -1,0 +1,84 @@
+"""Verdicts as SARIF 2.1.0, for code-scanning pages.
+
+Source: OASIS, Static Analysis Results Interchange Format Version 2.1.0.
+"""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from s3lora_serve.errors import AdapterRejected
+from s3lora_serve.intake import WEIGHTS_NAME
+from s3lora_serve.verdict import Decision, Verdict
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+SHARP = "S3LORA-SHARP"
+"""Rule of adapters that are served without some of their modules; refusals have their codes."""
+
+
+class SarifLog:
+    """Results of one run; an admitted adapter has none."""
+
+    def __init__(self) -> None:
+        self._results: list[dict[str, Any]] = []
+        self._rules = {rule["id"]: rule for rule in _rules()}
+        self._places = {id_: place for place, id_ in enumerate(self._rules)}
+
+    def add(self, verdict: Verdict) -> None:
+        """Keep what is to be said about one adapter."""
+        if verdict.decision is Decision.REJECTED and verdict.reason:
+            self._add(verdict, verdict.reason.code, "error", verdict.reason.message)
+        elif verdict.decision is Decision.STRIPPED:
+            names = ", ".join(verdict.stripped)
+            count = f"{len(verdict.stripped)} of {len(verdict.modules)} modules are sharp"
+            self._add(verdict, SHARP, "warning", f"{count} and are stripped: {names}")
+
+    def _add(self, verdict: Verdict, rule: str, level: str, message: str) -> None:
+        place = {"uri": _uri(Path(verdict.path) / WEIGHTS_NAME)}
+        digest = {"adapter/v1": verdict.digest} if verdict.digest else {}
+        self._results.append(
+            {
+                "ruleId": rule,
+                "ruleIndex": self._places[rule],
+                "level": level,
+                "message": {"text": message},
+                "locations": [{"physicalLocation": {"artifactLocation": place}}],
+                "partialFingerprints": digest,
+                "properties": {"adapter": verdict.name, "policyDigest": verdict.policy_digest},
+            }
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole log as plain data."""
+        driver = {
+            "name": "s3lora",
+            "semanticVersion": version("s3lora-serve"),
+            "rules": list(self._rules.values()),
+        }
+        run = {"tool": {"driver": driver}, "results": self._results}
+        return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def _rules() -> Iterator[dict[str, Any]]:
+    yield _rule(
+        SHARP, "SharpModules", "Look at the modules with `s3lora scan`; the rest is served."
+    )
+    found = [AdapterRejected]
+    for kind in found:
+        found += [sub for sub in kind.__subclasses__() if "code" in vars(sub)]
+    for kind in sorted(found[1:], key=lambda kind: kind.code):
+        yield _rule(kind.code, kind.__name__, kind.remedy)
+
+
+def _rule(id_: str, name: str, remedy: str) -> dict[str, Any]:
+    return {"id": id_, "name": name, "help": {"text": remedy}}
+
+
+def _uri(path: Path) -> str:
+    """Relative to the working folder where it can be: a checkout's pages know no other paths."""
+    absolute = Path.cwd() / path
+    if absolute.is_relative_to(Path.cwd()):
+        return quote(str(absolute.relative_to(Path.cwd())))
+    return absolute.as_uri()

@@ -1,0 +1,59 @@
+"""Find adapters: folders, folders of folders, patterns, lists."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from s3lora_serve.intake import CONFIG_NAME, OTHER_FORMATS, WEIGHTS_NAME
+
+MARKS = frozenset({CONFIG_NAME, WEIGHTS_NAME, *OTHER_FORMATS})
+"""A folder that holds one of these is taken for an adapter, if only to say what it lacks."""
+
+
+def adapters(paths: Iterable[str]) -> Iterator[Path]:
+    """The adapter folders that the paths lead to, in their order.
+
+    A path that does not exist is taken for a pattern, with `**` for any depth.
+
+    Raises:
+        OSError: a path does not exist and matches nothing, or a folder cannot be read.
+    """
+    for given in paths:
+        path = Path(given)
+        if not os.path.lexists(path) and glob.has_magic(given):
+            found = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - may be absolute
+            if not found:
+                path.stat()  # raises what is to be said
+            for match in map(Path, found):
+                if match.is_dir():
+                    yield from _under(match)
+        else:
+            path.stat()
+            yield from _under(path)
+
+
+def _under(path: Path) -> Iterator[Path]:
+    """The adapter folders under `path`; itself if it is one, or if there are none."""
+    if not path.is_dir() or any((path / mark).exists() for mark in MARKS):
+        yield path
+        return
+    found = sorted(_walk(path))
+    yield from found or [path]
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    """Folders that hold one of the files, links followed, each real folder once."""
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for name, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(name)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if MARKS.intersection(files):
+            yield Path(name)

@@ -1,0 +1,179 @@
+"""`s3lora scan` over many adapters: formats, resumption, and nothing that stops the rest."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sarif_pydantic
+from typer.testing import CliRunner
+
+from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.cli import app
+from s3lora_serve.errors import rejection_codes
+from s3lora_serve.policy import Strip
+from s3lora_serve.sarif import SHARP, SarifLog
+from s3lora_serve.sweep import sweep
+from tests.support.adapters import WEIGHTS, copy_with, diverged
+
+TWO = Policy(strip=Strip(top_k=2))
+
+
+@pytest.fixture
+def hub(trained, tmp_path) -> Path:
+    """Twelve adapters of three tenants; one is broken, one diverged."""
+    root = tmp_path / "hub"
+    for tenant in ("acme", "globex", "initech"):
+        for i in range(4):
+            copy_with(trained, root / tenant / f"v{i}")
+    (root / "acme" / "v1" / WEIGHTS).write_bytes(b"nothing")
+    copy_with(trained, root / "nan", diverged)
+    (root / "nan").rename(root / "initech" / "v9")
+    return root
+
+
+def run(*arguments, **more):
+    return CliRunner().invoke(app, ["scan", *map(str, arguments)], **more)
+
+
+def told(text):
+    return {Path(v["path"]).parent.name + "/" + v["name"]: v["decision"]
+            for v in map(json.loads, text.splitlines())}  # fmt: skip
+
+
+def test_each_adapter_is_a_line_and_broken_ones_stop_no_other(hub):
+    done = run(hub, "--format", "jsonl")
+    assert done.exit_code == 1
+    decisions = told(done.stdout)
+    assert len(decisions) == 13
+    assert [name for name, word in decisions.items() if word == "rejected"] == [
+        "acme/v1", "initech/v9",
+    ]  # fmt: skip
+
+
+def test_several_processes_say_the_same_in_the_same_order(hub):
+    def told(jobs):
+        done = run(hub, "--format", "jsonl", "--jobs", jobs)
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                for line in done.stdout.splitlines()]  # fmt: skip
+
+    assert told(2) == told(1)
+
+
+def test_patterns_and_a_list_on_standard_input_name_adapters_too(hub):
+    done = run(f"{hub}/*/v[01]", "--format", "jsonl")
+    assert set(told(done.stdout)) == {f"{t}/v{i}" for t in ("acme", "globex", "initech")
+                                      for i in (0, 1)}  # fmt: skip
+    listed = run("-", "--format", "jsonl", input=f"{hub}/acme/v0\n\n{hub}/globex\n")
+    assert len(told(listed.stdout)) == 5
+    nothing = run(f"{hub}/*/w*")
+    assert nothing.exit_code == 2
+    assert "No such file" in nothing.stderr
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(hub, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert run(hub, "--format", "jsonl", "-o", whole).exit_code == 1
+    lines = whole.read_text().splitlines(keepends=True)
+    cut.write_text("".join(lines[:5]) + lines[5][:100])
+    kept = cut.read_text()[: len("".join(lines[:5]))]
+    assert run(hub, "--format", "jsonl", "-o", cut, "--resume").exit_code == 1
+    assert cut.read_text().startswith(kept)
+    assert told(cut.read_text()) == told(whole.read_text())
+    assert len(cut.read_text().splitlines()) == 13
+    again = run(hub, "--format", "jsonl", "-o", cut, "--resume")
+    assert again.exit_code == 1, "what was refused before is refused still"
+    assert len(cut.read_text().splitlines()) == 13
+
+
+def test_nothing_is_written_over_and_nothing_else_is_gone_on_with(hub, tmp_path):
+    file = tmp_path / "out.jsonl"
+    file.write_text("mine\n")
+    for more in ([], ["--resume"]):
+        done = run(hub, "--format", "jsonl", "-o", file, *more)
+        assert done.exit_code == 2
+        assert str(file) in done.stderr
+    assert file.read_text() == "mine\n"
+    assert run(hub, "--resume").exit_code == 2
+    other = tmp_path / "other.jsonl"
+    run(hub / "acme" / "v0", "--format", "jsonl", "-o", other)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("strip: {top_k: 1}\n")
+    done = run(hub, "--format", "jsonl", "-o", other, "--resume", "--policy", policy)
+    assert done.exit_code == 2
+    assert "another policy" in done.stderr
+
+
+def test_an_adapter_that_takes_its_process_down_is_refused_and_the_others_are_scored(
+    hub, tmp_path, monkeypatch
+):
+    killing = """
+import os, pathlib
+import s3lora_serve.intake as intake
+taken = intake.copy_adapter
+def copy_adapter(folder, *more):
+    if folder.name == "v2" and folder.parent.name == "globex":
+        os.kill(os.getpid(), 9)
+    return taken(folder, *more)
+intake.copy_adapter = copy_adapter
+"""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(killing)
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)  # for the processes that are started from here
+    folders = sorted(path.parent for path in hub.glob(f"*/*/{WEIGHTS}"))
+    verdicts = list(sweep(folders, TWO, jobs=2))
+    assert [Path(v.path) for v in verdicts] == folders
+    found = {f"{Path(v.path).parent.name}/{v.name}": v for v in verdicts}
+    assert found["globex/v2"].reason.code == "S3LORA-401"
+    rejected = [name for name, v in found.items() if v.decision == "rejected"]
+    assert rejected == ["acme/v1", "globex/v2", "initech/v9"]
+
+
+def test_the_bar_is_shown_where_somebody_looks_and_keeps_out_of_the_output(hub):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "s3lora_serve", "scan", str(hub), "--format", "jsonl"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"}
+    ) as process:
+        os.close(theirs)
+        text, shown = process.stdout.read(), b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # the other side is gone
+            pass
+    os.close(ours)
+    assert len(told(text.decode())) == 13
+    assert b"/13" in shown
+    assert b"/s" in shown
+
+
+def test_sarif_has_a_result_for_each_adapter_that_is_not_whole(hub, monkeypatch):
+    monkeypatch.chdir(hub.parent)
+    done = run("hub", "--format", "sarif")
+    log = sarif_pydantic.Sarif.model_validate_json(done.stdout)
+    [ran] = log.runs
+    rules = [rule.id for rule in ran.tool.driver.rules]
+    assert len(set(rules)) == len(rules)
+    assert set(rules) == {SHARP, *rejection_codes()}
+    found = {}
+    for result in ran.results:
+        assert rules[result.rule_index] == result.rule_id
+        [place] = result.locations
+        uri = place.physical_location.artifact_location.uri
+        assert (hub.parent / uri).is_file(), "relative to the checkout"
+        found[uri] = result.rule_id, result.level.value
+    assert len(found) == 13
+    assert found["hub/acme/v1/adapter_model.safetensors"] == ("S3LORA-104", "error")
+    assert found["hub/initech/v9/adapter_model.safetensors"] == ("S3LORA-109", "error")
+    assert found["hub/globex/v0/adapter_model.safetensors"] == (SHARP, "warning")
+
+
+def test_an_adapter_admitted_whole_has_no_result(trained):
+    log = SarifLog()
+    log.add(scan_adapter(trained, Policy(strip=Strip(top_k=0))))
+    assert log.as_json()["runs"][0]["results"] == []
