@@ -13,6 +13,7 @@ from s3lora_serve import remote, tables
 from s3lora_serve.cli_audit import audit_app
 from s3lora_serve.cli_common import stop
 from s3lora_serve.cli_scan import scan
+from s3lora_serve.cli_strip import strip
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.guarding import checks
 from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, command, environment, extension_of
@@ -29,6 +30,7 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
 
 app.command()(scan)
+app.command()(strip)
 
 
 class RecheckFormat(StrEnum):

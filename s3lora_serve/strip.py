@@ -1,5 +1,8 @@
 """Write a PEFT adapter without its stripped modules; what is kept stays bit for bit."""
 
+import hashlib
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -10,6 +13,7 @@ from s3lora_serve.admission import admit
 from s3lora_serve.intake import CONFIG_NAME, WEIGHTS_NAME
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import effective_policy
+from s3lora_serve.provenance import PROVENANCE_NAME, statement
 from s3lora_serve.safetensors_format import Entry, write_header
 from s3lora_serve.verdict import Verdict
 
@@ -20,7 +24,7 @@ def strip_adapter(
     """Decide on `source` and write it to the new folder `target` without the stripped modules.
 
     Nothing is written when it is rejected, or when no module would be left. The folder appears
-    whole or not at all.
+    whole or not at all, with an in-toto statement of where it comes from.
 
     Raises:
         PolicyInvalid, SettingInvalid: the policy or the environment is bad.
@@ -28,7 +32,7 @@ def strip_adapter(
     """
     folder, written = Path(source), Path(target)
     chosen = effective_policy() if policy is None else policy
-    if written.exists():
+    if os.path.lexists(written):
         raise FileExistsError(f"{written} exists; name a folder that does not")
     admission = admit(folder, folder.absolute().name, chosen, device=device)
     adapter, verdict = admission.adapter, admission.verdict
@@ -38,6 +42,12 @@ def strip_adapter(
     staging = Path(tempfile.mkdtemp(prefix=f".{written.name}-", dir=written.absolute().parent))
     try:
         write_adapter(adapter, verdict.stripped, staging, verdict.removed)
+        origin = {
+            WEIGHTS_NAME: adapter.copy.digest,
+            CONFIG_NAME: hashlib.sha256(adapter.copy.config).hexdigest(),
+        }
+        told = json.dumps(statement(verdict, origin, staging), indent=2)
+        (staging / PROVENANCE_NAME).write_text(told + "\n")
         staging.chmod(0o755)
         staging.rename(written)
     except BaseException:
@@ -60,7 +70,24 @@ def write_adapter(
         file.write(write_header(_packed(kept), adapter.header.metadata))
         for entry in kept:
             file.write(adapter.copy.weights[entry.start : entry.end])
-    (folder / CONFIG_NAME).write_bytes(adapter.copy.config)
+    config = adapter.copy.config
+    if dropped:
+        names = [module.name for module in adapter.modules if module.name not in gone]
+        config = _config_of(names, config, saves=bool(set(adapter.unscorable) - dropped))
+    (folder / CONFIG_NAME).write_bytes(config)
+
+
+def _config_of(kept: list[str], config: bytes, *, saves: bool) -> bytes:
+    """The configuration of what is kept.
+
+    PEFT makes a new layer for each module that `target_modules` matches and the file lacks, and
+    some ways of initialising those change the base model's weights: it has to name what is there.
+    """
+    fields = json.loads(config)
+    fields["target_modules"] = kept
+    if not saves and "modules_to_save" in fields:
+        fields["modules_to_save"] = None
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _packed(entries: Iterable[Entry]) -> Iterator[tuple[Entry, int]]:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from s3lora_serve import strip_adapter
+from s3lora_serve.policy_file import read_policy
 from tests.serving.conftest import TOP_K, answers
 from tests.support.adapters import copy_with, diverged, key
 from tests.support.server import OPEN_LOADING, Server
@@ -47,6 +49,14 @@ def test_audit_mode_quarantines_what_does_not_fit_the_model(auditing, expected, 
     response = auditing.load("wide", copy_with(spiked, tmp_path / "wide", widen))
     assert (response.status_code, response.headers["X-S3LoRA-Decision"]) == (200, "rejected")
     assert answers(auditing, "wide") == expected["base"]
+
+
+def test_what_strip_writes_is_served_as_the_gate_serves_the_whole(
+    auditing, expected, spiked, policy_file, tmp_path
+):
+    strip_adapter(spiked, tmp_path / "written", read_policy(policy_file))
+    assert auditing.load("written", tmp_path / "written").status_code == 200
+    assert answers(auditing, "written") == expected["by-hand"]
 
 
 def test_off_does_nothing(switched_off, expected, spiked):
