@@ -12,6 +12,7 @@ import yaml
 from s3lora_serve import remote, tables
 from s3lora_serve.cli_audit import audit_app
 from s3lora_serve.cli_common import stop
+from s3lora_serve.cli_report import write_report
 from s3lora_serve.cli_scan import scan
 from s3lora_serve.cli_strip import strip
 from s3lora_serve.errors import S3LoRAError
@@ -31,6 +32,7 @@ app.add_typer(audit_app, name="audit")
 
 app.command()(scan)
 app.command()(strip)
+app.command("report")(write_report)
 
 
 class RecheckFormat(StrEnum):

@@ -17,6 +17,14 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Scorer(StrEnum):
+    """The index to score with; all but the first are slow, and refused by a server."""
+
+    MAS_SVD = "mas-svd"
+    SVD = "svd"
+    SPSVD = "spsvd"
+
+
 def stop(problem: str) -> NoReturn:
     """End with the exit code of wrong usage."""
     typer.echo(f"s3lora: {problem}", err=True)

@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -22,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from s3lora_serve.cli_common import REJECTED, Device, stop
+from s3lora_serve.cli_common import REJECTED, Device, Scorer, stop
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import effective_policy
@@ -33,14 +32,6 @@ from s3lora_serve.walk import adapters
 
 MANY = 32
 """Adapters from which on more processes are worth their start, which takes seconds."""
-
-
-class Scorer(StrEnum):
-    """The index `scan` scores with; all but the first are slow."""
-
-    MAS_SVD = "mas-svd"
-    SVD = "svd"
-    SPSVD = "spsvd"
 
 
 def scan(

@@ -5,7 +5,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
+from urllib.parse import urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -75,8 +76,14 @@ def adapter_page(verdict: Verdict, chosen: str | None, *, quarantined: bool) -> 
         verdict=verdict,
         quarantined=quarantined,
         map=heat_map(verdict),
+        link=partial(_module_link, verdict.name),
+        prefix="",
         chosen=modules.get(chosen or "", _sharpest(verdict)),
     )
+
+
+def _module_link(adapter: str, module: ModuleVerdict) -> str:
+    return "/s3lora/?" + urlencode({"adapter": adapter, "module": module.name}) + "#module"
 
 
 def _sharpest(verdict: Verdict) -> ModuleVerdict | None:
@@ -85,12 +92,18 @@ def _sharpest(verdict: Verdict) -> ModuleVerdict | None:
 
 def _page(template: str, **values: object) -> Page:
     style, script = _rendered("style.css"), _rendered("refresh.js")
-    values |= {"style": Markup(style), "script": Markup(script)}  # noqa: S704 - files of this package
+    values |= {"script": Markup(script)}  # noqa: S704 - a file of this package
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
         " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
-    return Page(_environment().get_template(template).render(values), policy)
+    return Page(html_of(template, **values), policy)
+
+
+def html_of(template: str, **values: object) -> str:
+    """A page with the one style that all have."""
+    style = Markup(_rendered("style.css"))  # noqa: S704 - a file of this package
+    return _environment().get_template(template).render(values, style=style)
 
 
 @cache

@@ -1,0 +1,74 @@
+"""`s3lora report`: one page on an adapter before it is served."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from s3lora_serve.cli_common import REJECTED, Device, Scorer, stop
+from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.pages.report import Subject, report
+from s3lora_serve.policy import Policy, Strip
+from s3lora_serve.policy_file import effective_policy
+from s3lora_serve.scan import scan_adapter
+from s3lora_serve.verdict import Decision
+
+COUNTS = (0, 5, 10, 15, 20)
+"""Numbers of stripped modules that the paper compares (its pruning hyperparameter τ)."""
+
+
+def write_report(
+    paths: Annotated[list[Path], typer.Argument(help="An adapter folder, or two to compare.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Indices to rank by as well: mas-svd,svd,spsvd.")
+    ] = None,
+    device: Annotated[
+        Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
+    ] = Device.AUTO,
+) -> None:
+    """Write one self-contained page: heat map, spectra, what is stripped and why.
+
+    Exit code: 0 admitted or stripped, 1 at least one rejected, 2 wrong usage.
+    """
+    if len(paths) > 2:
+        stop(f"a report is on one adapter or on two, not on {len(paths)}")
+    scorers = [name for name in (compare or "").split(",") if name]
+    if unknown := [name for name in scorers if name not in list(Scorer)]:
+        stop(f"--compare knows {', '.join(Scorer)}; got {unknown[0]!r}")
+    try:
+        for path in paths:
+            path.stat()
+        chosen = effective_policy(file=policy)
+        subjects = [_subject(path, chosen, scorers, device.value) for path in paths]
+        output.write_text(report(subjects))
+    except OSError as error:
+        stop(f"{str(error.filename)[:200]}: {error.strerror}")
+    except S3LoRAError as error:
+        stop(str(error))
+    typer.echo(f"{output}: {', '.join(one.verdict.decision.value for one in subjects)}")
+    if any(one.verdict.decision is Decision.REJECTED for one in subjects):
+        raise typer.Exit(REJECTED)
+
+
+def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Subject:
+    def decided(**changed: object) -> Policy:
+        # Rules for this adapter would overrule what is asked about.
+        name = path.absolute().name
+        own = policy.for_adapter(name, str(path.resolve()), None)
+        return own.model_copy(update=changed | {"rules": ()})
+
+    return Subject(
+        scan_adapter(path, policy, device),
+        {count: scan_adapter(path, decided(strip=Strip(top_k=count)), device) for count in COUNTS},
+        {
+            name: scan_adapter(
+                path, decided(scorer=policy.scorer.model_copy(update={"name": name})), device
+            )
+            for name in scorers
+            if name != policy.scorer.name
+        },
+    )
