@@ -14,7 +14,8 @@ MARKS = frozenset({CONFIG_NAME, WEIGHTS_NAME, *OTHER_FORMATS})
 def adapters(paths: Iterable[str]) -> Iterator[Path]:
     """The adapter folders that the paths lead to, in their order.
 
-    A path that does not exist is taken for a pattern, with `**` for any depth.
+    A file of an adapter stands for its folder. A path that does not exist is taken for a pattern,
+    with `**` for any depth.
 
     Raises:
         OSError: a path does not exist and matches nothing, or a folder cannot be read.
@@ -26,7 +27,7 @@ def adapters(paths: Iterable[str]) -> Iterator[Path]:
             if not found:
                 path.stat()  # raises what is to be said
             for match in map(Path, found):
-                if match.is_dir():
+                if match.is_dir() or match.name in MARKS:
                     yield from _under(match)
         else:
             path.stat()
@@ -35,6 +36,8 @@ def adapters(paths: Iterable[str]) -> Iterator[Path]:
 
 def _under(path: Path) -> Iterator[Path]:
     """The adapter folders under `path`; itself if it is one, or if there are none."""
+    if path.name in MARKS and path.is_file():
+        path = path.parent
     if not path.is_dir() or any((path / mark).exists() for mark in MARKS):
         yield path
         return

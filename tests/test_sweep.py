@@ -3,12 +3,14 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sarif_pydantic
+import yaml
 from typer.testing import CliRunner
 
 from s3lora_serve import Policy, scan_adapter
@@ -72,6 +74,20 @@ def test_patterns_and_a_list_on_standard_input_name_adapters_too(hub):
     nothing = run(f"{hub}/*/w*")
     assert nothing.exit_code == 2
     assert "No such file" in nothing.stderr
+
+
+def test_files_stand_for_their_folders_as_the_pre_commit_hook_gives_them(hub):
+    [hook] = yaml.safe_load(
+        Path(__file__).parents[1].joinpath(".pre-commit-hooks.yaml").read_text()
+    )
+    files = sorted(hub.glob("acme/*/*"))
+    chosen = [file for file in files if re.search(hook["files"], str(file))]
+    assert len(files) > len(chosen) == 4
+    program, *command = hook["entry"].split()
+    assert (program, command[0]) == ("s3lora", "scan")
+    done = run(*command[1:], *chosen, "--format", "jsonl")
+    assert set(told(done.stdout)) == {f"acme/v{i}" for i in range(4)}
+    assert done.exit_code == 1
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(hub, tmp_path):

@@ -8,7 +8,7 @@ from s3lora_serve.pages.render import html_of
 from s3lora_serve.verdict import ModuleVerdict, Verdict
 
 SPECTRA = 40
-"""Spectra shown of one adapter, the sharpest modules' and the stripped ones': more than are read."""
+"""Spectra shown of one adapter, of stripped and sharpest modules: more than are read."""
 
 MOST_APART = 20
 """Modules listed of those on which two adapters, or two indices, disagree most."""
