@@ -15,6 +15,7 @@ from s3lora_serve.cli_common import stop
 from s3lora_serve.cli_report import write_report
 from s3lora_serve.cli_scan import scan
 from s3lora_serve.cli_strip import strip
+from s3lora_serve.cli_summary import write_summary
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.guarding import checks
 from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, command, environment, extension_of
@@ -33,6 +34,7 @@ app.add_typer(audit_app, name="audit")
 app.command()(scan)
 app.command()(strip)
 app.command("report")(write_report)
+app.command("summary")(write_summary)
 
 
 class RecheckFormat(StrEnum):

@@ -198,8 +198,18 @@ def refusal_in(text: str) -> str | None:
     return found.group(0).strip() if found else None
 
 
+def rejections() -> tuple[type[AdapterRejected], ...]:
+    """Every cause for which an adapter can be refused, by code."""
+    causes = (cause for cause in AdapterRejected.__subclasses__() if hasattr(cause, "code"))
+    return tuple(sorted(causes, key=lambda cause: cause.code))
+
+
 def rejection_codes() -> tuple[str, ...]:
     """Every code that an adapter can be refused with: a closed set, fit for labels."""
-    return tuple(
-        sorted(cause.code for cause in AdapterRejected.__subclasses__() if hasattr(cause, "code"))
-    )
+    return tuple(cause.code for cause in rejections())
+
+
+def meanings() -> dict[str, str]:
+    """Each code's cause in a few words: its name, in lower case."""
+    words = {cause.code: re.sub(r"(?<!^)(?=[A-Z])", " ", cause.__name__) for cause in rejections()}
+    return {code: name.lower() for code, name in words.items()}

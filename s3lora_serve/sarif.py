@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from s3lora_serve.errors import AdapterRejected
+from s3lora_serve.errors import rejections
 from s3lora_serve.intake import WEIGHTS_NAME
 from s3lora_serve.verdict import Decision, Verdict
 
@@ -65,11 +65,8 @@ def _rules() -> Iterator[dict[str, Any]]:
     yield _rule(
         SHARP, "SharpModules", "Look at the modules with `s3lora scan`; the rest is served."
     )
-    found = [AdapterRejected]
-    for kind in found:
-        found += [sub for sub in kind.__subclasses__() if "code" in vars(sub)]
-    for kind in sorted(found[1:], key=lambda kind: kind.code):
-        yield _rule(kind.code, kind.__name__, kind.remedy)
+    for cause in rejections():
+        yield _rule(cause.code, cause.__name__, cause.remedy)
 
 
 def _rule(id_: str, name: str, remedy: str) -> dict[str, Any]:
