@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-admission clean
+.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-admission bench-scan clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -47,6 +47,9 @@ bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
 
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
 	$(BIN)/python -m tests.benchmarks.admission
+
+bench-scan: $(READY)  ## scanning many adapters beside reading them: 3 GB of files, minutes
+	$(BIN)/python -m tests.benchmarks.sweep
 
 $(READY): deploy/requirements-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"the pinned environment is for Python 3.11, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'

@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder, ExitStack() as stack:
         place = Path(folder)
         model = _make_model(place / "model")
-        adapters = [_make_adapter(place / f"adapter-{i}", i) for i in range(ADAPTERS)]
+        adapters = [make_adapter(place / f"adapter-{i}", i) for i in range(ADAPTERS)]
         (place / "policy.yaml").write_text(POLICY)
         ours = OPEN_LOADING | {
             "S3LORA_POLICY": str(place / "policy.yaml"),
@@ -176,8 +176,9 @@ def _make_model(folder: Path) -> Path:
     return folder
 
 
-def _make_adapter(folder: Path, seed: int) -> Path:
-    folder.mkdir()
+def make_adapter(folder: Path, seed: int) -> Path:
+    """An adapter of MODEL's shape with content of its own."""
+    folder.mkdir(parents=True)
     tensors = {}
     generator = torch.Generator().manual_seed(seed)
     for module in shapes.adapter(MODEL, RANK, torch.bfloat16):

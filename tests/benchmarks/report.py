@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import serving_report
+from tests.benchmarks import serving_report, sweep_report
 
 COLUMNS = (
     "adapter", "r", "dtype", "modules", "ours, s", "over floor", "naive f64 over ours",
@@ -49,6 +49,8 @@ def write(folder: Path) -> None:
     sections = [markdown(json.loads((folder / "results.json").read_text()))]
     if (figures := folder / "admission.json").exists():
         sections.append(serving_report.admission(json.loads(figures.read_text())))
+    if (figures := folder / "sweep.json").exists():
+        sections.append(sweep_report.sweep(json.loads(figures.read_text())))
     (folder / "RESULTS.md").write_text("\n".join(sections))
 
 

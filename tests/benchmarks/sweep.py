@@ -1,0 +1,119 @@
+"""`make bench-scan`: adapters and bytes a second of `s3lora scan`, beside `cat`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from s3lora_serve.sweep import default_jobs
+from tests.benchmarks import measure, report
+from tests.benchmarks.admission import MODEL, RANK, make_adapter
+
+HERE = Path(__file__).parent
+LARGE = 100
+SMALL = (1000, 10_000)
+ROUNDS = 3
+WEIGHTS = "adapter_model.safetensors"
+
+
+def main() -> None:
+    """Measure, write sweep.json and RESULTS.md."""
+    with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder:
+        place = Path(folder)
+        for i in range(LARGE):
+            make_adapter(place / "large" / f"a{i}", i)
+        _make_small(place / "small")
+        data = {
+            "machine": measure.machine(),
+            "model": MODEL,
+            "rank": RANK,
+            "jobs": default_jobs(),
+            "large": _large(place),
+            "small": _small(place),
+        }
+    (HERE / "sweep.json").write_text(json.dumps(data, indent=1) + "\n")
+    report.write(HERE)
+    print(json.dumps(data, indent=1))
+
+
+def _make_small(folder: Path) -> None:
+    """Adapters of four modules, that differ in their names only."""
+    first = folder / "a0"
+    first.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{side}.weight": torch.randn(
+            shape, generator=generator
+        ).to(torch.bfloat16)
+        for i in range(4)
+        for side, shape in (("A", (8, 64)), ("B", (64, 8)))
+    }
+    save_file(tensors, first / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    (first / "adapter_config.json").write_text(json.dumps(config))
+    for i in range(1, max(SMALL)):
+        shutil.copytree(first, folder / f"a{i}")
+
+
+def _large(place: Path) -> dict[str, object]:
+    """Least seconds of each, the routes taking turns, with nothing of the files in memory."""
+    files = sorted((place / "large").glob(f"*/{WEIGHTS}"))
+    size = sum(file.stat().st_size for file in files)
+    seconds: dict[str, list[float]] = {"cat": [], "cat, cached": [], "scan": [], "scan, cached": []}
+    for _ in range(ROUNDS):
+        for route, command in (("cat", _cat(files)), ("scan", _scan(place / "large"))):
+            _forget(files)
+            seconds[route].append(_seconds(command))
+            seconds[f"{route}, cached"].append(_seconds(command))
+    return {
+        "adapters": len(files),
+        "bytes": size,
+        "seconds": {route: min(found) for route, found in seconds.items()},
+    }
+
+
+def _small(place: Path) -> dict[str, float]:
+    """Seconds for each number of small adapters."""
+    folders = sorted((place / "small").iterdir())
+    found = {}
+    for count in SMALL:
+        listed = place / "list"
+        listed.write_text("".join(f"{folder}\n" for folder in folders[:count]))
+        with listed.open() as stdin:
+            found[str(count)] = _seconds(_scan("-"), stdin=stdin)
+    return found
+
+
+def _cat(files: list[Path]) -> list[str]:
+    return ["cat", *map(str, files)]
+
+
+def _scan(what: object) -> list[str]:
+    return [sys.executable, "-m", "s3lora_serve", "scan", str(what), "--format", "jsonl"]
+
+
+def _seconds(command: list[str], **options: object) -> float:
+    started = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
+    assert done.returncode in (0, 1)
+    return time.perf_counter() - started
+
+
+def _forget(files: list[Path]) -> None:
+    """Have the system drop its copies of the files from memory."""
+    os.sync()
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()

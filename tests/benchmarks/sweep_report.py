@@ -1,0 +1,35 @@
+"""The figures of `make bench-scan`, as a section of RESULTS.md."""
+
+
+def sweep(data: dict) -> str:  # type: ignore[type-arg]
+    """`make bench-scan`."""
+    machine, large, small = data["machine"], data["large"], data["small"]
+    seconds, size = large["seconds"], large["bytes"]
+    lines = [
+        "## Scanning many",
+        "",
+        f"`make bench-scan`, {machine['processor']}, {machine['cores']} cores, {data['jobs']}"
+        f" processes. {large['adapters']} adapters shaped for {data['model']}, rank"
+        f" {data['rank']}, {size / large['adapters'] / 1e6:.0f} MB each; `s3lora scan --format"
+        " jsonl` beside `cat` of the same files, least of three, start of the program included.",
+        "",
+        "| | `cat`, MB/s | `scan`, MB/s | `scan`, adapters/s | `scan` over `cat` |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {label} | {size / seconds['cat' + state] / 1e6:.0f}"
+            f" | {size / seconds['scan' + state] / 1e6:.0f}"
+            f" | {large['adapters'] / seconds['scan' + state]:.1f}"
+            f" | {seconds['cat' + state] / seconds['scan' + state]:.2f} |"
+            for label, state in (("from the disk", ""), ("from memory", ", cached"))
+        ),
+        "",
+        "Small adapters (four modules of 64 × 64, rank 8):",
+        "",
+        "| adapters | seconds | ms for each |",
+        "|---:|---:|---:|",
+        *(
+            f"| {count} | {found:.1f} | {1000 * found / int(count):.2f} |"
+            for count, found in small.items()
+        ),
+    ]
+    return "\n".join([*lines, ""])
