@@ -10,7 +10,7 @@ demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what i
 	$(BIN)/python -m deploy.demo
 
 test: $(READY)  ## all tests that CI runs; those on real vLLM in one process, the others beside them
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-fast: $(READY)  ## everything that needs no vLLM engine
 	$(BIN)/python -m pytest -m "not serving"

@@ -11,12 +11,19 @@ from tests.support.tiny_model import make_model
 SPIKED_MODULE = "model.layers.2.self_attn.v_proj"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+ENGINES = ("tests/serving/", "tests/deploy/test_dashboards.py")
+"""Tests that run real vLLM engines."""
+
+
+def pytest_xdist_make_scheduler(config, log):
     """Engines want the machine for themselves: with `pytest -n 2` one process has all of them."""
-    for item in items:
-        if item.get_closest_marker("serving"):
-            item.add_marker(pytest.mark.xdist_group("engines"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneAtATime(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "engines" if nodeid.startswith(ENGINES) else nodeid.partition("::")[0]
+
+    return OneAtATime(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")
