@@ -15,7 +15,8 @@ test: $(READY)  ## all tests that CI runs; those on real vLLM in one process, th
 test-fast: $(READY)  ## everything that needs no vLLM engine
 	$(BIN)/python -m pytest -m "not serving"
 
-test-all: test  ## what takes longer than CI allows is added here
+test-all: $(READY)  ## those too that take longer than CI allows
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
 
 load: $(READY)  ## hot loads and unloads under traffic on a real server: about ten minutes
 	$(BIN)/python -m tests.load
@@ -30,7 +31,7 @@ generate: $(READY)  ## write what in deploy/ is made from something else: dashbo
 	$(BIN)/python -m deploy.generate
 
 dashboard-check: $(READY)  ## each panel's query on a real Prometheus that watches a real guarded vLLM
-	$(BIN)/python -m pytest tests/deploy
+	$(BIN)/python -m pytest tests/deploy -m "slow or not slow"
 
 lint: $(READY)  ## style, types, and the direction of imports
 	$(BIN)/ruff check .

@@ -89,6 +89,7 @@ def _live(server, trained, spiked, workplace, state):
 
 @needs_prometheus
 @pytest.mark.serving
+@pytest.mark.slow
 @pytest.mark.parametrize(("panel", "expression"), QUERIES, ids=NAMES)
 def test_each_query_shows_something_of_a_real_guarded_vllm(watched, panel, expression):
     for variable, value in {
@@ -105,6 +106,7 @@ def test_each_query_shows_something_of_a_real_guarded_vllm(watched, panel, expre
 
 @needs_prometheus
 @pytest.mark.serving
+@pytest.mark.slow
 def test_the_dashboard_tells_what_happened(watched):
     matrix = watched.get(
         "query", query="sum by (layer, projection) (s3lora_modules_stripped_total) > 0"
@@ -119,6 +121,7 @@ def test_the_dashboard_tells_what_happened(watched):
 
 @needs_prometheus
 @pytest.mark.serving
+@pytest.mark.slow
 def test_each_recording_rule_and_alert_is_evaluated_on_what_a_real_vllm_exposes(watched):
     found = [rule for group in watched.get("rules")["groups"] for rule in group["rules"]]
     written = [rule for group in yaml.safe_load(RULES.read_text())["groups"]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.server import OPEN_LOADING, Server
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
 ROUTES = {
     ("get", "/s3lora/status"), ("get", "/s3lora/"), ("get", "/s3lora/policy"),

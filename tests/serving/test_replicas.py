@@ -11,7 +11,7 @@ from tests.serving.conftest import TOP_K, answers
 from tests.support.adapters import copy_with
 from tests.support.server import OPEN_LOADING, TWO_RANKS, Server
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
 # Workers of the second engine cannot read the store while a file is there.
 DISTURBED = """
