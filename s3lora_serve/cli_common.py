@@ -1,7 +1,8 @@
 """What the commands share: exit codes, options, how to stop."""
 
 from enum import StrEnum
-from typing import NoReturn
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeAlias
 
 import typer
 
@@ -25,7 +26,20 @@ class Scorer(StrEnum):
     SPSVD = "spsvd"
 
 
+PolicyOption: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
+]
+DeviceOption: TypeAlias = Annotated[
+    Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
+]
+
+
 def stop(problem: str) -> NoReturn:
     """End with the exit code of wrong usage."""
     typer.echo(f"s3lora: {problem}", err=True)
     raise typer.Exit(USAGE)
+
+
+def stop_at(error: OSError) -> NoReturn:
+    """End as `stop` does, over a file that cannot be read or written."""
+    stop(f"{str(error.filename)[:200]}: {error.strerror}")

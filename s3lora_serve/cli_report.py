@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from s3lora_serve.cli_common import REJECTED, Device, Scorer, stop
+from s3lora_serve.cli_common import (
+    REJECTED,
+    Device,
+    DeviceOption,
+    PolicyOption,
+    Scorer,
+    stop,
+    stop_at,
+)
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.pages.report import Subject, report
 from s3lora_serve.policy import Policy, Strip
@@ -20,15 +28,11 @@ COUNTS = (0, 5, 10, 15, 20)
 def write_report(
     paths: Annotated[list[Path], typer.Argument(help="An adapter folder, or two to compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
-    policy: Annotated[
-        Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
-    ] = None,
+    policy: PolicyOption = None,
     compare: Annotated[
         str | None, typer.Option(help="Indices to rank by as well: mas-svd,svd,spsvd.")
     ] = None,
-    device: Annotated[
-        Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
-    ] = Device.AUTO,
+    device: DeviceOption = Device.AUTO,
 ) -> None:
     """Write one self-contained page: heat map, spectra, what is stripped and why.
 
@@ -46,7 +50,7 @@ def write_report(
         subjects = [_subject(path, chosen, scorers, device.value) for path in paths]
         output.write_text(report(subjects))
     except OSError as error:
-        stop(f"{str(error.filename)[:200]}: {error.strerror}")
+        stop_at(error)
     except S3LoRAError as error:
         stop(str(error))
     typer.echo(f"{output}: {', '.join(one.verdict.decision.value for one in subjects)}")

@@ -21,7 +21,15 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from s3lora_serve.cli_common import REJECTED, Device, Scorer, stop
+from s3lora_serve.cli_common import (
+    REJECTED,
+    Device,
+    DeviceOption,
+    PolicyOption,
+    Scorer,
+    stop,
+    stop_at,
+)
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import effective_policy
@@ -42,15 +50,11 @@ def scan(
         ),
     ],
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
-    policy: Annotated[
-        Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
-    ] = None,
+    policy: PolicyOption = None,
     scorer: Annotated[
         Scorer | None, typer.Option(help="Another index than the policy's, to compare.")
     ] = None,
-    device: Annotated[
-        Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
-    ] = Device.AUTO,
+    device: DeviceOption = Device.AUTO,
     jobs: Annotated[
         int, typer.Option(min=0, help="Processes; 0: one a core where there are many adapters.")
     ] = 0,
@@ -75,7 +79,7 @@ def scan(
     try:
         folders = list(adapters(_listed(paths)))
     except OSError as error:
-        stop(f"{str(error.filename)[:200]}: {error.strerror}")
+        stop_at(error)
     known = _known(output, chosen) if resume and output else {}
     todo = [folder for folder in folders if str(folder) not in known]
     workers = jobs or (default_jobs() if len(todo) >= MANY else 1)

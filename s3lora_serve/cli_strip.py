@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from s3lora_serve.cli_common import REJECTED, Device, stop
+from s3lora_serve.cli_common import REJECTED, Device, DeviceOption, PolicyOption, stop, stop_at
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy_file import effective_policy
 from s3lora_serve.strip import strip_adapter
@@ -15,12 +15,8 @@ from s3lora_serve.tables import VerdictTable
 def strip(
     source: Annotated[Path, typer.Argument(help="An adapter folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    policy: Annotated[
-        Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
-    ] = None,
-    device: Annotated[
-        Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
-    ] = Device.AUTO,
+    policy: PolicyOption = None,
+    device: DeviceOption = Device.AUTO,
 ) -> None:
     """Write an adapter without its sharp modules, whole or not at all; the source is only read.
 
@@ -34,12 +30,12 @@ def strip(
     except FileExistsError as error:
         stop(str(error))
     except OSError as error:
-        stop(f"{str(error.filename)[:200]}: {error.strerror}")
+        stop_at(error)
     except S3LoRAError as error:
         stop(str(error))
     table = VerdictTable()
     table.add(verdict)
-    table.print()
+    table.end()
     if not target.exists():
         typer.echo("s3lora: nothing is written", err=True)
         raise typer.Exit(REJECTED)

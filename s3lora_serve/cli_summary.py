@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from s3lora_serve.cli_common import stop
+from s3lora_serve.cli_common import stop, stop_at
 from s3lora_serve.pages.summary import summary
 from s3lora_serve.registry import Registry, as_columns, collect
 
@@ -35,7 +35,7 @@ def write_summary(
     except ValueError as error:
         stop(f"{verdicts}: {error}")
     except OSError as error:
-        stop(f"{str(error.filename)[:200]}: {error.strerror}")
+        stop_at(error)
     counts = ", ".join(f"{count} {word}" for word, count in registry.decisions().items())
     typer.echo(f"{len(registry.rows)} adapters: {counts}")
 

@@ -1,9 +1,8 @@
 """How verdicts of a scan are printed, one after the other; memory does not grow with a sweep."""
 
 import json
-from abc import ABC, abstractmethod
 from enum import StrEnum
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from s3lora_serve.sarif import SarifLog
 from s3lora_serve.tables import VerdictTable
@@ -19,33 +18,17 @@ class Format(StrEnum):
     SARIF = "sarif"
 
 
-class Output(ABC):
+class Output(Protocol):
     """Takes verdicts in their order."""
 
-    @abstractmethod
     def add(self, verdict: Verdict) -> None:
         """One more."""
 
-    def end(self) -> None:  # noqa: B027 - not all formats have an end
+    def end(self) -> None:
         """That was the last."""
 
 
-class Table(Output):
-    """For people: at the end, since columns are as wide as their widest cell."""
-
-    def __init__(self) -> None:
-        self._table = VerdictTable()
-
-    def add(self, verdict: Verdict) -> None:
-        """Keep the row."""
-        self._table.add(verdict)
-
-    def end(self) -> None:
-        """Print."""
-        self._table.print()
-
-
-class Json(Output):
+class Json:
     """The contract's object, `{"adapters": […]}`."""
 
     def __init__(self, file: TextIO) -> None:
@@ -63,7 +46,7 @@ class Json(Output):
         self._file.write("\n]}\n" if self._before == "," else f"{self._before}]}}\n")
 
 
-class JsonLines(Output):
+class JsonLines:
     """One verdict a line, there at once: what was written survives an interruption."""
 
     def __init__(self, file: TextIO) -> None:
@@ -74,8 +57,11 @@ class JsonLines(Output):
         self._file.write(json.dumps(verdict.as_json()) + "\n")
         self._file.flush()
 
+    def end(self) -> None:
+        """All is written."""
 
-class Sarif(Output):
+
+class Sarif:
     """SARIF 2.1.0: one result for each adapter that is not admitted whole."""
 
     def __init__(self, file: TextIO) -> None:
@@ -95,7 +81,7 @@ class Sarif(Output):
 def output_in(form: Format, file: TextIO) -> Output:
     """The output of a format; tables go to the terminal."""
     if form is Format.TABLE:
-        return Table()
+        return VerdictTable()
     if form is Format.JSON:
         return Json(file)
     return JsonLines(file) if form is Format.JSONL else Sarif(file)

@@ -36,7 +36,7 @@ class VerdictTable:
         elif verdict.stripped:
             self._told.append(_stripped(verdict))
 
-    def print(self) -> None:
+    def end(self) -> None:
         """Print all that was added."""
         console = Console()
         for part in (self._table, *self._told):
