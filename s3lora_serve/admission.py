@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from s3lora_serve.gate import Ruling, rule
 from s3lora_serve.intake import PrivateCopy, check_roots, copy_adapter
 from s3lora_serve.policy import Policy
 from s3lora_serve.spectral import Factors, ModuleScore, Scorer, score_modules
+from s3lora_serve.storage import StoredFolder
 from s3lora_serve.verdict import Decision, ModuleVerdict, Seconds, Verdict
 
 MOST_CANCELLATION = 1e3
@@ -39,10 +40,25 @@ class Admission:
     verdict: Verdict
     adapter: Adapter | None
     refusal: AdapterRejected | None
+    scores: tuple[ModuleScore, ...] = ()
+
+    def under(self, policy: Policy) -> Verdict:
+        """The verdict on the same scores, had `policy` been the one for this adapter."""
+        if self.adapter is None or not self.scores or not self.verdict.digest:
+            return self.verdict
+        ruling = rule(self.scores, _scaling(self.adapter), self.verdict.digest, policy)
+        return replace(
+            self.verdict,
+            decision=ruling.decision,
+            reason=Reason.of(ruling.refusal) if ruling.refusal else None,
+            uninformative=ruling.uninformative,
+            policy_digest=policy.digest,
+            modules=_module_verdicts(self.adapter, self.scores, ruling),
+        )
 
 
 def admit(
-    folder: Path,
+    folder: Path | StoredFolder,
     name: str,
     policy: Policy,
     *,
@@ -60,7 +76,9 @@ def admit(
     which rules match and the verdict names, if it no longer lies there.
     """
     started = time.perf_counter()
-    effective = policy.for_adapter(name, _real_path(origin or folder), base_model)
+    where = origin or folder
+    real = _real_path(where) if isinstance(where, Path) else str(where)
+    effective = policy.for_adapter(name, real, base_model)
     deadline = started + effective.limits.seconds
     copy: PrivateCopy | None = None
     adapter: Adapter | None = None
@@ -69,9 +87,13 @@ def admit(
     try:
         limits = effective.limits
         if origin is not None:
-            check_roots(Path(_real_path(origin)), limits.roots)
+            check_roots(Path(real), limits.roots)
             limits = limits.model_copy(update={"roots": ()})
-        copy = copy_adapter(folder, limits, into() if into else None)
+        if isinstance(folder, StoredFolder):
+            copy = folder.copy(limits)
+            deadline = time.perf_counter() + limits.seconds  # downloads have their own
+        else:
+            copy = copy_adapter(folder, limits, into() if into else None)
         check = partial(_check_deadline, deadline, effective)
         check()
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check)
@@ -79,8 +101,7 @@ def admit(
         read = time.perf_counter()
         scores = _score(adapter, effective, device, check)
         scored = time.perf_counter()
-        scaling = {module.name: module.scaling for module in adapter.modules}
-        ruling = rule(scores, scaling, copy.digest, effective)
+        ruling = rule(scores, _scaling(adapter), copy.digest, effective)
     except AdapterRejected as refusal:
         ruling = Ruling(Decision.REJECTED, refusal)
     except Exception as error:  # noqa: BLE001 - fail closed: whatever broke, nothing unscored is admitted
@@ -88,7 +109,7 @@ def admit(
     ended = time.perf_counter()
     unscorable = adapter.unscorable if adapter else ()
     verdict = Verdict(
-        path=str(origin or folder),
+        path=str(where),
         name=name,
         digest=copy.digest if copy else None,
         config_digest=adapter.config.digest if adapter else None,
@@ -106,7 +127,11 @@ def admit(
         unscored=unscorable if effective.on_unscorable == "admit" else (),
         seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
     )
-    return Admission(verdict, adapter, ruling.refusal)
+    return Admission(verdict, adapter, ruling.refusal, tuple(scores))
+
+
+def _scaling(adapter: Adapter) -> dict[str, float]:
+    return {module.name: module.scaling for module in adapter.modules}
 
 
 def _check_shapes(adapter: Adapter, shapes: Collection[tuple[int, int]]) -> None:
@@ -171,7 +196,7 @@ def _is_finite(module: Module) -> bool:
 
 
 def _module_verdicts(
-    adapter: Adapter, scores: list[ModuleScore], ruling: Ruling
+    adapter: Adapter, scores: Sequence[ModuleScore], ruling: Ruling
 ) -> tuple[ModuleVerdict, ...]:
     by_name = {score.name: score for score in scores}
     return tuple(

@@ -34,6 +34,15 @@ DeviceOption: TypeAlias = Annotated[
 ]
 
 
+def check_device(device: Device) -> None:
+    """Stop where CUDA is asked for and not to be had; a gate would reject every adapter."""
+    if device is Device.CUDA:
+        import torch  # takes seconds
+
+        if not torch.cuda.is_available():
+            stop("--device cuda: torch finds no CUDA device here")
+
+
 def stop(problem: str) -> NoReturn:
     """End with the exit code of wrong usage."""
     typer.echo(f"s3lora: {problem}", err=True)

@@ -11,6 +11,7 @@ from s3lora_serve.cli_common import (
     DeviceOption,
     PolicyOption,
     Scorer,
+    check_device,
     stop,
     stop_at,
 )
@@ -18,7 +19,6 @@ from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.pages.report import Subject, report
 from s3lora_serve.policy import Policy, Strip
 from s3lora_serve.policy_file import effective_policy
-from s3lora_serve.scan import scan_adapter
 from s3lora_serve.verdict import Decision
 
 COUNTS = (0, 5, 10, 15, 20)
@@ -38,6 +38,7 @@ def write_report(
 
     Exit code: 0 admitted or stripped, 1 at least one rejected, 2 wrong usage.
     """
+    check_device(device)
     if len(paths) > 2:
         stop(f"a report is on one adapter or on two, not on {len(paths)}")
     scorers = [name for name in (compare or "").split(",") if name]
@@ -59,20 +60,26 @@ def write_report(
 
 
 def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Subject:
-    def decided(**changed: object) -> Policy:
-        # Rules for this adapter would overrule what is asked about.
-        name = path.absolute().name
-        own = policy.for_adapter(name, str(path.resolve()), None)
-        return own.model_copy(update=changed | {"rules": ()})
+    from s3lora_serve.admission import admit  # and with it torch, which takes seconds
 
+    name = path.absolute().name
+    # Rules for this adapter would overrule what is asked about.
+    own = policy.for_adapter(name, str(path.resolve()), None).model_copy(update={"rules": ()})
+    admission = admit(path, name, policy, device=device)
+    others = [other for other in scorers if other != policy.scorer.name]
     return Subject(
-        scan_adapter(path, policy, device),
-        {count: scan_adapter(path, decided(strip=Strip(top_k=count)), device) for count in COUNTS},
+        admission.verdict,
         {
-            name: scan_adapter(
-                path, decided(scorer=policy.scorer.model_copy(update={"name": name})), device
-            )
-            for name in scorers
-            if name != policy.scorer.name
+            count: admission.under(own.model_copy(update={"strip": Strip(top_k=count)}))
+            for count in COUNTS
+        },
+        {
+            other: admit(path, name, _scored_by(own, other), device=device).verdict
+            for other in others
         },
     )
+
+
+def _scored_by(policy: Policy, scorer: str) -> Policy:
+    choice = policy.scorer.model_copy(update={"name": scorer})
+    return policy.model_copy(update={"scorer": choice})

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, TextIO
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -27,14 +26,15 @@ from s3lora_serve.cli_common import (
     DeviceOption,
     PolicyOption,
     Scorer,
+    check_device,
     stop,
     stop_at,
 )
-from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.errors import S3LoRAError, StorageFailed
 from s3lora_serve.policy import Policy
 from s3lora_serve.policy_file import effective_policy
 from s3lora_serve.scan_output import Format, output_in
-from s3lora_serve.sweep import default_jobs, sweep
+from s3lora_serve.sweep import Folder, default_jobs, sweep
 from s3lora_serve.verdict import Decision, Verdict
 from s3lora_serve.walk import adapters
 
@@ -46,7 +46,8 @@ def scan(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Adapter folders, folders of adapters, patterns; - for a list on standard input."
+            help="Adapter folders, folders of adapters, patterns, URLs that fsspec opens;"
+            " - for a list on standard input."
         ),
     ],
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
@@ -58,6 +59,9 @@ def scan(
     jobs: Annotated[
         int, typer.Option(min=0, help="Processes; 0: one a core where there are many adapters.")
     ] = 0,
+    ray: Annotated[
+        str | None, typer.Option(help="Score on a Ray cluster: auto, or its address.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write there, not to standard output.")
     ] = None,
@@ -69,24 +73,31 @@ def scan(
 
     Exit code: 0 admitted or stripped, 1 at least one rejected, 2 wrong usage.
     """
-    if device is Device.CUDA and not torch.cuda.is_available():
-        stop("--device cuda: torch finds no CUDA device here")
+    check_device(device)
     if output is not None and form is Format.TABLE:
         stop("--output takes --format json, jsonl or sarif")
     if resume and (output is None or form is not Format.JSONL):
         stop("--resume takes --format jsonl and --output FILE")
+    if ray is not None and jobs:
+        stop("--ray scores on all CPUs of the cluster: leave --jobs out")
     chosen = _policy(policy, scorer)
     try:
         folders = list(adapters(_listed(paths)))
     except OSError as error:
         stop_at(error)
+    except StorageFailed as error:
+        stop(str(error))
     known = _known(output, chosen) if resume and output else {}
     todo = [folder for folder in folders if str(folder) not in known]
-    workers = jobs or (default_jobs() if len(todo) >= MANY else 1)
+    if ray is None:
+        workers = jobs or (default_jobs() if len(todo) >= MANY else 1)
+        verdicts = sweep(todo, chosen, device.value, workers)
+    else:
+        verdicts = _on_cluster(todo, chosen, device.value, ray)
     rejected = any(decision == Decision.REJECTED for decision in known.values())
     with ExitStack() as stack:
         written = output_in(form, _opened(stack, output, resume))
-        for verdict in _shown(sweep(todo, chosen, device.value, workers), len(todo)):
+        for verdict in _shown(verdicts, len(todo)):
             written.add(verdict)
             rejected |= verdict.decision is Decision.REJECTED
         written.end()
@@ -102,6 +113,19 @@ def _policy(file: Path | None, scorer: Scorer | None) -> Policy:
         return chosen
     choice = chosen.scorer.model_copy(update={"name": scorer.value})
     return chosen.model_copy(update={"scorer": choice})
+
+
+def _on_cluster(
+    folders: Iterable[Folder], policy: Policy, device: str, address: str
+) -> Iterator[Verdict]:
+    try:
+        from s3lora_serve.ray_sweep import ray_sweep  # an extra
+    except ImportError:
+        stop("--ray needs the extra: pip install 's3lora-serve[ray]'")
+    try:
+        yield from ray_sweep(folders, policy, device, address)
+    except ConnectionError as error:
+        stop(f"--ray {address}: {str(error).splitlines()[0]}")
 
 
 def _listed(paths: Iterable[str]) -> Iterator[str]:

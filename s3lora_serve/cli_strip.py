@@ -5,10 +5,18 @@ from typing import Annotated
 
 import typer
 
-from s3lora_serve.cli_common import REJECTED, Device, DeviceOption, PolicyOption, stop, stop_at
+import s3lora_serve  # and what needs torch when it is used: importing that takes seconds
+from s3lora_serve.cli_common import (
+    REJECTED,
+    Device,
+    DeviceOption,
+    PolicyOption,
+    check_device,
+    stop,
+    stop_at,
+)
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy_file import effective_policy
-from s3lora_serve.strip import strip_adapter
 from s3lora_serve.tables import VerdictTable
 
 
@@ -24,9 +32,11 @@ def strip(
 
     Exit code: 0 written, 1 rejected or nothing left, 2 wrong usage.
     """
+    check_device(device)
     try:
         source.stat()
-        verdict = strip_adapter(source, target, effective_policy(file=policy), device.value)
+        chosen = effective_policy(file=policy)
+        verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value)
     except FileExistsError as error:
         stop(str(error))
     except OSError as error:

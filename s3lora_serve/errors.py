@@ -166,6 +166,14 @@ class SettingInvalid(S3LoRAError):
     remedy = "Fix or unset the variable; the README lists them."
 
 
+class StorageFailed(S3LoRAError):
+    code = "S3LORA-904"
+    remedy = (
+        "Check the URL, and the settings of its fsspec backend: credentials, endpoint, whether it"
+        " is installed."
+    )
+
+
 class ContractBroken(S3LoRAError):
     code = "S3LORA-903"
     remedy = (

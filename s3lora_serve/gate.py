@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import TYPE_CHECKING
 
 from s3lora_serve.errors import (
     AdapterRejected,
@@ -14,8 +15,10 @@ from s3lora_serve.errors import (
     Unrankable,
 )
 from s3lora_serve.policy import Policy
-from s3lora_serve.spectral import ModuleScore
 from s3lora_serve.verdict import Decision
+
+if TYPE_CHECKING:  # the command line starts without torch
+    from s3lora_serve.spectral import ModuleScore
 
 UNINFORMATIVE_SPREAD = 1e-3
 """Spread of relative SSI below which the index does not rank. Spec of MAS-SVD, facts."""
@@ -41,7 +44,7 @@ class Ruling:
 
 
 def rule(
-    scores: Sequence[ModuleScore], scaling: Mapping[str, float], digest: str, policy: Policy
+    scores: Sequence["ModuleScore"], scaling: Mapping[str, float], digest: str, policy: Policy
 ) -> Ruling:
     """Decide on one adapter from the scores of its selected modules.
 
@@ -76,7 +79,7 @@ def _rejected(refusal: AdapterRejected) -> Ruling:
 
 
 def _over_limit(
-    scores: Sequence[ModuleScore], scaling: Mapping[str, float], policy: Policy
+    scores: Sequence["ModuleScore"], scaling: Mapping[str, float], policy: Policy
 ) -> OverLimit | None:
     """The magnitudes that SSI cannot see: s, and one module's norm against the others'."""
     limits = policy.limits
@@ -98,7 +101,7 @@ def _over_limit(
     return None
 
 
-def _blind(scores: Sequence[ModuleScore]) -> AdapterRejected | None:
+def _blind(scores: Sequence["ModuleScore"]) -> AdapterRejected | None:
     """Why the index cannot rank these modules, if it cannot."""
     ranked = [score.relative_ssi for score in scores if score.relative_ssi is not None]
     if len(ranked) < 2:
@@ -114,7 +117,7 @@ def _blind(scores: Sequence[ModuleScore]) -> AdapterRejected | None:
     return None
 
 
-def _sharp(scores: Sequence[ModuleScore], policy: Policy) -> list[str]:
+def _sharp(scores: Sequence["ModuleScore"], policy: Policy) -> list[str]:
     """Names of the modules that the policy's strip rule picks."""
     name, value = policy.strip.rule
     most = _floor(policy.limits.max_stripped_fraction, len(scores))
@@ -129,13 +132,13 @@ def _sharp(scores: Sequence[ModuleScore], policy: Policy) -> list[str]:
     return _outliers(scores, value)
 
 
-def _sharpest(scores: Sequence[ModuleScore], count: int) -> list[str]:
+def _sharpest(scores: Sequence["ModuleScore"], count: int) -> list[str]:
     ranked = [(s.relative_ssi, s.name) for s in scores if s.relative_ssi is not None]
     ranked.sort(key=lambda pair: (-round(pair[0], TIE_DIGITS), pair[1]))
     return [name for _, name in ranked[:count]]
 
 
-def _outliers(scores: Sequence[ModuleScore], bound: float) -> list[str]:
+def _outliers(scores: Sequence["ModuleScore"], bound: float) -> list[str]:
     """Modules whose robust z-score `(x − median) / (1.4826·MAD)` exceeds `bound`."""
     ranked = {s.name: s.relative_ssi for s in scores if s.relative_ssi is not None}
     middle = median(ranked.values())

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-import torch
-
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy_file import serving_policy
 from s3lora_serve.settings import load_settings
@@ -124,6 +122,8 @@ def _metrics_dir() -> Check:
 
 
 def _device() -> Check:
+    import torch  # takes seconds, and no other command than doctor asks
+
     cuda = torch.cuda.is_available()
     detail = (
         torch.cuda.get_device_name(0) if cuda else "no CUDA device: modules are scored on the CPU"

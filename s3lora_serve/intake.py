@@ -31,6 +31,9 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OTHER_FORMATS = ("adapter_model.bin", "adapter_model.pt")
 
+MARKS = frozenset({CONFIG_NAME, WEIGHTS_NAME, *OTHER_FORMATS})
+"""A folder that holds one of these is taken for an adapter, if only to say what it lacks."""
+
 MAX_CONFIG_BYTES = 2**20
 """PEFT writes a few kilobytes; target_modules of the largest models stay far below this."""
 

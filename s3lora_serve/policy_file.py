@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 import yaml
 
 from s3lora_serve.errors import PolicyInvalid
-from s3lora_serve.policy import Policy, parse_policy
+from s3lora_serve.policy import Policy, ScorerChoice, parse_policy
 from s3lora_serve.settings import Settings, load_settings
-from s3lora_serve.spectral import SERVING
+
+SERVING = ScorerChoice().name
+"""The one scorer that serves is the default."""
 
 MAX_POLICY_BYTES = 2**20
 """A policy is written by hand; a larger file is the wrong file."""

@@ -10,6 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from s3lora_serve.gate import MAD_TO_SIGMA
+from s3lora_serve.storage import is_url
 from s3lora_serve.verdict import Decision, Verdict
 
 BINS = 50
@@ -123,8 +124,11 @@ def collect(lines: Iterable[str]) -> Registry:
         for ssi in indices:
             bins[min(BINS - 1, int(ssi * BINS))] += 1
         rows.append(_row(verdict, indices))
-    root = os.path.commonpath([row.path for row in rows]) if rows else ""
-    return Registry(tuple(_of_tenant(row, root) for row in rows), tuple(bins))
+    local = [row.path for row in rows if not is_url(row.path)]
+    stored = [row.path for row in rows if is_url(row.path)]
+    roots = {False: _root(local), True: _root(stored)}
+    told = (_of_tenant(row, roots[is_url(row.path)]) for row in rows)
+    return Registry(tuple(told), tuple(bins))
 
 
 def as_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
@@ -135,7 +139,7 @@ def as_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 def _row(verdict: Verdict, indices: Sequence[float]) -> Row:
     relative = [m.relative_ssi for m in verdict.modules if m.relative_ssi is not None]
     return Row(
-        path=str(Path(verdict.path).absolute()),
+        path=verdict.path if is_url(verdict.path) else str(Path(verdict.path).absolute()),
         tenant="",
         name=verdict.name,
         digest=verdict.digest,
@@ -150,6 +154,11 @@ def _row(verdict: Verdict, indices: Sequence[float]) -> Row:
         policy_digest=verdict.policy_digest,
         seconds=verdict.seconds.total,
     )
+
+
+def _root(paths: Sequence[str]) -> str:
+    """The folder that all of them lie under."""
+    return os.path.commonpath(paths) if paths else ""
 
 
 def _of_tenant(row: Row, root: str) -> Row:

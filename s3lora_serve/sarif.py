@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from s3lora_serve.errors import rejections
 from s3lora_serve.intake import WEIGHTS_NAME
+from s3lora_serve.storage import is_url
 from s3lora_serve.verdict import Decision, Verdict
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -36,7 +37,7 @@ class SarifLog:
             self._add(verdict, SHARP, "warning", f"{count} and are stripped: {names}")
 
     def _add(self, verdict: Verdict, rule: str, level: str, message: str) -> None:
-        place = {"uri": _uri(Path(verdict.path) / WEIGHTS_NAME)}
+        place = {"uri": _uri(verdict.path)}
         digest = {"adapter/v1": verdict.digest} if verdict.digest else {}
         self._results.append(
             {
@@ -73,9 +74,11 @@ def _rule(id_: str, name: str, remedy: str) -> dict[str, Any]:
     return {"id": id_, "name": name, "help": {"text": remedy}}
 
 
-def _uri(path: Path) -> str:
+def _uri(folder: str) -> str:
     """Relative to the working folder where it can be: a checkout's pages know no other paths."""
-    absolute = Path.cwd() / path
+    if is_url(folder):
+        return quote(f"{folder}/{WEIGHTS_NAME}", safe=":/")
+    absolute = Path.cwd() / folder / WEIGHTS_NAME
     if absolute.is_relative_to(Path.cwd()):
         return quote(str(absolute.relative_to(Path.cwd())))
     return absolute.as_uri()

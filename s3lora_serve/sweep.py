@@ -9,12 +9,13 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-
+import s3lora_serve
 from s3lora_serve.errors import GateFailed, Reason
 from s3lora_serve.policy import Policy
-from s3lora_serve.scan import scan_adapter
+from s3lora_serve.storage import StoredFolder, name_of
 from s3lora_serve.verdict import Verdict, rejected, unknown
+
+Folder = Path | StoredFolder
 
 AHEAD = 4
 """Adapters begun for each process before the first of them is asked for."""
@@ -26,7 +27,7 @@ def default_jobs() -> int:
 
 
 def sweep(
-    folders: Iterable[Path], policy: Policy, device: str = "auto", jobs: int = 1
+    folders: Iterable[Folder], policy: Policy, device: str = "auto", jobs: int = 1
 ) -> Iterator[Verdict]:
     """Verdicts in the order of `folders`, scored by `jobs` processes of one thread each.
 
@@ -34,7 +35,7 @@ def sweep(
     """
     if jobs == 1:
         for folder in folders:
-            yield scan_adapter(folder, policy, device)
+            yield _scan(folder, policy, device)
         return
     waiting = iter(folders)
     while begun := list(islice(waiting, 1)):
@@ -48,21 +49,23 @@ def sweep(
 class _Broken(Exception):
     """A process of the pool died; which adapter it was is not known yet."""
 
-    def __init__(self, undecided: list[Path]) -> None:
+    def __init__(self, undecided: list[Folder]) -> None:
         super().__init__()
         self.undecided = undecided
 
 
 def _pooled(
-    begun: list[Path], waiting: Iterator[Path], policy: Policy, device: str, jobs: int
+    begun: list[Folder], waiting: Iterator[Folder], policy: Policy, device: str, jobs: int
 ) -> Iterator[Verdict]:
     with _pool(jobs) as pool:
-        pending: deque[tuple[Path, Future[Verdict]]] = deque()
+        pending: deque[tuple[Folder, Future[Verdict]]] = deque()
 
-        def begin(folders: Iterable[Path]) -> None:
+        def begin(folders: Iterable[Folder]) -> None:
             for folder in folders:
                 try:
-                    pending.append((folder, pool.submit(scan_adapter, folder, policy, device)))
+                    pending.append(
+                        (folder, pool.submit(scan_on_one_thread, folder, policy, device))
+                    )
                 except BrokenProcessPool:
                     raise _Broken([*(other for other, _ in pending), folder]) from None
 
@@ -78,17 +81,31 @@ def _pooled(
             begin(islice(waiting, 1))
 
 
-def _alone(folder: Path, policy: Policy, device: str) -> Verdict:
+def _alone(folder: Folder, policy: Policy, device: str) -> Verdict:
     """One adapter in a process of its own: what takes that down is to blame."""
     with _pool(1) as pool:
         try:
-            return pool.submit(scan_adapter, folder, policy, device).result()
+            return pool.submit(scan_on_one_thread, folder, policy, device).result()
         except BrokenProcessPool:
             reason = Reason.of(GateFailed("the process that scored it died"))
-            return rejected(unknown(folder.absolute().name, str(folder), policy), reason)
+            return rejected(unknown(name_of(folder), str(folder), policy), reason)
+
+
+def scan_on_one_thread(folder: Folder, policy: Policy, device: str) -> Verdict:
+    """What a process does that has others beside it, one a core."""
+    import torch
+
+    torch.set_num_threads(1)
+    return _scan(folder, policy, device)
+
+
+def _scan(folder: Folder, policy: Policy, device: str) -> Verdict:
+    # Taken from the package when called: whoever only hands out work does without torch.
+    return s3lora_serve.scan_adapter(folder, policy, device)
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
-    # Not forked: torch's threads do not survive that.
-    return ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads,
-                               initargs=(1,))  # fmt: skip
+    # Forked off a process that has imported torch, once, and has no threads to lose.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([f"{s3lora_serve.__name__}.scan"])
+    return ProcessPoolExecutor(jobs, context)

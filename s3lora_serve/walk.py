@@ -1,17 +1,15 @@
-"""Find adapters: folders, folders of folders, patterns, lists."""
+"""Find adapters: folders, folders of folders, patterns, URLs."""
 
 import glob
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from s3lora_serve.intake import CONFIG_NAME, OTHER_FORMATS, WEIGHTS_NAME
-
-MARKS = frozenset({CONFIG_NAME, WEIGHTS_NAME, *OTHER_FORMATS})
-"""A folder that holds one of these is taken for an adapter, if only to say what it lacks."""
+from s3lora_serve.intake import MARKS
+from s3lora_serve.storage import StoredFolder, is_url, stored_adapters
 
 
-def adapters(paths: Iterable[str]) -> Iterator[Path]:
+def adapters(paths: Iterable[str]) -> Iterator[Path | StoredFolder]:
     """The adapter folders that the paths lead to, in their order.
 
     A file of an adapter stands for its folder. A path that does not exist is taken for a pattern,
@@ -19,8 +17,12 @@ def adapters(paths: Iterable[str]) -> Iterator[Path]:
 
     Raises:
         OSError: a path does not exist and matches nothing, or a folder cannot be read.
+        StorageFailed: a URL leads to nothing that can be listed.
     """
     for given in paths:
+        if is_url(given):
+            yield from stored_adapters(given)
+            continue
         path = Path(given)
         if not os.path.lexists(path) and glob.has_magic(given):
             found = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - may be absolute
