@@ -11,19 +11,34 @@ from tests.support.tiny_model import make_model
 SPIKED_MODULE = "model.layers.2.self_attn.v_proj"
 
 
-ENGINES = ("tests/serving/", "tests/deploy/test_dashboards.py")
-"""Tests that run real vLLM engines."""
+LAST = tuple(f"tests/serving/test_{name}.py" for name in (
+    "contract", "experts", "offline", "page", "policies",
+))  # fmt: skip
+"""Tests on real vLLM that begin when what needs none is done: of about the length of the others."""
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """Engines want the machine for themselves: with `pytest -n 2` one process has all of them."""
+    """Two processes share the work so that neither starts an engine that the other has started.
+
+    Starting one takes longer than most tests on it: one process takes most of the engines, the
+    other all that needs none, and then the rest.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneAtATime(LoadScopeScheduling):
+    class Shared(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return "engines" if nodeid.startswith(ENGINES) else nodeid.partition("::")[0]
+            if nodeid.startswith(LAST):
+                return "last"
+            if nodeid.startswith(("tests/serving/", "tests/deploy/test_dashboards.py")):
+                return "first"
+            return nodeid.partition("::")[0]
 
-    return OneAtATime(config, log)
+        def _assign_work_unit(self, node):
+            for scope in {"first", "last"} & self.workqueue.keys():
+                self.workqueue.move_to_end(scope, last=scope == "last")
+            super()._assign_work_unit(node)
+
+    return Shared(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

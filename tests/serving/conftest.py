@@ -60,7 +60,15 @@ def switched_off(model, policy_file, workplace):
 
 
 @pytest.fixture(scope="session")
-def expected(model, spiked, trained, policy_file, workplace):
+def stock(model, workplace):
+    """vLLM without the gate."""
+    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
+    with Server(model, workplace / "stock.log", (), environment, guarded=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def expected(stock, spiked, trained, policy_file, workplace):
     """Log-probabilities on vLLM without the gate, by what is served there.
 
     The base model, the spiked adapter whole, and both adapters written without the modules that
@@ -72,11 +80,9 @@ def expected(model, spiked, trained, policy_file, workplace):
         stripped = set(scan_adapter(source, policy).stripped)
         assert len(stripped) == TOP_K
         folders[name] = copy_with(source, workplace / name, without(stripped))
-    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
-    with Server(model, workplace / "stock.log", (), environment, guarded=False) as stock:
-        for name, folder in folders.items():
-            assert stock.load(name, folder).status_code == 200
-        return {name: answers(stock, name) for name in ("base", *folders)}
+    for name, folder in folders.items():
+        assert stock.load(name, folder).status_code == 200
+    return {name: answers(stock, name) for name in ("base", *folders)}
 
 
 def answers(server, name):

@@ -39,13 +39,11 @@ def linear_only(embedding, workplace):
 
 
 @pytest.fixture(scope="module")
-def served(model, embedding, linear_only, workplace):
-    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
-    with Server(model, workplace / "stock-embedding.log", (), environment, guarded=False) as stock:
-        folders = {"whole": embedding, "linear": linear_only}
-        for name, folder in folders.items():
-            assert stock.load(name, folder).status_code == 200
-        return {name: answers(stock, name) for name in folders}
+def served(stock, embedding, linear_only):
+    folders = {"whole": embedding, "linear": linear_only}
+    for name, folder in folders.items():
+        assert stock.load(f"embedding {name}", folder).status_code == 200
+    return {name: answers(stock, f"embedding {name}") for name in folders}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ engine, in the prefix cache, in requests under way, in metrics, in the store."""
 
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,14 +47,6 @@ def gate(model, policy, state, workplace):
         yield server
 
 
-@pytest.fixture(scope="module")
-def stock(model, workplace):
-    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
-    log = workplace / "stock-replacement.log"
-    with Server(model, log, (), environment, guarded=False) as server:
-        yield server
-
-
 def first_token(server, name):
     """The likeliest first tokens after a long prompt, which the prefix cache may answer."""
     body = {"model": name, "prompt": LONG, "max_tokens": 1, "temperature": 0, "logprobs": 5}
@@ -63,10 +56,37 @@ def first_token(server, name):
 
 
 def long_answer(server, name, tokens=200):
-    body = {"prompt": PROMPTS[0], "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    answer = server.post("/v1/completions", model=name, **body)
-    answer.raise_for_status()
-    return answer.json()["choices"][0]["text"]
+    with ThreadPoolExecutor() as threads:
+        return begun(threads, server, name, tokens).result()
+
+
+def begun(threads, server, name, tokens=200):
+    """A long answer that is under way: its first token has come."""
+    first = threading.Event()
+    body = {"model": name, "prompt": PROMPTS[0], "max_tokens": tokens, "temperature": 0}
+
+    def read():
+        text = ""
+        more = {"json": body | {"ignore_eos": True, "stream": True}, "stream": True}
+        with server.request("POST", "/v1/completions", **more) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if line.startswith(b"data: {"):
+                    text += json.loads(line.removeprefix(b"data: "))["choices"][0]["text"]
+                    first.set()
+        return text
+
+    answer = threads.submit(read)
+    assert first.wait(60)
+    return answer
+
+
+def attempts(scene, times=5):
+    """Play a scene whose requests have to meet in the engine until they do."""
+    for _ in range(times):
+        if scene():
+            return
+    pytest.fail(f"the requests never met in {times} attempts")
 
 
 def alike(ours, theirs):
@@ -238,13 +258,16 @@ def base_answer_beside(server, adapters):
     for i, folder in enumerate(adapters):
         assert server.load(f"neighbour-{i}", folder).status_code == 200
     alone = long_answer(server, "base", 60)
-    with ThreadPoolExecutor() as threads:
-        others = [
-            threads.submit(long_answer, server, f"neighbour-{i}", 240) for i in range(len(adapters))
-        ]
-        time.sleep(0.3)
-        beside = long_answer(server, "base", 60)
-        assert not any(other.done() for other in others), "they have to share the batches"
+    found = []
+
+    def met():
+        with ThreadPoolExecutor() as threads:
+            others = [begun(threads, server, f"neighbour-{i}", 240) for i in range(len(adapters))]
+            found.append(long_answer(server, "base", 60))
+            return not any(other.done() for other in others)
+
+    attempts(met)
+    beside = found[-1]
     for i in range(len(adapters)):
         server.unload(f"neighbour-{i}")
     return alone, beside
@@ -266,18 +289,22 @@ def test_requests_under_way_end_with_the_adapter_they_began_with(gate, spiked, t
         assert gate.load(name, folder).status_code == 200
     old, new = long_answer(gate, "calm-old"), long_answer(gate, "calm-new")
     assert old != new
-    assert gate.load("busy", spiked).status_code == 200
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(long_answer, gate, "busy")
-        time.sleep(0.3)
-        assert gate.load("busy", trained, load_inplace=True).status_code == 200
-        second = threads.submit(long_answer, gate, "busy")
-        time.sleep(0.3)
-        assert not first.done(), "both have to be in the engine at once"
-        assert gate.unload("busy").status_code == 200
+
+    def met():
         assert gate.load("busy", spiked).status_code == 200
-        third = threads.submit(long_answer, gate, "busy")
-        assert [first.result(), second.result(), third.result()] == [old, new, old]
+        with ThreadPoolExecutor() as threads:
+            first = begun(threads, gate, "busy")
+            assert gate.load("busy", trained, load_inplace=True).status_code == 200
+            second = begun(threads, gate, "busy")
+            at_once = not first.done()
+            assert gate.unload("busy").status_code == 200
+            assert gate.load("busy", spiked).status_code == 200
+            third = begun(threads, gate, "busy")
+            assert [first.result(), second.result(), third.result()] == [old, new, old]
+        assert gate.unload("busy").status_code == 200
+        return at_once
+
+    attempts(met)
     assert gate.get("/health").status_code == 200
 
 
