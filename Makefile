@@ -55,7 +55,7 @@ bench-scan: $(READY)  ## scanning many adapters beside reading them: 3 GB of fil
 $(READY): deploy/requirements-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"the pinned environment is for Python 3.11, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --no-compile --no-deps -r deploy/requirements-cpu.txt || { cat deploy/no-cpu-torch.txt >&2; exit 1; }
+	$(BIN)/pip install --quiet --no-deps -r deploy/requirements-cpu.txt || { cat deploy/no-cpu-torch.txt >&2; exit 1; }
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -248,3 +248,9 @@ def test_serve_keeps_a_worker_extension_unless_the_gate_is_required(given, tmp_p
     done = run("serve", "a-model", *given, S3LORA_POLICY=str(policy))
     assert done.exit_code == 2
     assert "their.Own" in done.output
+
+
+def test_the_command_line_starts_without_what_takes_seconds_to_import():
+    program = "import sys, s3lora_serve.cli; print({'torch', 'ray', 'vllm'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n"

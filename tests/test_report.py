@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.admission import admit
 from s3lora_serve.cli import app
 from s3lora_serve.policy import Strip
 from tests.support.adapters import copy_with, diverged
@@ -103,3 +104,14 @@ def test_wrong_usage_exits_with_two(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(*arguments).exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rule", [{"top_k": 3}, {"fraction": 0.4}, {"outliers": 1.5}])
+def test_another_policy_on_known_scores_rules_as_it_would_have_from_the_start(spiked, rule):
+    policy = Policy(strip=Strip(**rule))
+    admission = admit(spiked, "spiked", Policy())
+
+    def told(verdict):
+        return {k: v for k, v in verdict.as_json().items() if k != "seconds"}
+
+    assert told(admission.under(policy)) == told(admit(spiked, "spiked", policy).verdict)
