@@ -45,11 +45,12 @@ format: $(READY)
 
 bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.sweep
 
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
 	$(BIN)/python -m tests.benchmarks.admission
 
-bench-scan: $(READY)  ## scanning many adapters beside reading them: 3 GB of files, minutes
+bench-scan: $(READY)  ## scanning many adapters beside reading them: 5 GB of files, minutes
 	$(BIN)/python -m tests.benchmarks.sweep
 
 $(READY): deploy/requirements-cpu.txt pyproject.toml

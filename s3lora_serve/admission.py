@@ -160,13 +160,14 @@ def _score(
     adapter: Adapter, policy: Policy, device: str, check_deadline: Callable[[], None]
 ) -> list[ModuleScore]:
     """Score the selected modules, check the others for NaN, within the deadline."""
-    selected = [module for module in adapter.modules if policy.selects(module.name)]
+    chosen = {module.name: policy.selects(module.name) for module in adapter.modules}
+    selected = [module for module in adapter.modules if chosen[module.name]]
     factors = [Factors(m.name, _as_served(m.B), _as_served(m.A), m.scaling) for m in selected]
     scorer = Scorer(**policy.scorer.model_dump())
     scores = score_modules(factors, scorer, device=device, between_batches=check_deadline)
     broken = [score.name for score in scores if not score.finite]
     for module in adapter.modules:
-        if not policy.selects(module.name):
+        if not chosen[module.name]:
             check_deadline()
             broken += [] if _is_finite(module) else [module.name]
     if broken:

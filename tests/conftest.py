@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.adapters import copy_with, spike, train_adapter
 from tests.support.tiny_model import make_model
@@ -17,6 +18,7 @@ LAST = tuple(f"tests/serving/test_{name}.py" for name in (
 """Tests on real vLLM that begin when what needs none is done: of about the length of the others."""
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Two processes share the work so that neither starts an engine that the other has started.
 
@@ -39,6 +41,11 @@ def pytest_xdist_make_scheduler(config, log):
             super()._assign_work_unit(node)
 
     return Shared(config, log)
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes share two cores: threads that wait for each other would wait for the other one.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

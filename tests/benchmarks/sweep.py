@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from tests.benchmarks import measure, report
 from tests.benchmarks.admission import MODEL, RANK, make_adapter
 
 HERE = Path(__file__).parent
-LARGE = 100
+LARGE = 200
 SMALL = (1000, 10_000)
 ROUNDS = 3
 WEIGHTS = "adapter_model.safetensors"
@@ -79,15 +80,16 @@ def _large(place: Path) -> dict[str, object]:
     }
 
 
-def _small(place: Path) -> dict[str, float]:
-    """Seconds for each number of small adapters."""
+def _small(place: Path) -> dict[str, dict[str, float]]:
+    """Seconds and the largest process's memory for each number of small adapters."""
     folders = sorted((place / "small").iterdir())
     found = {}
     for count in SMALL:
         listed = place / "list"
         listed.write_text("".join(f"{folder}\n" for folder in folders[:count]))
         with listed.open() as stdin:
-            found[str(count)] = _seconds(_scan("-"), stdin=stdin)
+            seconds, megabytes = _run(_scan("-"), stdin=stdin)
+        found[str(count)] = {"seconds": seconds, "megabytes": megabytes}
     return found
 
 
@@ -99,11 +101,18 @@ def _scan(what: object) -> list[str]:
     return [sys.executable, "-m", "s3lora_serve", "scan", str(what), "--format", "jsonl"]
 
 
-def _seconds(command: list[str], **options: object) -> float:
+def _seconds(command: list[str]) -> float:
+    return _run(command)[0]
+
+
+def _run(command: list[str], stdin: TextIO | None = None) -> tuple[float, float]:
+    """Seconds of a command, and megabytes of the largest of its processes."""
     started = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
-    assert done.returncode in (0, 1)
-    return time.perf_counter() - started
+    process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode in (0, 1)
+    return time.perf_counter() - started, used.ru_maxrss / 1000
 
 
 def _forget(files: list[Path]) -> None:

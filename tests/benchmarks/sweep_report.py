@@ -25,10 +25,11 @@ def sweep(data: dict) -> str:  # type: ignore[type-arg]
         "",
         "Small adapters (four modules of 64 × 64, rank 8):",
         "",
-        "| adapters | seconds | ms for each |",
-        "|---:|---:|---:|",
+        "| adapters | seconds | ms for each | largest process, MB |",
+        "|---:|---:|---:|---:|",
         *(
-            f"| {count} | {found:.1f} | {1000 * found / int(count):.2f} |"
+            f"| {count} | {found['seconds']:.1f} | {1000 * found['seconds'] / int(count):.2f}"
+            f" | {found['megabytes']:.0f} |"
             for count, found in small.items()
         ),
     ]
