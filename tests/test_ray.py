@@ -9,19 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from s3lora_serve import Policy
+from s3lora_serve.cli import app
 from s3lora_serve.policy import Strip
 from s3lora_serve.sweep import sweep
 from tests.support.adapters import WEIGHTS, copy_with
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs the extra ray")
 
-ADAPTERS = 40
+ADAPTERS = 200
 POLICY = Policy(strip=Strip(top_k=2))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     """A head and two more nodes, each with a core and processes of its own."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -37,7 +39,7 @@ def hub(trained, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     for i in range(ADAPTERS):
         copy_with(trained, root / f"a{i:03}")
-    (root / "a025" / WEIGHTS).write_bytes(b"nothing")
+    (root / "a150" / WEIGHTS).write_bytes(b"nothing")
     return root
 
 
@@ -63,9 +65,10 @@ def workers() -> list[int]:
 
 def wait_for(claim, seconds=120):
     deadline = time.monotonic() + seconds
-    while not claim():
+    while not (held := claim()):
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.005)
+    return held
 
 
 def written(output: Path) -> int:
@@ -78,7 +81,7 @@ def test_no_adapter_is_lost_or_counted_twice_when_a_worker_and_a_node_die(cluste
     cluster.wait_for_nodes()
     run = scan(hub, cluster.address, output)
     wait_for(lambda: written(output) >= 3)
-    [victim, *_] = workers()
+    [victim, *_] = wait_for(workers)
     os.kill(victim, signal.SIGKILL)
     cluster.remove_node(doomed, allow_graceful=False)
     at_death = written(output)
@@ -90,3 +93,15 @@ def test_no_adapter_is_lost_or_counted_twice_when_a_worker_and_a_node_die(cluste
 
     here = [v.as_json() for v in sweep(sorted(hub.iterdir()), POLICY)]
     assert told(map(json.loads, output.read_text().splitlines())) == told(here)
+
+
+def test_without_a_cluster_the_command_says_so(trained):
+    done = CliRunner().invoke(app, ["scan", str(trained), "--ray", "auto"])
+    assert done.exit_code == 2
+    assert "--ray auto: Could not find any running Ray instance" in done.stderr
+
+
+def test_processes_of_this_machine_and_a_cluster_are_not_mixed(trained):
+    done = CliRunner().invoke(app, ["scan", str(trained), "--ray", "auto", "--jobs", "2"])
+    assert done.exit_code == 2
+    assert "leave --jobs out" in done.stderr
