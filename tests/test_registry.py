@@ -110,3 +110,11 @@ def test_wrong_usage_exits_with_two(swept, tmp_path):
         done = run(*arguments)
         assert done.exit_code == 2, arguments
     assert "line 5" in run(tmp_path / "other.jsonl", "-o", tmp_path / "x.html").stderr
+
+
+def test_tenants_of_a_bucket_and_of_a_folder_are_told_apart_in_one_registry(verdict):
+    paths = ("s3://hub/lora/acme/v1", "s3://hub/lora/globex/v1", "/srv/umbrella/v1", "/srv/one/v1")
+    found = collect(told(replace(verdict, path=path) for path in paths))
+    assert {row.path: row.tenant for row in found.rows} == dict(
+        zip(paths, ("acme", "globex", "umbrella", "one"), strict=True)
+    )
