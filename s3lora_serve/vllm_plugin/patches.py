@@ -142,11 +142,13 @@ def spare_base_tokens() -> None:
     owner = PunicaWrapperCPU
     update, shrink, bgmv_shrink = owner.update_metadata, owner.add_shrink, lora_ops.bgmv_shrink
 
+    @functools.wraps(update)
     def update_metadata(self: Any, mapping: Any, *rest: Any, **more: Any) -> None:
         update(self, mapping, *rest, **more)
         rows = self.token_lora_indices < 0
         self._s3lora_base_rows = rows.unsqueeze(-1) if rows.any() else None
 
+    @functools.wraps(shrink)
     def add_shrink(
         self: Any, y: Any, x: Any, lora_a_stacked: Any, scale: float, **more: Any
     ) -> Any:
@@ -156,6 +158,7 @@ def spare_base_tokens() -> None:
                 buffer.view(-1, buffer.shape[-1]).masked_fill_(rows, 0)
         return result
 
+    @functools.wraps(bgmv_shrink)
     def logits_shrink(
         inputs: Any,
         lora_b_weights: Any,

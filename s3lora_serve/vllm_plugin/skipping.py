@@ -1,6 +1,6 @@
 """Makes stripping save time: LoRA operations in which nothing has weights are left out.
 
-vLLM runs them over zeros, for all tokens that have an adapter, whichever. Whatever is not known here counts as weights, and is computed.
+vLLM runs them over zeros. Whatever is not known here counts as weights, and is computed.
 """
 
 from collections.abc import Callable, Iterator
