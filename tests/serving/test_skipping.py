@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.support.adapters import copy_with, diverged, without
-from tests.support.server import base_environment
+from tests.support.server import TWO_RANKS, base_environment
 from tests.support.tiny_model import LAYERS, PROJECTIONS
 
 pytestmark = pytest.mark.serving
@@ -112,3 +112,43 @@ def test_without_skipping_the_gate_works_and_says_why(model, trained, tmp_path, 
     slices = {name: set(each) for name, each in found["each pass"].items()}
     assert slices == {"base": {0}} | {name: {len(MODULES)} for name in STRIPPED}
     assert "'quarantined' is quarantined" in log
+
+
+COMPILED = """
+import sys
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.skipping import Skipping
+
+def config(**more):
+    return EngineArgs(sys.argv[1], dtype="float32", max_model_len=64, **more).create_engine_config()
+
+compiled, eager, adapters = config(), config(enforce_eager=True), config(enable_lora=True)
+captured = config(enforce_eager=True)
+captured.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+configs = (compiled, captured, eager, adapters)
+print("EAGER", *(compat.runs_eagerly(each) for each in configs))
+Skipping(wanted=True).activate(None, compiled)  # has no manager to look at: would raise
+"""
+
+
+def test_a_compiled_or_captured_model_is_left_alone_and_the_log_says_so(model):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(model)],
+        env=base_environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "EAGER False False True True" in done.stdout  # LoRA on the CPU is never compiled
+    assert "the model is compiled or captured in graphs" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_skip_alike_and_come_to_the_same(model, trained, tmp_path):
+    found, _ = engine(model, trained, tmp_path, workers=2, **TWO_RANKS)
+    assert found["skips"] == [True, True]
+    assert_one_operation_for_each_module_with_weights(found)
+    assert max(found["batches"]["differences"]) <= 1e-4
+    for each in found["operations"]:
+        assert each["different"] == 0
+        assert each["skipped"] >= 100
