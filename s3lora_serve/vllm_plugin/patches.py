@@ -169,6 +169,7 @@ def spare_base_tokens() -> None:
         bgmv_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor.masked_fill_((lora_indices_tensor < 0).unsqueeze(-1), 0)
 
+    owner._s3lora_base_rows = None  # of a wrapper that was told of no batch yet
     owner.update_metadata, owner.add_shrink = update_metadata, add_shrink
     punica_cpu.bgmv_shrink = logits_shrink
 

@@ -3,12 +3,13 @@
 vLLM runs them over zeros. Whatever is not known here counts as weights, and is computed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from s3lora_serve.vllm_plugin import compat, patches
+from s3lora_serve.vllm_plugin.slices import runs, weights_given
 
 EVERY = -1
 """All slots, as a set of them in the bits of a number."""
@@ -119,48 +120,8 @@ class _Batch:
         if all(needed):
             original(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more)
             return
-        for first, end in _runs(needed, in_one_call=self.in_one_call):
+        for first, end in runs(needed, in_one_call=self.in_one_call):
             run = slice(first, end)
             start = sum(output_slices[:first])
             stacked = lora_a_stacked[run], lora_b_stacked[run]
             original(y, x, *stacked, scale, output_slices[run], offset_start=start, **more)
-
-
-def weights_given(lora_a: Any, lora_b: Any, slices: int) -> list[bool]:
-    """Which slices of a layer get an update that is not zero.
-
-    Where factors are not one pair a slice, vLLM divides them among slices: all count then.
-    """
-    packed = isinstance(lora_a, list)
-    if packed != isinstance(lora_b, list) or (packed and len(lora_a) != len(lora_b)):
-        return [True] * slices
-    if not packed:
-        lora_a, lora_b = [lora_a], [lora_b]
-    found = [_acts(a) and _acts(b) for a, b in zip(lora_a, lora_b, strict=True)]
-    return found if len(found) == slices else [any(found)] * slices
-
-
-def _acts(factor: Any) -> bool:
-    """Whether a factor is there and not zero; one look at its first number nearly always tells."""
-    if factor is None or not factor.numel():
-        return False
-    return bool(factor[(0,) * factor.dim()] != 0) or bool(factor.any())
-
-
-def _runs(needed: list[bool], *, in_one_call: bool) -> Iterator[tuple[int, int]]:
-    """Neighbouring slices that are needed; in one call, with what lies between them.
-
-    >>> list(_runs([True, False, True], in_one_call=False))
-    [(0, 1), (2, 3)]
-    >>> list(_runs([False, True, True], in_one_call=True))
-    [(1, 3)]
-    >>> list(_runs([False, False], in_one_call=True))
-    []
-    """
-    places = [i for i, one in enumerate(needed) if one]
-    if in_one_call:
-        yield from [(places[0], places[-1] + 1)] if places else []
-        return
-    for i in places:
-        if i == 0 or not needed[i - 1]:
-            yield i, next((j for j in range(i, len(needed)) if not needed[j]), len(needed))
