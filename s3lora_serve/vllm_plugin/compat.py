@@ -18,6 +18,7 @@ from vllm.lora.lora_weights import LoRALayerWeights as LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops.torch_ops import lora_ops as lora_ops
 from vllm.lora.punica_wrapper import punica_cpu as punica_cpu
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as PunicaWrapperCPU
 from vllm.lora.request import LoRARequest as LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -63,7 +64,7 @@ _CONTRACT: _Contract = (
     (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
     (lora_ops, "bgmv_shrink", _BGMV_SHRINK),
     (PunicaWrapperCPU, "add_shrink", ("self", "y", "x", "lora_a_stacked", "scale", "kwargs")),
-    (PunicaWrapperCPU, "update_metadata", _UPDATE_METADATA),
+    (PunicaWrapperBase, "update_metadata", _UPDATE_METADATA),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", ("request",)),
 )
 _ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_request")
@@ -115,8 +116,8 @@ def skipping_obstacle(manager: Any = None) -> str | None:
     The gate does without: nothing that it needs is looked at here.
     """
     try:
-        from vllm.lora.layers import LoRAMapping
         from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+        from vllm.lora.layers.utils import LoRAMapping
         from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
     except ImportError as error:
         return f"vLLM {installed_version()}: {error}"
@@ -126,16 +127,13 @@ def skipping_obstacle(manager: Any = None) -> str | None:
         (BaseLinearLayerWithLoRA, "set_lora", ("self", "index", "lora_a", "lora_b")),
         (BaseLinearLayerWithLoRA, "reset_lora", ("self", "index")),
         (WorkerLoRAManager, "dummy_lora_cache", ("self",)),
+        (PunicaWrapperGPU, "update_metadata", _UPDATE_METADATA),
+        *((owner, "add_lora_linear", _LORA_LINEAR) for owner in wrappers),
+        *((owner, "add_expand", (*expand, "kwargs")) for owner in wrappers),
     ]
-    for owner in wrappers:
-        contract += [
-            (owner, "update_metadata", _UPDATE_METADATA),
-            (owner, "add_lora_linear", _LORA_LINEAR),
-            (owner, "add_expand", (*expand, "kwargs")),
-        ]
     if problem := _deviation(tuple(contract)):
         return f"vLLM {installed_version()}: {problem}"
-    if "index_mapping" not in inspect.signature(LoRAMapping).parameters:
+    if "index_mapping" not in inspect.get_annotations(LoRAMapping):
         return f"vLLM {installed_version()}: LoRAMapping has no index_mapping"
     if manager is None:
         return None

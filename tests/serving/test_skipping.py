@@ -94,7 +94,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("why", ["switched off", "broken contract"])
+@pytest.mark.parametrize(
+    "why", ["broken contract", pytest.param("switched off", marks=pytest.mark.slow)]
+)
 def test_without_skipping_the_gate_works_and_says_why(model, trained, tmp_path, why):
     (tmp_path / "site").mkdir()
     (tmp_path / "broken.py").write_text(BROKEN)
