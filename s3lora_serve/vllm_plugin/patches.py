@@ -145,8 +145,8 @@ def spare_base_tokens() -> None:
     @functools.wraps(update)
     def update_metadata(self: Any, mapping: Any, *rest: Any, **more: Any) -> None:
         update(self, mapping, *rest, **more)
-        rows = self.token_lora_indices < 0
-        self._s3lora_base_rows = rows.unsqueeze(-1) if rows.any() else None
+        mixed = min(mapping.index_mapping, default=1) <= 0
+        self._s3lora_base_rows = (self.token_lora_indices < 0).unsqueeze(-1) if mixed else None
 
     @functools.wraps(shrink)
     def add_shrink(
