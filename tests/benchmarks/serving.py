@@ -22,7 +22,7 @@ from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import LAYERS, PROJECTIONS, make_tokenizer
 
 HERE = Path(__file__).parent
-WIDTH, KEYS, INNER, RANK = 1024, 256, 2816, 16
+WIDTH, KEYS, INNER, RANK = 512, 256, 1408, 16
 SHAPES = {
     "q_proj": (WIDTH, WIDTH), "k_proj": (KEYS, WIDTH), "v_proj": (KEYS, WIDTH),
     "o_proj": (WIDTH, WIDTH), "gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH),
@@ -40,7 +40,7 @@ STRIPPED = {"whole": 0, "ten": 10, "half": 14, "all": 28}
 STOCK = ("base", "whole")
 """What a server without the gate is asked: it cannot strip."""
 
-PROMPT_TOKENS, NEW_TOKENS = 192, 48
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
 BATCHES = (1, 8)
 ROOM = ("--load-format", "dummy", "--max-loras", "4", "--no-enable-prefix-caching")
 
