@@ -79,6 +79,11 @@ def test_random_operations_come_to_the_same_bits_with_and_without_skipping(skipp
         assert found["skipped"] >= 100
 
 
+def test_no_adapter_touches_the_rows_of_base_requests_beside_it(skipping):
+    for found in skipping[0]["operations"]:
+        assert found["touched"] == 0
+
+
 BROKEN = """
 import runpy, sys
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU

@@ -60,7 +60,7 @@ def calls(worker):
 def operations(worker, seed, number):
     """Single operations of the layers over what the slots hold now, with random tokens.
 
-    How many left slices out, and how many came to something else than vLLM's own.
+    How many left slices out, came to something else than vLLM's own, touched base requests' rows.
     """
     import torch
     from vllm.lora.layers import LoRAMapping
@@ -69,7 +69,7 @@ def operations(worker, seed, number):
     manager = worker.model_runner.lora_manager._adapter_manager
     layers = [layer for layer in manager.modules.values() if hasattr(layer, "output_slices")]
     ids = [0, *(lora_id for lora_id in manager.lora_index_to_id if lora_id)]
-    skipped = different = 0
+    skipped = different = touched = 0
     for _ in range(number):
         some = picked.sample(ids, picked.randint(1, len(ids)))
         requests = picked.choices(some, k=picked.randint(1, 8))
@@ -87,8 +87,10 @@ def operations(worker, seed, number):
         type(wrapper).add_lora_linear(wrapper, theirs, x, *stacked, 1.0, layer.output_slices)
         skipped += some < calls(worker)["slices"]
         different += not torch.equal(ours, theirs)
+        base = torch.tensor(tokens) == 0
+        touched += not torch.equal(ours[base], y[base])
     manager._last_mapping = None
-    return {"skipped": skipped, "different": different}
+    return {"skipped": skipped, "different": different, "touched": touched}
 
 
 @dataclass
