@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-admission bench-scan clean
+.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-admission bench-serving bench-scan clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -49,6 +49,9 @@ bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
 
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
 	$(BIN)/python -m tests.benchmarks.admission
+
+bench-serving: $(READY)  ## what adapters cost at inference, by how much is stripped: three servers, ten minutes
+	$(BIN)/python -m tests.benchmarks.serving
 
 bench-scan: $(READY)  ## scanning many adapters beside reading them: 5 GB of files, minutes
 	$(BIN)/python -m tests.benchmarks.sweep

@@ -17,7 +17,7 @@ from s3lora_serve.cli_scan import scan
 from s3lora_serve.cli_strip import strip
 from s3lora_serve.cli_summary import write_summary
 from s3lora_serve.errors import S3LoRAError
-from s3lora_serve.guarding import checks
+from s3lora_serve.guarding import Check, checks
 from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, command, environment, extension_of
 from s3lora_serve.policy_file import effective_policy, serving_policy
 from s3lora_serve.settings import load_settings
@@ -107,7 +107,22 @@ def recheck(
 @app.command()
 def doctor() -> None:
     """Say whether a server started in this environment would be guarded. Exit code: 0, or 1."""
-    found = list(checks())
+    found = [*checks(), _skipping()]
     tables.print_checks(found)
     unguarded = [check for check in found if not check.passed and check.guards]
     raise typer.Exit(1 if unguarded else 0)
+
+
+def _skipping() -> Check:
+    """Whether modules without weights cost nothing; vLLM is imported to see."""
+    try:
+        if not load_settings().skip_stripped:
+            return Check("skipping", True, "no: S3LORA_SKIP_STRIPPED is off")
+        from s3lora_serve.vllm_plugin.compat import skipping_obstacle
+
+        obstacle = skipping_obstacle()
+    except Exception as error:  # noqa: BLE001 - whatever is wrong, other checks say it better
+        obstacle = f"{type(error).__name__}: {error}"
+    if obstacle:
+        return Check("skipping", False, f"no, the gate does without: {obstacle}", essential=False)
+    return Check("skipping", True, "modules without weights are skipped where vLLM runs eagerly")

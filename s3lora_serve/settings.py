@@ -25,6 +25,9 @@ class Settings(BaseSettings):
         Path(tempfile.gettempdir()),
         description="where private copies are made, each in a folder only the server can enter",
     )
+    skip_stripped: bool = Field(
+        True, description="whether modules without weights cost nothing where they can"
+    )
     audit_log: Path | None = Field(None, description="overrides the policy's audit.path")
 
 

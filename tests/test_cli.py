@@ -161,6 +161,16 @@ def test_doctor_exits_with_one_when_vllm_would_skip_the_plugin():
 
 
 @pytest.mark.parametrize(
+    ("switch", "said"),
+    [("1", "modules without weights are skipped"), ("0", "S3LORA_SKIP_STRIPPED is off")],
+)
+def test_doctor_says_whether_stripped_modules_are_skipped(switch, said):
+    done = run("doctor", S3LORA_SKIP_STRIPPED=switch, COLUMNS="200")
+    assert done.exit_code == 0
+    assert said in done.stdout
+
+
+@pytest.mark.parametrize(
     "environment",
     [
         {"S3LORA_POLICY": "/nowhere.yaml"},

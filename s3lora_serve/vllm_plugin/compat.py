@@ -18,6 +18,8 @@ from vllm.lora.lora_weights import LoRALayerWeights as LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops.torch_ops import lora_ops as lora_ops
 from vllm.lora.punica_wrapper import punica_cpu as punica_cpu
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as PunicaWrapperCPU
 from vllm.lora.request import LoRARequest as LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.utils import parse_fine_tuned_lora_name as parse_fine_tuned_lora_name
@@ -38,7 +40,13 @@ from s3lora_serve.guarding import installed_vllm
 logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
 
 _BGMV_SHRINK = ("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")
-_CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
+_LORA_LINEAR = (
+    *("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
+    *("buffer", "kwargs"),
+)
+_UPDATE_METADATA = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs")
+_Contract = tuple[tuple[Any, str, tuple[str, ...]], ...]
+_CONTRACT: _Contract = (
     (WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
     (WorkerLoRAManager, "add_adapter", ("self", "adapter_request")),
     (LRUCacheWorkerLoRAManager, "add_adapter", ("self", "lora_request")),
@@ -55,6 +63,8 @@ _CONTRACT: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (OpenAIServingModels, "init_static_loras", ("self",)),
     (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
     (lora_ops, "bgmv_shrink", _BGMV_SHRINK),
+    (PunicaWrapperCPU, "add_shrink", ("self", "y", "x", "lora_a_stacked", "scale", "kwargs")),
+    (PunicaWrapperBase, "update_metadata", _UPDATE_METADATA),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", ("request",)),
 )
 _ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_request")
@@ -72,14 +82,8 @@ def check_contract() -> None:
     Raises:
         ContractBroken: this vLLM is not the one the hook was written for.
     """
-    for owner, name, expected in _CONTRACT:
-        found = (
-            tuple(inspect.signature(getattr(owner, name)).parameters)
-            if hasattr(owner, name)
-            else None
-        )
-        if found != expected:
-            broken(f"{owner.__name__}.{name} takes {found}, expected {expected}")
+    if problem := _deviation(_CONTRACT):
+        broken(problem)
     if "_load_adapter" in vars(LRUCacheWorkerLoRAManager):
         broken("LRUCacheWorkerLoRAManager has a _load_adapter of its own")
     for name in ("lora_a", "lora_b", "scaling"):
@@ -94,6 +98,77 @@ def check_contract() -> None:
         broken(f"LoRARequest has the fields {LoRARequest.__struct_fields__}")
     if not {"get_rename_mapper", "get_unstacked_mapper"} & set(vars(WeightsMapper)):
         broken("WeightsMapper has no get_rename_mapper")
+
+
+def _deviation(contract: _Contract) -> str | None:
+    """The first of the names that is gone or takes other parameters, and how."""
+    for owner, name, expected in contract:
+        method = getattr(owner, name, None)
+        found = tuple(inspect.signature(method).parameters) if method else None
+        if found != expected:
+            return f"{owner.__name__}.{name} takes {found}, expected {expected}"
+    return None
+
+
+def skipping_obstacle(manager: Any = None) -> str | None:
+    """Why operations without weights cannot be left out on this vLLM, or by this worker, if so.
+
+    The gate does without: nothing that it needs is looked at here.
+    """
+    try:
+        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+        from vllm.lora.layers.utils import LoRAMapping
+        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+    except ImportError as error:
+        return f"vLLM {installed_version()}: {error}"
+    expand = ("self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs")
+    wrappers = (PunicaWrapperCPU, PunicaWrapperGPU)
+    contract = [
+        (BaseLinearLayerWithLoRA, "set_lora", ("self", "index", "lora_a", "lora_b")),
+        (BaseLinearLayerWithLoRA, "reset_lora", ("self", "index")),
+        (WorkerLoRAManager, "dummy_lora_cache", ("self",)),
+        (PunicaWrapperGPU, "update_metadata", _UPDATE_METADATA),
+        *((owner, "add_lora_linear", _LORA_LINEAR) for owner in wrappers),
+        *((owner, "add_expand", (*expand, "kwargs")) for owner in wrappers),
+    ]
+    if problem := _deviation(tuple(contract)):
+        return f"vLLM {installed_version()}: {problem}"
+    if "index_mapping" not in inspect.get_annotations(LoRAMapping):
+        return f"vLLM {installed_version()}: LoRAMapping has no index_mapping"
+    if manager is None:
+        return None
+    if not hasattr(manager, "_cached_dummy_lora"):
+        return f"vLLM {installed_version()}: WorkerLoRAManager has no _cached_dummy_lora"
+    layers = linear_layers(manager)
+    others = {type(each.punica_wrapper) for each in layers} - set(wrappers)
+    return f"unknown operations: {others}" if others else None
+
+
+def linear_layers(manager: Any) -> list[Any]:
+    """The LoRA layers whose operation is `add_lora_linear`."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    found = manager._adapter_manager.modules.values()
+    return [layer for layer in found if isinstance(layer, BaseLinearLayerWithLoRA)]
+
+
+def adds_slice_by_slice(punica_wrapper: Any) -> bool:
+    """Whether vLLM itself takes the slices of a packed layer one after the other."""
+    return isinstance(punica_wrapper, PunicaWrapperCPU)
+
+
+def is_warming_up(manager: Any) -> bool:
+    """Whether a worker runs on adapters that vLLM made up, to measure and warm up."""
+    return manager._cached_dummy_lora is not False
+
+
+def runs_eagerly(vllm_config: Any) -> bool:
+    """Whether the layers' Python runs in every step."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    config = vllm_config.compilation_config
+    modes = config.mode, config.cudagraph_mode
+    return modes == (CompilationMode.NONE, CUDAGraphMode.NONE)
 
 
 def broken(problem: str) -> None:

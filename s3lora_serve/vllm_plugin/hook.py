@@ -10,6 +10,7 @@ from s3lora_serve.vllm_plugin.desk import Desk
 from s3lora_serve.vllm_plugin.guard import Guard
 from s3lora_serve.vllm_plugin.offline import OfflineDoor
 from s3lora_serve.vllm_plugin.registrar import Registrar, door
+from s3lora_serve.vllm_plugin.skipping import Skipping
 
 _registrar: Registrar | None = None
 _installed = False
@@ -24,7 +25,8 @@ def install() -> None:
     global _registrar, _installed
     if _installed:
         return
-    desk = Desk(load_settings())
+    settings = load_settings()
+    desk = Desk(settings)
     compat.check_contract()
     release = vllm_release()
     if not release.passed:
@@ -39,6 +41,7 @@ def install() -> None:
         _registrar = Registrar(desk)
         patches.tell_requests_apart()
         patches.spare_base_tokens()
+        patches.after_create_lora_manager(Skipping(wanted=settings.skip_stripped).activate)
         patches.wrap_load_adapter(guard.load)
         patches.wrap_add_adapter(guard.add)
         patches.around_registration(guard.registration)

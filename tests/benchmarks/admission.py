@@ -74,7 +74,7 @@ def _loads(servers: dict[str, Server], adapters: list[Path]) -> dict[str, object
     before = servers["guarded"].metrics()
     for folder in track(adapters[1:], "loads", transient=True):
         for name in servers:
-            with _alone(name, servers) as server:
+            with alone(name, servers) as server:
                 seconds[name].append(_load(server, folder.name, folder))
     after = servers["guarded"].metrics()
     sample = 's3lora_admission_seconds_sum{{phase="{}"}}'
@@ -93,7 +93,7 @@ def _tokens(servers: dict[str, Server], adapters: list[Path]) -> dict[str, dict[
     found: dict[str, list[float]] = {}
     for _ in track(range(ROUNDS), "tokens", transient=True):
         for name in servers:
-            with _alone(name, servers) as server:
+            with alone(name, servers) as server:
                 quiet = found.setdefault(f"{name}, no loads", [])
                 quiet.extend(_between_tokens(server, TOKENS // 3))
                 over = threading.Event()
@@ -113,7 +113,7 @@ def _tokens(servers: dict[str, Server], adapters: list[Path]) -> dict[str, dict[
 
 
 @contextmanager
-def _alone(name: str, servers: dict[str, Server]) -> Iterator[Server]:
+def alone(name: str, servers: dict[str, Server]) -> Iterator[Server]:
     """This server, while the processes of the others are stopped."""
     others = [server for other, server in servers.items() if other != name]
     pids = [int(p.name) for other in others for p in processes(other.process.pid)]

@@ -49,6 +49,8 @@ def write(folder: Path) -> None:
     sections = [markdown(json.loads((folder / "results.json").read_text()))]
     if (figures := folder / "admission.json").exists():
         sections.append(serving_report.admission(json.loads(figures.read_text())))
+    if (figures := folder / "serving.json").exists():
+        sections.append(serving_report.inference(json.loads(figures.read_text())))
     if (figures := folder / "sweep.json").exists():
         sections.append(sweep_report.sweep(json.loads(figures.read_text())))
     (folder / "RESULTS.md").write_text("\n".join(sections))

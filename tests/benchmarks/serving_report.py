@@ -43,3 +43,64 @@ def _tokens(label: str, tokens: dict, suffix: str) -> str:  # type: ignore[type-
     figures = [side[p] for p in ("p50", "p99") for side in (stock, guarded)]
     ratio = guarded["p99"] / stock["p99"]
     return f"| {label} | " + " | ".join(f"{x:.3f}" for x in figures) + f" | {ratio:.2f} |"
+
+
+SERVED = {
+    "base": "base model",
+    "whole": "adapter, whole",
+    "ten": "10 of 28 modules stripped",
+    "half": "14 of 28 stripped",
+    "all": "28 of 28 stripped",
+}
+
+
+def inference(data: dict) -> str:  # type: ignore[type-arg]
+    """`make bench-serving`."""
+    machine, model, tokens = data["machine"], data["model"], data["tokens"]
+    lines = [
+        "## Cost at inference",
+        "",
+        f"`make bench-serving`, {machine['processor']}, {machine['cores']} cores. Three real vLLM"
+        f" servers (CPU build, eager, float32) of a Llama of {model['layers']} layers, width"
+        f" {model['width']} and random weights take turns; an adapter of rank {model['rank']} on"
+        " all 28 modules. *Computed* is the gate with `S3LORA_SKIP_STRIPPED=0`. Prefill: prompts"
+        f" of {tokens['prompt']} tokens; decode: {tokens['new']} tokens a request. Seconds for the"
+        f" whole batch, least of {data['rounds']} rounds.",
+        "",
+    ]
+    for case, seconds in data["seconds"].items():
+        phase, batch = case.split(", ")
+        lines += [
+            f"| {phase}, batch {batch} | stock | computed | skipped | skipped over its whole |"
+            " over its base |",
+            "|---|---:|---:|---:|---:|---:|",
+            *(_served(label, name, seconds) for name, label in SERVED.items()),
+            "",
+        ]
+    lines += [
+        "With nothing being loaded, the gate serves at this fraction of stock vLLM's throughput,"
+        " and the whole adapter with skipping takes this multiple of its time without:",
+        "",
+        "| | base, over stock | whole, over stock | whole, skipped over computed |",
+        "|---|---:|---:|---:|",
+        *(_throughput(case, seconds) for case, seconds in data["seconds"].items()),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _served(label: str, name: str, seconds: dict[str, float]) -> str:
+    columns = [seconds.get(f"{server}, {name}") for server in ("stock", "computed", "skipped")]
+    figures = [f"{x:.3f}" if x else "–" for x in columns]
+    ours = seconds[f"skipped, {name}"]
+    ratios = [f"{ours / seconds[f'skipped, {other}']:.2f}" for other in ("whole", "base")]
+    return f"| {label} | " + " | ".join([*figures, *ratios]) + " |"
+
+
+def _throughput(case: str, s: dict[str, float]) -> str:
+    figures = (
+        s["stock, base"] / s["skipped, base"],
+        s["stock, whole"] / s["skipped, whole"],
+        s["skipped, whole"] / s["computed, whole"],
+    )
+    phase, batch = case.split(", ")
+    return f"| {phase}, batch {batch} | " + " | ".join(f"{x:.3f}" for x in figures) + " |"

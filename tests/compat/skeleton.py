@@ -91,6 +91,7 @@ def _skeleton(found: ast.ClassDef, known: dict[str, object]) -> type:
                 members[statement.name] = _without_body(statement)
             case ast.AnnAssign(target=ast.Name(id=name)):
                 fields.append(name)
+    members["__annotations__"] = dict.fromkeys(fields, object)
     if any(ast.unparse(base) == "msgspec.Struct" for base in found.bases):
         members["__struct_fields__"] = tuple(fields)
     return type(found.name, tuple(base for base in bases if isinstance(base, type)), members)

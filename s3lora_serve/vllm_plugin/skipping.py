@@ -1,0 +1,127 @@
+"""Makes stripping save time: LoRA operations in which nothing has weights are left out.
+
+vLLM runs them over zeros. Whatever is not known here counts as weights, and is computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from s3lora_serve.vllm_plugin import compat, patches
+from s3lora_serve.vllm_plugin.slices import runs, weights_given
+
+EVERY = -1
+"""All slots, as a set of them in the bits of a number."""
+
+
+class Skipping:
+    """What one worker leaves out."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._wanted = wanted
+
+    def activate(self, manager: Any, vllm_config: Any) -> None:
+        """A worker has its LoRA modules, none of which holds an adapter yet."""
+        if why := self._obstacle(manager, vllm_config):
+            compat.logger.info("s3lora: modules without weights cost what others do: %s", why)
+            return
+        layers = compat.linear_layers(manager)
+        modules = {id(layer.lora_a_stacked): _Module(layer) for layer in layers}
+        for wrapper in {
+            id(layer.punica_wrapper): layer.punica_wrapper for layer in layers
+        }.values():
+            batch = _Batch(modules, in_one_call=not compat.adds_slice_by_slice(wrapper))
+            patches.wrap_method(wrapper, "update_metadata", partial(batch.update, manager))
+            patches.wrap_method(wrapper, "add_lora_linear", batch.add)
+        compat.logger.info("s3lora: modules without weights are skipped")
+
+    def _obstacle(self, manager: Any, vllm_config: Any) -> str | None:
+        if not self._wanted:
+            return "S3LORA_SKIP_STRIPPED is off"
+        if not compat.runs_eagerly(vllm_config):
+            return "the model is compiled or captured in graphs, which do the same in every batch"
+        return compat.skipping_obstacle(manager)
+
+
+class _Module:
+    """One LoRA layer: which of its slices (q, k and v of qkv) have weights in which slots."""
+
+    def __init__(self, layer: Any) -> None:
+        self.stacked = layer.lora_a_stacked  # kept: it is known by its identity
+        self._held = [EVERY] * len(self.stacked)
+        patches.wrap_method(layer, "set_lora", self._set)
+        patches.wrap_method(layer, "reset_lora", self._reset)
+
+    def needed(self, slots: int) -> list[bool]:
+        """Which slices have weights in one of these slots."""
+        return [bool(held & slots) for held in self._held]
+
+    def _set(self, original: Callable[..., None], index: int, lora_a: Any, lora_b: Any) -> None:
+        held = [True] * len(self._held)
+        try:
+            original(index, lora_a, lora_b)
+            held = weights_given(lora_a, lora_b, len(self._held))
+        finally:  # the original resets the slot first, and may fail half way from there
+            self._note(index, held)
+
+    def _reset(self, original: Callable[..., None], index: int) -> None:
+        original(index)
+        self._note(index, [False] * len(self._held))
+
+    def _note(self, index: int, held: list[bool]) -> None:
+        bit = 1 << index
+        self._held = [
+            slots | bit if now else slots & ~bit
+            for slots, now in zip(self._held, held, strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What is computed for the tokens that one of vLLM's Punica wrappers has the indices of."""
+
+    modules: dict[int, _Module]
+    in_one_call: bool  # one launch is cheaper than two with a gap between them
+    slots: int = EVERY  # that have tokens
+
+    def update(
+        self,
+        manager: Any,
+        original: Callable[..., None],
+        mapping: Any,
+        lora_index_to_id: list[int | None],
+        *rest: Any,
+        **more: Any,
+    ) -> None:
+        """Learn which slots have tokens, beside vLLM."""
+        self.slots = EVERY
+        original(mapping, lora_index_to_id, *rest, **more)
+        # Warm-up adapters are zeros, and are to take the time and memory that others will.
+        if not compat.is_warming_up(manager):
+            ids = set(mapping.index_mapping)
+            held = (1 << slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id in ids)
+            self.slots = sum(held)
+
+    def add(
+        self,
+        original: Callable[..., None],
+        y: Any,
+        x: Any,
+        lora_a_stacked: tuple[Any, ...],
+        lora_b_stacked: tuple[Any, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **more: Any,
+    ) -> None:
+        """Add to y what the slices with weights make of x."""
+        module = self.modules.get(id(lora_a_stacked))
+        needed = module.needed(self.slots) if module and not more.get("buffer") else [True]
+        if all(needed):
+            original(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more)
+            return
+        for first, end in runs(needed, in_one_call=self.in_one_call):
+            run = slice(first, end)
+            start = sum(output_slices[:first])
+            stacked = lora_a_stacked[run], lora_b_stacked[run]
+            original(y, x, *stacked, scale, output_slices[run], offset_start=start, **more)

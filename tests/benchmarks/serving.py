@@ -1,0 +1,172 @@
+"""`make bench-serving`: what an adapter costs at inference, by how much of it is stripped.
+
+Three real vLLM servers (CPU build, eager) of one small model with random weights take turns in one
+run: stock, guarded without skipping, guarded. Each stands still while it is not its turn.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from tests.benchmarks import measure, report
+from tests.benchmarks.admission import alone
+from tests.support.server import OPEN_LOADING, Server
+from tests.support.tiny_model import LAYERS, PROJECTIONS, make_tokenizer
+
+HERE = Path(__file__).parent
+WIDTH, KEYS, INNER, RANK = 512, 256, 1408, 16
+SHAPES = {
+    "q_proj": (WIDTH, WIDTH), "k_proj": (KEYS, WIDTH), "v_proj": (KEYS, WIDTH),
+    "o_proj": (WIDTH, WIDTH), "gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH),
+    "down_proj": (WIDTH, INNER),
+}  # fmt: skip
+POLICY = """
+on_uninformative: admit
+strip: {threshold: 1.0}
+rules:
+  - {match: {adapter: ten}, strip: {top_k: 10}}
+  - {match: {adapter: half}, strip: {fraction: 0.5}}
+  - {match: {adapter: all}, strip: {fraction: 1.0}, limits: {max_stripped_fraction: 1.0}}
+"""
+STRIPPED = {"whole": 0, "ten": 10, "half": 14, "all": 28}
+STOCK = ("base", "whole")
+"""What a server without the gate is asked: it cannot strip."""
+
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
+BATCHES = (1, 8)
+ROOM = ("--load-format", "dummy", "--max-loras", "4", "--no-enable-prefix-caching")
+
+
+def main() -> None:
+    """Measure, write serving.json and RESULTS.md."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7, help="each figure is the least of these")
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder, ExitStack() as stack:
+        place = Path(folder)
+        model = _make_model(place / "model")
+        adapter = _make_adapter(place / "adapter")
+        (place / "policy.yaml").write_text(POLICY)
+        guarded = OPEN_LOADING | {
+            "S3LORA_POLICY": str(place / "policy.yaml"),
+            "S3LORA_STATE_DIR": str(place / "state"),
+        }
+        environments = {
+            "stock": OPEN_LOADING | {"VLLM_PLUGINS": ""},
+            "computed": guarded | {"S3LORA_SKIP_STRIPPED": "0"},
+            "skipped": guarded,
+        }
+        servers = {
+            name: stack.enter_context(
+                Server(model, place / f"{name}.log", ROOM, around, guarded=name != "stock")
+            )
+            for name, around in environments.items()
+        }
+        for name, server in servers.items():
+            for served, count in STRIPPED.items():
+                if name != "stock" or served in STOCK:
+                    assert server.load(served, adapter).status_code == 200
+                    assert name == "stock" or _stripped(server, served) == count
+        data = {
+            "machine": measure.machine(),
+            "model": {"layers": LAYERS, "width": WIDTH, "inner": INNER, "rank": RANK},
+            "tokens": {"prompt": PROMPT_TOKENS, "new": NEW_TOKENS},
+            "rounds": rounds,
+            "seconds": _seconds(servers, rounds),
+        }
+    (HERE / "serving.json").write_text(json.dumps(data, indent=1) + "\n")
+    report.write(HERE)
+    print(json.dumps(data, indent=1))
+
+
+def _seconds(servers: dict[str, Server], rounds: int) -> dict[str, dict[str, float]]:
+    """Least seconds by what is done, then by who does it with which adapter."""
+    found: dict[str, dict[str, float]] = {}
+    for turn in track(range(rounds + 1), "rounds", transient=True):
+        for batch in BATCHES:
+            for name in servers:
+                with alone(name, servers) as server:
+                    for served in STOCK if name == "stock" else ("base", *STRIPPED):
+                        both = _asked(server, served, batch)
+                        for phase, seconds in zip(("prefill", "decode"), both, strict=True):
+                            if turn:  # the first one warms up
+                                row = found.setdefault(f"{phase}, {batch}", {})
+                                key = f"{name}, {served}"
+                                row[key] = min(row.get(key, seconds), seconds)
+    return found
+
+
+def _asked(server: Server, served: str, batch: int) -> tuple[float, float]:
+    """Seconds of a batch of prompts, and of a batch of answers to one-word prompts."""
+    long = [[(7 * i + j) % 90 + 5 for i in range(PROMPT_TOKENS)] for j in range(batch)]
+    short = [prompt[:2] for prompt in long]
+    return _timed(server, served, long, 1), _timed(server, served, short, NEW_TOKENS)
+
+
+def _timed(server: Server, served: str, prompts: list[list[int]], tokens: int) -> float:
+    started = time.perf_counter()
+    answer = server.post(
+        "/v1/completions", model=served, prompt=prompts, max_tokens=tokens, temperature=0,
+        ignore_eos=True,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    assert answer.json()["usage"]["completion_tokens"] == tokens * len(prompts), answer.text
+    return seconds
+
+
+def _stripped(server: Server, name: str) -> int:
+    modules = server.get(f"/s3lora/adapters/{name}").json()["modules"]
+    return sum(module["stripped"] for module in modules)
+
+
+def _make_model(folder: Path) -> Path:
+    tokenizer = make_tokenizer()
+    LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // 64,
+        num_key_value_heads=KEYS // 64,
+        head_dim=64,
+        max_position_embeddings=256,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _make_adapter(folder: Path) -> Path:
+    """Modules whose spectra fall off each at its own rate, for the policy to tell them apart."""
+    folder.mkdir(parents=True)
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for place in range(LAYERS * len(PROJECTIONS)):
+        layer, projection = divmod(place, len(PROJECTIONS))
+        name = PROJECTIONS[projection]
+        (m, n), kind = SHAPES[name], "mlp" if projection >= 4 else "self_attn"
+        fall = torch.logspace(0, -place / 10, RANK)
+        for side, tensor in (
+            ("A", torch.randn(RANK, n, generator=generator)),
+            ("B", torch.randn(m, RANK, generator=generator) * fall),
+        ):
+            key = f"base_model.model.model.layers.{layer}.{kind}.{name}.lora_{side}.weight"
+            tensors[key] = tensor * 0.01
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK,
+        "target_modules": list(PROJECTIONS), "bias": "none",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What no adapter of the batch has weights for is left out, and nothing comes out otherwise."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.adapters import copy_with, diverged, without
+from tests.support.server import TWO_RANKS, base_environment
+from tests.support.tiny_model import LAYERS, PROJECTIONS
+
+pytestmark = pytest.mark.serving
+
+MODULES = {
+    f"model.layers.{layer}.{'mlp' if projection in PROJECTIONS[4:] else 'self_attn'}.{projection}"
+    for layer in range(LAYERS)
+    for projection in PROJECTIONS
+}
+STRIPPED = {
+    "whole": set(),
+    "ten": set(sorted(MODULES)[::3]),
+    "q-gate": {name for name in MODULES if name.endswith(("q_proj", "gate_proj"))},
+    "k-down": {name for name in MODULES if name.endswith(("k_proj", "down_proj"))},
+    "one-left": MODULES - {"model.layers.2.self_attn.k_proj"},
+    "quarantined": MODULES,
+    "changing": {name for name in MODULES if "layers.1" in name},
+}
+POLICY = "{strip: {threshold: 1.0}, on_uninformative: admit}"
+
+
+def engine(
+    model, trained, folder, workers=1, program=("-m", "tests.support.random_batches"), **env
+):
+    folders = []
+    for name, stripped in STRIPPED.items():
+        change = diverged if name == "quarantined" else without(stripped)
+        folders.append(copy_with(trained, folder / name, change))
+    (folder / "policy.yaml").write_text(POLICY)
+    ours = {"S3LORA_POLICY": str(folder / "policy.yaml"), "S3LORA_STATE_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, *program, str(model), str(workers), *map(str, folders)],
+        env=base_environment() | ours | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | env,
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return json.loads(line.removeprefix("FOUND ")), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def skipping(model, trained, tmp_path_factory):
+    return engine(model, trained, tmp_path_factory.mktemp("skipping"))
+
+
+def assert_one_operation_for_each_module_with_weights(found):
+    expected = {name: len(MODULES - stripped) for name, stripped in STRIPPED.items()}
+    for name, slices in {**expected, "base": 0}.items():
+        assert set(found["each pass"][name]) == {slices}, name
+
+
+def test_a_pass_takes_one_operation_for_each_module_with_weights(skipping):
+    found, log = skipping
+    assert_one_operation_for_each_module_with_weights(found)
+    assert "modules without weights are skipped" in log
+
+
+def test_random_batches_come_to_the_same_with_and_without_skipping(skipping):
+    batches = skipping[0]["batches"]
+    assert batches["passes"] >= 2 * 200
+    assert max(batches["differences"]) <= 1e-5
+    ours, theirs = batches["slices"]
+    assert ours < 0.8 * theirs
+
+
+def test_random_operations_come_to_the_same_bits_with_and_without_skipping(skipping):
+    for found in skipping[0]["operations"]:
+        assert found["different"] == 0
+        assert found["skipped"] >= 100
+
+
+def test_no_adapter_touches_the_rows_of_base_requests_beside_it(skipping):
+    for found in skipping[0]["operations"]:
+        assert found["touched"] == 0
+
+
+BROKEN = """
+import runpy, sys
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+add = PunicaWrapperCPU.add_lora_linear
+PunicaWrapperCPU.add_lora_linear = lambda self, *args, **more: add(self, *args, **more)
+if __name__ == "__main__":
+    from typer.testing import CliRunner
+    from s3lora_serve.cli import app
+    done = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    print("DOCTOR", done.exit_code, done.output.replace("\\n", " "))
+    sys.argv[0] = "random_batches"
+    runpy.run_module("tests.support.random_batches", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "why", ["broken contract", pytest.param("switched off", marks=pytest.mark.slow)]
+)
+def test_without_skipping_the_gate_works_and_says_why(model, trained, tmp_path, why):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "broken.py").write_text(BROKEN)
+    if why == "switched off":
+        found, log = engine(model, trained, tmp_path, S3LORA_SKIP_STRIPPED="0")
+        assert "S3LORA_SKIP_STRIPPED is off" in log
+    else:
+        found, log = engine(model, trained, tmp_path, program=(str(tmp_path / "broken.py"),))
+        problem = "PunicaWrapperCPU.add_lora_linear takes"
+        assert problem in log
+        [doctor] = [line for line in log.splitlines() if line.startswith("DOCTOR ")]
+        assert doctor.startswith("DOCTOR 0 ")
+        assert problem in doctor
+    assert found["skips"] == [False]
+    slices = {name: set(each) for name, each in found["each pass"].items()}
+    assert slices == {"base": {0}} | {name: {len(MODULES)} for name in STRIPPED}
+    assert "'quarantined' is quarantined" in log
+
+
+COMPILED = """
+import sys
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.skipping import Skipping
+
+def config(**more):
+    return EngineArgs(sys.argv[1], dtype="float32", max_model_len=64, **more).create_engine_config()
+
+compiled, eager, adapters = config(), config(enforce_eager=True), config(enable_lora=True)
+captured = config(enforce_eager=True)
+captured.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+configs = (compiled, captured, eager, adapters)
+print("EAGER", *(compat.runs_eagerly(each) for each in configs))
+Skipping(wanted=True).activate(None, compiled)  # has no manager to look at: would raise
+"""
+
+
+def test_a_compiled_or_captured_model_is_left_alone_and_the_log_says_so(model):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(model)],
+        env=base_environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "EAGER False False True True" in done.stdout  # LoRA on the CPU is never compiled
+    assert "the model is compiled or captured in graphs" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_skip_alike_and_come_to_the_same(model, trained, tmp_path):
+    found, _ = engine(model, trained, tmp_path, workers=2, **TWO_RANKS)
+    assert found["skips"] == [True, True]
+    assert_one_operation_for_each_module_with_weights(found)
+    assert max(found["batches"]["differences"]) <= 1e-4
+    for each in found["operations"]:
+        assert each["different"] == 0
+        assert each["skipped"] >= 100

@@ -1,0 +1,208 @@
+"""`python -m tests.support.random_batches MODEL WORKERS FOLDER…`: one engine under the gate, every
+batch with modules skipped and without; what was found is printed as JSON.
+
+More adapters than slots, prompts in pieces, shared beginnings, base requests among the others.
+"""
+
+import json
+import random
+import shutil
+import sys
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from tests.support.tiny_model import CAPITALS, PROMPT
+
+SLOTS, PIECE, ROUNDS, OPERATIONS = 3, 32, 40, 600
+
+
+def switch(worker, on):
+    """Put the skipping operations into their place, or vLLM's own; say whether they are there."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    modules = worker.model_runner.lora_manager._adapter_manager.modules.values()
+    layers = [layer for layer in modules if isinstance(layer, BaseLinearLayerWithLoRA)]
+    there = []
+    for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers}.values():
+        if "add_lora_linear" in vars(wrapper):
+            wrapper.skipping = wrapper.add_lora_linear
+        if not on:
+            vars(wrapper).pop("add_lora_linear", None)
+        elif hasattr(wrapper, "skipping"):
+            wrapper.add_lora_linear = wrapper.skipping
+        there.append("add_lora_linear" in vars(wrapper))
+    return all(there)
+
+
+def calls(worker):
+    """Operations on slices since the last asking, and passes through the model."""
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    runner = worker.model_runner
+    if not hasattr(punica_cpu, "counted"):
+        punica_cpu.counted = {"slices": 0, "passes": 0}
+        expand, forward = punica_cpu.sgmv_expand_slice, runner._model_forward
+
+        def sgmv_expand_slice(*args, **more):
+            punica_cpu.counted["slices"] += 1
+            return expand(*args, **more)
+
+        def model_forward(*args, **more):
+            punica_cpu.counted["passes"] += 1
+            return forward(*args, **more)
+
+        punica_cpu.sgmv_expand_slice, runner._model_forward = sgmv_expand_slice, model_forward
+    found, punica_cpu.counted = punica_cpu.counted, {"slices": 0, "passes": 0}
+    return found
+
+
+def operations(worker, seed, number):
+    """Single operations of the layers over what the slots hold now, with random tokens.
+
+    How many left slices out, came to something else than vLLM's own, touched base requests' rows.
+    """
+    import torch
+    from vllm.lora.layers import LoRAMapping
+
+    picked, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
+    manager = worker.model_runner.lora_manager._adapter_manager
+    layers = [layer for layer in manager.modules.values() if hasattr(layer, "output_slices")]
+    ids = [0, *(lora_id for lora_id in manager.lora_index_to_id if lora_id)]
+    skipped = different = touched = 0
+    for _ in range(number):
+        some = picked.sample(ids, picked.randint(1, len(ids)))
+        requests = picked.choices(some, k=picked.randint(1, 8))
+        tokens = tuple(each for each in requests for _ in range(picked.randint(1, PIECE // 8)))
+        layer = picked.choice(layers)
+        wrapper, stacked = layer.punica_wrapper, (layer.lora_a_stacked, layer.lora_b_stacked)
+        mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
+        wrapper.update_metadata(mapping, manager.lora_index_to_id, SLOTS + 1, manager.vocab_size)
+        x = torch.randn(len(tokens), stacked[0][0].shape[-1], generator=numbers)
+        y = torch.randn(len(tokens), sum(layer.output_slices), generator=numbers)
+        ours, theirs = y.clone(), y.clone()
+        calls(worker)
+        wrapper.skipping(ours, x, *stacked, 1.0, layer.output_slices)
+        some = calls(worker)["slices"]
+        type(wrapper).add_lora_linear(wrapper, theirs, x, *stacked, 1.0, layer.output_slices)
+        skipped += some < calls(worker)["slices"]
+        different += not torch.equal(ours, theirs)
+        base = torch.tensor(tokens) == 0
+        touched += not torch.equal(ours[base], y[base])
+    manager._last_mapping = None
+    return {"skipped": skipped, "different": different, "touched": touched}
+
+
+@dataclass
+class Engine:
+    """A real engine, and what is asked of it."""
+
+    model: str
+    workers: int
+    folders: list[Path]
+
+    def __post_init__(self):
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        self.llm = LLM(
+            self.model, dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
+            max_lora_rank=16, max_loras=SLOTS, max_cpu_loras=SLOTS + 1, max_num_seqs=8, seed=0,
+            max_num_batched_tokens=PIECE, enable_chunked_prefill=True, enable_prefix_caching=True,
+            tensor_parallel_size=self.workers,
+        )  # fmt: skip
+        self.adapters = [LoRARequest(f.name, i, str(f)) for i, f in enumerate(self.folders, 1)]
+
+    def generate(self, prompts, adapters, tokens):
+        """Tokens and log-probabilities of a batch."""
+        from vllm import SamplingParams
+
+        asked = [SamplingParams(max_tokens=n, temperature=0, logprobs=3) for n in tokens]
+        out = self.llm.generate(prompts, asked, lora_request=adapters, use_tqdm=False)
+        return [
+            [{t: v.logprob for t, v in place.items()} for place in one.outputs[0].logprobs]
+            for one in out
+        ]
+
+    def all(self, method, *args):
+        """What every worker answers."""
+        return self.llm.collective_rpc(method, args=args)
+
+    def slices_each_pass(self, adapter):
+        """Operations on slices that one pass takes, in every worker, for one request."""
+        self.generate([PROMPT.format("Peru")], [adapter], [1])  # into its slot
+        self.all(calls)
+        self.generate(["Q: What of " + adapter.lora_name if adapter else "Q:"], [adapter], [3])
+        return [found["slices"] / found["passes"] for found in self.all(calls)]
+
+    def random_batches(self):
+        """Each batch with and without, in random order; what differed, and what was saved."""
+        picked, differences = random.Random(3), []
+        slices = {True: 0, False: 0}
+        passes = 0
+        for number in count():
+            if number == ROUNDS:
+                break
+            size = picked.randint(1, 7)
+            prompts = [
+                " ".join(PROMPT.format(picked.choice(list(CAPITALS))) for _ in range(repeated))
+                for repeated in (picked.randint(1, 6) for _ in range(size))
+            ]
+            adapters = [picked.choice([None, *self.adapters]) for _ in range(size)]
+            tokens = [picked.randint(1, 6) for _ in range(size)]
+            if number % 6 == 5:
+                adapters[0] = self.changed(picked)
+            forget, answers = picked.random() < 0.7, {}
+            for on in picked.sample([True, False], 2):
+                self.all(switch, on)
+                if forget:
+                    assert self.llm.reset_prefix_cache()
+                self.all(calls)
+                answers[on] = self.generate(prompts, adapters, tokens)
+                found = self.all(calls)[0]
+                slices[on] += found["slices"]
+                passes += found["passes"]
+            differences.append(_difference(answers[True], answers[False]))
+        self.all(switch, True)
+        return {"differences": differences, "slices": list(slices.values()), "passes": passes}
+
+    def changed(self, picked):
+        """The last adapter, its folder now holding another's content, to be read again."""
+        from vllm.lora.request import LoRARequest
+
+        last = self.folders[-1]
+        shutil.rmtree(last)
+        shutil.copytree(picked.choice(self.folders[:-2]), last)
+        self.adapters[-1] = LoRARequest(last.name, len(self.folders), str(last))
+        return LoRARequest(last.name, len(self.folders), str(last), load_inplace=True)
+
+
+def _difference(ours, theirs):
+    """The largest difference between log-probabilities of the same tokens."""
+    pairs = [
+        (place[token], other.get(token, float("-inf")))
+        for one, two in zip(ours, theirs, strict=True)
+        for place, other in zip(one, two, strict=True)
+        for token in place
+    ]
+    return max(abs(a - b) for a, b in pairs)
+
+
+def main():
+    """Start the engine and ask everything."""
+    model, workers, *folders = sys.argv[1:]
+    engine = Engine(model, int(workers), [Path(folder) for folder in folders])
+    found = {"skips": engine.all(switch, True)}
+    engine.all(calls)
+    found["each pass"] = {
+        adapter.lora_name if adapter else "base": engine.slices_each_pass(adapter)
+        for adapter in [None, *engine.adapters]
+    }
+    if all(found["skips"]):
+        found["batches"] = engine.random_batches()
+        found["operations"] = engine.all(operations, 5, OPERATIONS)
+    print("FOUND", json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
