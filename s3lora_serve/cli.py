@@ -118,7 +118,7 @@ def _skipping() -> Check:
     try:
         if not load_settings().skip_stripped:
             return Check("skipping", True, "no: S3LORA_SKIP_STRIPPED is off")
-        from s3lora_serve.vllm_plugin.compat import skipping_obstacle
+        from s3lora_serve.vllm_plugin.contract import skipping_obstacle
 
         obstacle = skipping_obstacle()
     except Exception as error:  # noqa: BLE001 - whatever is wrong, other checks say it better

@@ -1,10 +1,5 @@
-"""Everything this project knows of vLLM: imports, version branches, and the contract it relies on.
+"""Every import from vLLM, and what differs between its versions, 0.28 to 0.33."""
 
-Read against vLLM 0.28 to 0.33. What is checked here is names and signatures; a version that keeps
-them is guarded, one that does not never starts.
-"""
-
-import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,59 +10,28 @@ from vllm.entrypoints.openai.models.serving import create_error_response as crea
 from vllm.exceptions import LoRAAdapterNotFoundError as LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel as LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights as LoRALayerWeights
-from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.model_manager import LoRAModelManager as LoRAModelManager
 from vllm.lora.ops.torch_ops import lora_ops as lora_ops
 from vllm.lora.punica_wrapper import punica_cpu as punica_cpu
-from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase as PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as PunicaWrapperCPU
 from vllm.lora.request import LoRARequest as LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.utils import parse_fine_tuned_lora_name as parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager as LRUCacheWorkerLoRAManager
 from vllm.lora.worker_manager import WorkerLoRAManager as WorkerLoRAManager
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import WeightsMapper as WeightsMapper
 from vllm.model_executor.utils import get_moe_expert_mapping as get_moe_expert_mapping
 from vllm.v1.core import kv_cache_utils as kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM as AsyncLLM
-from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.engine.core_client import AsyncMPClient as AsyncMPClient
 from vllm.v1.engine.llm_engine import LLMEngine as LLMEngine
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
 
-from s3lora_serve.errors import ContractBroken
 from s3lora_serve.guarding import installed_vllm
 
 logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
-
-_BGMV_SHRINK = ("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")
-_LORA_LINEAR = (
-    *("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
-    *("buffer", "kwargs"),
-)
-_UPDATE_METADATA = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs")
-_Contract = tuple[tuple[Any, str, tuple[str, ...]], ...]
-_CONTRACT: _Contract = (
-    (WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
-    (WorkerLoRAManager, "add_adapter", ("self", "adapter_request")),
-    (LRUCacheWorkerLoRAManager, "add_adapter", ("self", "lora_request")),
-    (WorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
-    (LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
-    (LoRAModelManager, "activate_adapter", ("self", "lora_id")),
-    (LoRAModelManager, "add_adapter", ("self", "adapter")),
-    (LoRAModelRunnerMixin, "add_lora", ("self", "lora_request")),
-    (AsyncLLM, "add_lora", ("self", "lora_request")),
-    (AsyncLLM, "remove_lora", ("self", "lora_id")),
-    (AsyncMPClient, "_call_utility_async", ("self", "method", "args", "engine")),
-    (OpenAIServingModels, "load_lora_adapter", ("self", "request", "base_model_name")),
-    (OpenAIServingModels, "unload_lora_adapter", ("self", "request")),
-    (OpenAIServingModels, "init_static_loras", ("self",)),
-    (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
-    (lora_ops, "bgmv_shrink", _BGMV_SHRINK),
-    (PunicaWrapperCPU, "add_shrink", ("self", "y", "x", "lora_a_stacked", "scale", "kwargs")),
-    (PunicaWrapperBase, "update_metadata", _UPDATE_METADATA),
-    (kv_cache_utils, "_gen_lora_extra_hash_keys", ("request",)),
-)
-_ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_request")
 
 
 def installed_version() -> str:
@@ -76,72 +40,17 @@ def installed_version() -> str:
     return found[1] if found else "unknown"
 
 
-def check_contract() -> None:
-    """Check the names and signatures that the hook relies on.
+def skipping_classes() -> tuple[Any, Any, Any]:
+    """The linear LoRA layer, what maps tokens to adapters, the operations on a GPU.
 
     Raises:
-        ContractBroken: this vLLM is not the one the hook was written for.
+        ImportError: one of them is not where it was.
     """
-    if problem := _deviation(_CONTRACT):
-        broken(problem)
-    if "_load_adapter" in vars(LRUCacheWorkerLoRAManager):
-        broken("LRUCacheWorkerLoRAManager has a _load_adapter of its own")
-    for name in ("lora_a", "lora_b", "scaling"):
-        if name not in inspect.signature(LoRALayerWeights.__init__).parameters:
-            broken(f"LoRALayerWeights takes no {name}")
-    if "loras" not in inspect.signature(LoRAModel.__init__).parameters:
-        broken("LoRAModel takes no loras")
-    found = tuple(inspect.signature(LLMEngine.add_request).parameters)
-    if found[: len(_ADD_REQUEST)] != _ADD_REQUEST:
-        broken(f"LLMEngine.add_request takes {found}, expected {_ADD_REQUEST} first")
-    if not {"lora_name", "lora_path", "lora_int_id"} <= set(LoRARequest.__struct_fields__):
-        broken(f"LoRARequest has the fields {LoRARequest.__struct_fields__}")
-    if not {"get_rename_mapper", "get_unstacked_mapper"} & set(vars(WeightsMapper)):
-        broken("WeightsMapper has no get_rename_mapper")
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.utils import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-
-def _deviation(contract: _Contract) -> str | None:
-    """The first of the names that is gone or takes other parameters, and how."""
-    for owner, name, expected in contract:
-        method = getattr(owner, name, None)
-        found = tuple(inspect.signature(method).parameters) if method else None
-        if found != expected:
-            return f"{owner.__name__}.{name} takes {found}, expected {expected}"
-    return None
-
-
-def skipping_obstacle(manager: Any = None) -> str | None:
-    """Why operations without weights cannot be left out on this vLLM, or by this worker, if so.
-
-    The gate does without: nothing that it needs is looked at here.
-    """
-    try:
-        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-        from vllm.lora.layers.utils import LoRAMapping
-        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
-    except ImportError as error:
-        return f"vLLM {installed_version()}: {error}"
-    expand = ("self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs")
-    wrappers = (PunicaWrapperCPU, PunicaWrapperGPU)
-    contract = [
-        (BaseLinearLayerWithLoRA, "set_lora", ("self", "index", "lora_a", "lora_b")),
-        (BaseLinearLayerWithLoRA, "reset_lora", ("self", "index")),
-        (WorkerLoRAManager, "dummy_lora_cache", ("self",)),
-        (PunicaWrapperGPU, "update_metadata", _UPDATE_METADATA),
-        *((owner, "add_lora_linear", _LORA_LINEAR) for owner in wrappers),
-        *((owner, "add_expand", (*expand, "kwargs")) for owner in wrappers),
-    ]
-    if problem := _deviation(tuple(contract)):
-        return f"vLLM {installed_version()}: {problem}"
-    if "index_mapping" not in inspect.get_annotations(LoRAMapping):
-        return f"vLLM {installed_version()}: LoRAMapping has no index_mapping"
-    if manager is None:
-        return None
-    if not hasattr(manager, "_cached_dummy_lora"):
-        return f"vLLM {installed_version()}: WorkerLoRAManager has no _cached_dummy_lora"
-    layers = linear_layers(manager)
-    others = {type(each.punica_wrapper) for each in layers} - set(wrappers)
-    return f"unknown operations: {others}" if others else None
+    return BaseLinearLayerWithLoRA, LoRAMapping, PunicaWrapperGPU
 
 
 def linear_layers(manager: Any) -> list[Any]:
@@ -169,15 +78,6 @@ def runs_eagerly(vllm_config: Any) -> bool:
     config = vllm_config.compilation_config
     modes = config.mode, config.cudagraph_mode
     return modes == (CompilationMode.NONE, CUDAGraphMode.NONE)
-
-
-def broken(problem: str) -> None:
-    """Say which vLLM is not the one the hook was written for, and how.
-
-    Raises:
-        ContractBroken: always.
-    """
-    raise ContractBroken(f"vLLM {installed_version()}: {problem}")
 
 
 def has_requests_under_way(engine: Any, adapter_id: int) -> bool:

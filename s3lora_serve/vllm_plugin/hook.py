@@ -5,7 +5,8 @@ from typing import Any
 from s3lora_serve.errors import Reason
 from s3lora_serve.guarding import vllm_release
 from s3lora_serve.settings import load_settings
-from s3lora_serve.vllm_plugin import compat, patches
+from s3lora_serve.vllm_plugin import compat, contract, patches
+from s3lora_serve.vllm_plugin.base_tokens import spare_base_tokens
 from s3lora_serve.vllm_plugin.desk import Desk
 from s3lora_serve.vllm_plugin.guard import Guard
 from s3lora_serve.vllm_plugin.offline import OfflineDoor
@@ -27,7 +28,7 @@ def install() -> None:
         return
     settings = load_settings()
     desk = Desk(settings)
-    compat.check_contract()
+    contract.check_contract()
     release = vllm_release()
     if not release.passed:
         compat.logger.warning("s3lora: %s; it has what the gate relies on", release.detail)
@@ -40,7 +41,7 @@ def install() -> None:
         desk.store.prepare()
         _registrar = Registrar(desk)
         patches.tell_requests_apart()
-        patches.spare_base_tokens()
+        spare_base_tokens()
         patches.after_create_lora_manager(Skipping(wanted=settings.skip_stripped).activate)
         patches.wrap_load_adapter(guard.load)
         patches.wrap_add_adapter(guard.add)

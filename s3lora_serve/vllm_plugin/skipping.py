@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from s3lora_serve.vllm_plugin import compat, patches
+from s3lora_serve.vllm_plugin import compat, contract, patches
 from s3lora_serve.vllm_plugin.slices import runs, weights_given
 
 EVERY = -1
@@ -41,7 +41,7 @@ class Skipping:
             return "S3LORA_SKIP_STRIPPED is off"
         if not compat.runs_eagerly(vllm_config):
             return "the model is compiled or captured in graphs, which do the same in every batch"
-        return compat.skipping_obstacle(manager)
+        return contract.skipping_obstacle(manager)
 
 
 class _Module:

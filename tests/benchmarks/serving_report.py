@@ -1,5 +1,7 @@
 """The figures of the benchmarks on real servers, as sections of RESULTS.md."""
 
+import statistics
+
 LABELS = {
     "read": "copy, hash, check (API server)",
     "score": "score (API server)",
@@ -65,7 +67,8 @@ def inference(data: dict) -> str:  # type: ignore[type-arg]
         f" {model['width']} and random weights take turns; an adapter of rank {model['rank']} on"
         " all 28 modules. *Computed* is the gate with `S3LORA_SKIP_STRIPPED=0`. Prefill: prompts"
         f" of {tokens['prompt']} tokens; decode: {tokens['new']} tokens a request. Seconds for the"
-        f" whole batch, least of {data['rounds']} rounds.",
+        f" whole batch, least of {data['rounds']} rounds; ratios are medians over the rounds of"
+        " what stood beside each other in one.",
         "",
     ]
     for case, seconds in data["seconds"].items():
@@ -88,19 +91,24 @@ def inference(data: dict) -> str:  # type: ignore[type-arg]
     return "\n".join([*lines, ""])
 
 
-def _served(label: str, name: str, seconds: dict[str, float]) -> str:
+def _served(label: str, name: str, seconds: dict[str, list[float]]) -> str:
     columns = [seconds.get(f"{server}, {name}") for server in ("stock", "computed", "skipped")]
-    figures = [f"{x:.3f}" if x else "–" for x in columns]
-    ours = seconds[f"skipped, {name}"]
-    ratios = [f"{ours / seconds[f'skipped, {other}']:.2f}" for other in ("whole", "base")]
+    figures = [f"{min(x):.3f}" if x else "–" for x in columns]
+    ours = f"skipped, {name}"
+    ratios = [f"{_ratio(seconds, ours, f'skipped, {other}'):.2f}" for other in ("whole", "base")]
     return f"| {label} | " + " | ".join([*figures, *ratios]) + " |"
 
 
-def _throughput(case: str, s: dict[str, float]) -> str:
+def _ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
+    pairs = zip(seconds[ours], seconds[theirs], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def _throughput(case: str, seconds: dict[str, list[float]]) -> str:
     figures = (
-        s["stock, base"] / s["skipped, base"],
-        s["stock, whole"] / s["skipped, whole"],
-        s["skipped, whole"] / s["computed, whole"],
+        _ratio(seconds, "stock, base", "skipped, base"),
+        _ratio(seconds, "stock, whole", "skipped, whole"),
+        _ratio(seconds, "skipped, whole", "computed, whole"),
     )
     phase, batch = case.split(", ")
     return f"| {phase}, batch {batch} | " + " | ".join(f"{x:.3f}" for x in figures) + " |"

@@ -1,0 +1,48 @@
+"""Base-model requests are answered by the base model, in batches with adapters too."""
+
+import functools
+from typing import Any
+
+from s3lora_serve.vllm_plugin.compat import PunicaWrapperCPU, lora_ops, punica_cpu
+
+
+def spare_base_tokens() -> None:
+    """Let no adapter act on tokens of requests that asked for none, on CPU.
+
+    vLLM marks them with -1; its GPU kernels leave such rows alone, its CPU operations take -1 for
+    the last slot, and answer a base request that shares a batch with that slot's adapter. What
+    its adapter made of such rows is cleared between the two halves of the operation.
+    """
+    owner = PunicaWrapperCPU
+    update, shrink, bgmv_shrink = owner.update_metadata, owner.add_shrink, lora_ops.bgmv_shrink
+
+    @functools.wraps(update)
+    def update_metadata(self: Any, mapping: Any, *rest: Any, **more: Any) -> None:
+        update(self, mapping, *rest, **more)
+        mixed = min(mapping.index_mapping, default=1) <= 0
+        self._s3lora_base_rows = (self.token_lora_indices < 0).unsqueeze(-1) if mixed else None
+
+    @functools.wraps(shrink)
+    def add_shrink(
+        self: Any, y: Any, x: Any, lora_a_stacked: Any, scale: float, **more: Any
+    ) -> Any:
+        result = shrink(self, y, x, lora_a_stacked, scale, **more)
+        if (rows := self._s3lora_base_rows) is not None:
+            for buffer in y:
+                buffer.view(-1, buffer.shape[-1]).masked_fill_(rows, 0)
+        return result
+
+    @functools.wraps(bgmv_shrink)
+    def logits_shrink(
+        inputs: Any,
+        lora_b_weights: Any,
+        output_tensor: Any,
+        lora_indices_tensor: Any,
+        scaling: float = 1.0,
+    ) -> None:
+        bgmv_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        output_tensor.masked_fill_((lora_indices_tensor < 0).unsqueeze(-1), 0)
+
+    owner._s3lora_base_rows = None  # of a wrapper that was told of no batch yet
+    owner.update_metadata, owner.add_shrink = update_metadata, add_shrink
+    punica_cpu.bgmv_shrink = logits_shrink

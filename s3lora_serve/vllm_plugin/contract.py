@@ -1,0 +1,133 @@
+"""What of vLLM the gate relies on, checked at start, and what skipping does.
+
+Names and signatures: a version that keeps them is guarded, one that does not never starts.
+"""
+
+import inspect
+from typing import Any
+
+from s3lora_serve.errors import ContractBroken
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.compat import (
+    AsyncLLM,
+    AsyncMPClient,
+    LLMEngine,
+    LoRALayerWeights,
+    LoRAModel,
+    LoRAModelManager,
+    LoRAModelRunnerMixin,
+    LoRARequest,
+    LRUCacheWorkerLoRAManager,
+    OpenAIServingModels,
+    PunicaWrapperBase,
+    PunicaWrapperCPU,
+    WeightsMapper,
+    WorkerLoRAManager,
+    kv_cache_utils,
+    lora_ops,
+)
+
+_BGMV_SHRINK = ("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")
+_LORA_LINEAR = (
+    *("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
+    *("buffer", "kwargs"),
+)
+_UPDATE_METADATA = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs")
+_Contract = tuple[tuple[Any, str, tuple[str, ...]], ...]
+_CONTRACT: _Contract = (
+    (WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
+    (WorkerLoRAManager, "add_adapter", ("self", "adapter_request")),
+    (LRUCacheWorkerLoRAManager, "add_adapter", ("self", "lora_request")),
+    (WorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
+    (LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
+    (LoRAModelManager, "activate_adapter", ("self", "lora_id")),
+    (LoRAModelManager, "add_adapter", ("self", "adapter")),
+    (LoRAModelRunnerMixin, "add_lora", ("self", "lora_request")),
+    (AsyncLLM, "add_lora", ("self", "lora_request")),
+    (AsyncLLM, "remove_lora", ("self", "lora_id")),
+    (AsyncMPClient, "_call_utility_async", ("self", "method", "args", "engine")),
+    (OpenAIServingModels, "load_lora_adapter", ("self", "request", "base_model_name")),
+    (OpenAIServingModels, "unload_lora_adapter", ("self", "request")),
+    (OpenAIServingModels, "init_static_loras", ("self",)),
+    (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
+    (lora_ops, "bgmv_shrink", _BGMV_SHRINK),
+    (PunicaWrapperCPU, "add_shrink", ("self", "y", "x", "lora_a_stacked", "scale", "kwargs")),
+    (PunicaWrapperBase, "update_metadata", _UPDATE_METADATA),
+    (kv_cache_utils, "_gen_lora_extra_hash_keys", ("request",)),
+)
+_ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_request")
+
+
+def check_contract() -> None:
+    """Check the names and signatures that the hook relies on.
+
+    Raises:
+        ContractBroken: this vLLM is not the one the hook was written for.
+    """
+    if problem := _deviation(_CONTRACT):
+        broken(problem)
+    if "_load_adapter" in vars(LRUCacheWorkerLoRAManager):
+        broken("LRUCacheWorkerLoRAManager has a _load_adapter of its own")
+    for name in ("lora_a", "lora_b", "scaling"):
+        if name not in inspect.signature(LoRALayerWeights.__init__).parameters:
+            broken(f"LoRALayerWeights takes no {name}")
+    if "loras" not in inspect.signature(LoRAModel.__init__).parameters:
+        broken("LoRAModel takes no loras")
+    found = tuple(inspect.signature(LLMEngine.add_request).parameters)
+    if found[: len(_ADD_REQUEST)] != _ADD_REQUEST:
+        broken(f"LLMEngine.add_request takes {found}, expected {_ADD_REQUEST} first")
+    if not {"lora_name", "lora_path", "lora_int_id"} <= set(LoRARequest.__struct_fields__):
+        broken(f"LoRARequest has the fields {LoRARequest.__struct_fields__}")
+    if not {"get_rename_mapper", "get_unstacked_mapper"} & set(vars(WeightsMapper)):
+        broken("WeightsMapper has no get_rename_mapper")
+
+
+def _deviation(contract: _Contract) -> str | None:
+    """The first of the names that is gone or takes other parameters, and how."""
+    for owner, name, expected in contract:
+        method = getattr(owner, name, None)
+        found = tuple(inspect.signature(method).parameters) if method else None
+        if found != expected:
+            return f"{owner.__name__}.{name} takes {found}, expected {expected}"
+    return None
+
+
+def skipping_obstacle(manager: Any = None) -> str | None:
+    """Why operations without weights cannot be left out on this vLLM, or by this worker, if so.
+
+    The gate does without: nothing that it needs is looked at here.
+    """
+    try:
+        layer, mapping, on_gpu = compat.skipping_classes()
+    except ImportError as error:
+        return f"vLLM {compat.installed_version()}: {error}"
+    expand = ("self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs")
+    wrappers = (PunicaWrapperCPU, on_gpu)
+    contract = [
+        (layer, "set_lora", ("self", "index", "lora_a", "lora_b")),
+        (layer, "reset_lora", ("self", "index")),
+        (WorkerLoRAManager, "dummy_lora_cache", ("self",)),
+        (on_gpu, "update_metadata", _UPDATE_METADATA),
+        *((owner, "add_lora_linear", _LORA_LINEAR) for owner in wrappers),
+        *((owner, "add_expand", (*expand, "kwargs")) for owner in wrappers),
+    ]
+    if problem := _deviation(tuple(contract)):
+        return f"vLLM {compat.installed_version()}: {problem}"
+    if "index_mapping" not in inspect.get_annotations(mapping):
+        return f"vLLM {compat.installed_version()}: LoRAMapping has no index_mapping"
+    if manager is None:
+        return None
+    if not hasattr(manager, "_cached_dummy_lora"):
+        return f"vLLM {compat.installed_version()}: WorkerLoRAManager has no _cached_dummy_lora"
+    layers = compat.linear_layers(manager)
+    others = {type(each.punica_wrapper) for each in layers} - set(wrappers)
+    return f"unknown operations: {others}" if others else None
+
+
+def broken(problem: str) -> None:
+    """Say which vLLM is not the one the hook was written for, and how.
+
+    Raises:
+        ContractBroken: always.
+    """
+    raise ContractBroken(f"vLLM {compat.installed_version()}: {problem}")
