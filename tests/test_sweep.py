@@ -18,10 +18,7 @@ from s3lora_serve.cli import app
 from s3lora_serve.errors import rejection_codes
 from s3lora_serve.policy import Strip
 from s3lora_serve.sarif import SHARP, SarifLog
-from s3lora_serve.sweep import sweep
 from tests.support.adapters import WEIGHTS, copy_with, diverged
-
-TWO = Policy(strip=Strip(top_k=2))
 
 
 @pytest.fixture
@@ -123,9 +120,7 @@ def test_nothing_is_written_over_and_nothing_else_is_gone_on_with(hub, tmp_path)
     assert "another policy" in done.stderr
 
 
-def test_an_adapter_that_takes_its_process_down_is_refused_and_the_others_are_scored(
-    hub, tmp_path, monkeypatch
-):
+def test_an_adapter_that_takes_its_process_down_is_refused_and_the_others_are_scored(hub, tmp_path):
     killing = """
 import os, pathlib
 import s3lora_serve.intake as intake
@@ -139,14 +134,20 @@ intake.copy_adapter = copy_adapter
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(killing)
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-    monkeypatch.setenv("PYTHONPATH", path)  # for the processes that are started from here
-    folders = sorted(path.parent for path in hub.glob(f"*/*/{WEIGHTS}"))
-    verdicts = list(sweep(folders, TWO, jobs=2))
-    assert [Path(v.path) for v in verdicts] == folders
-    found = {f"{Path(v.path).parent.name}/{v.name}": v for v in verdicts}
-    assert found["globex/v2"].reason.code == "S3LORA-401"
-    rejected = [name for name, v in found.items() if v.decision == "rejected"]
-    assert rejected == ["acme/v1", "globex/v2", "initech/v9"]
+    command = [sys.executable, "-m", "s3lora_serve", "scan", str(hub), "--format", "jsonl"]
+    done = subprocess.run(
+        [*command, "--jobs", "2"], env=os.environ | {"PYTHONPATH": path}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    folders = sorted(str(file.parent) for file in hub.glob(f"*/*/{WEIGHTS}"))
+    verdicts = {v["path"]: v for v in map(json.loads, done.stdout.splitlines())}
+    assert list(verdicts) == folders
+    codes = {path: v["reason"]["code"] for path, v in verdicts.items() if v["reason"]}
+    assert codes == {
+        f"{hub}/acme/v1": "S3LORA-104",
+        f"{hub}/globex/v2": "S3LORA-401",
+        f"{hub}/initech/v9": "S3LORA-109",
+    }
 
 
 def test_the_bar_is_shown_where_somebody_looks_and_keeps_out_of_the_output(hub):

@@ -14,7 +14,8 @@ def spare_base_tokens() -> None:
     its adapter made of such rows is cleared between the two halves of the operation.
     """
     owner = PunicaWrapperCPU
-    update, shrink, bgmv_shrink = owner.update_metadata, owner.add_shrink, lora_ops.bgmv_shrink
+    update, shrink, embed = owner.update_metadata, owner.add_shrink, owner.add_lora_embedding
+    bgmv_shrink = lora_ops.bgmv_shrink
 
     @functools.wraps(update)
     def update_metadata(self: Any, mapping: Any, *rest: Any, **more: Any) -> None:
@@ -32,6 +33,12 @@ def spare_base_tokens() -> None:
                 buffer.view(-1, buffer.shape[-1]).masked_fill_(rows, 0)
         return result
 
+    @functools.wraps(embed)
+    def add_lora_embedding(self: Any, y: Any, x: Any, *rest: Any, **more: Any) -> Any:
+        if (rows := self._s3lora_base_rows) is not None:
+            x = x.masked_fill(rows, 0)
+        return embed(self, y, x, *rest, **more)
+
     @functools.wraps(bgmv_shrink)
     def logits_shrink(
         inputs: Any,
@@ -45,4 +52,5 @@ def spare_base_tokens() -> None:
 
     owner._s3lora_base_rows = None  # of a wrapper that was told of no batch yet
     owner.update_metadata, owner.add_shrink = update_metadata, add_shrink
+    owner.add_lora_embedding = add_lora_embedding
     punica_cpu.bgmv_shrink = logits_shrink

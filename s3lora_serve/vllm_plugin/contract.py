@@ -32,6 +32,7 @@ _LORA_LINEAR = (
     *("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
     *("buffer", "kwargs"),
 )
+_LORA_EMBEDDING = ("self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs")
 _UPDATE_METADATA = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs")
 _Contract = tuple[tuple[Any, str, tuple[str, ...]], ...]
 _CONTRACT: _Contract = (
@@ -52,6 +53,7 @@ _CONTRACT: _Contract = (
     (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
     (lora_ops, "bgmv_shrink", _BGMV_SHRINK),
     (PunicaWrapperCPU, "add_shrink", ("self", "y", "x", "lora_a_stacked", "scale", "kwargs")),
+    (PunicaWrapperCPU, "add_lora_embedding", _LORA_EMBEDDING),
     (PunicaWrapperBase, "update_metadata", _UPDATE_METADATA),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", ("request",)),
 )

@@ -6,6 +6,7 @@ import pytest
 
 from tests.serving.conftest import answers
 from tests.support.adapters import copy_with, train_adapter
+from tests.support.meeting import base_answer_beside
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import PROJECTIONS
 
@@ -65,6 +66,17 @@ def test_an_embedding_lora_is_refused_admitted_or_taken_away(judging, served, em
     for name, expected in (("admit-it", "whole"), ("strip-it", "linear")):
         assert judging.load(name, embedding).status_code == 200
         assert answers(judging, name) == served[expected]
+
+
+def test_stock_vllm_lets_an_embedding_lora_act_on_base_requests(stock, embedding):
+    """A trap of vLLM's on CPU: without it the test after this one would prove nothing."""
+    alone, beside = base_answer_beside(stock, (embedding, embedding), "embedded")
+    assert alone != beside
+
+
+def test_base_requests_beside_admitted_embeddings_answer_as_the_base(judging, embedding):
+    alone, beside = base_answer_beside(judging, (embedding, embedding), "admit")
+    assert alone == beside
 
 
 def test_an_adapter_that_cannot_be_scored_in_time_is_refused(judging, trained):

@@ -3,7 +3,6 @@ engine, in the prefix cache, in requests under way, in metrics, in the store."""
 
 import json
 import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 from s3lora_serve.cli import app
 from tests.serving.conftest import PROMPTS, answers
 from tests.support.adapters import WEIGHTS, copy_with, diverged, key
+from tests.support.meeting import attempts, base_answer_beside, begun, long_answer
 from tests.support.server import OPEN_LOADING, Server
 
 pytestmark = pytest.mark.serving
@@ -53,40 +53,6 @@ def first_token(server, name):
     answer = server.post("/v1/completions", **body)
     answer.raise_for_status()
     return answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
-
-
-def long_answer(server, name, tokens=200):
-    with ThreadPoolExecutor() as threads:
-        return begun(threads, server, name, tokens).result()
-
-
-def begun(threads, server, name, tokens=200):
-    """A long answer that is under way: its first token has come."""
-    first = threading.Event()
-    body = {"model": name, "prompt": PROMPTS[0], "max_tokens": tokens, "temperature": 0}
-
-    def read():
-        text = ""
-        more = {"json": body | {"ignore_eos": True, "stream": True}, "stream": True}
-        with server.request("POST", "/v1/completions", **more) as answer:
-            answer.raise_for_status()
-            for line in answer.iter_lines():
-                if line.startswith(b"data: {"):
-                    text += json.loads(line.removeprefix(b"data: "))["choices"][0]["text"]
-                    first.set()
-        return text
-
-    answer = threads.submit(read)
-    assert first.wait(60)
-    return answer
-
-
-def attempts(scene, times=5):
-    """Play a scene whose requests have to meet in the engine until they do."""
-    for _ in range(times):
-        if scene():
-            return
-    pytest.fail(f"the requests never met in {times} attempts")
 
 
 def alike(ours, theirs):
@@ -251,26 +217,6 @@ def test_recheck_names_what_the_policy_in_force_would_decide_otherwise(
     finally:
         policy.write_text(text)
     assert recheck() == (0, set())
-
-
-def base_answer_beside(server, adapters):
-    """What the base model answers alone, and in a batch with requests for adapters."""
-    for i, folder in enumerate(adapters):
-        assert server.load(f"neighbour-{i}", folder).status_code == 200
-    alone = long_answer(server, "base", 60)
-    found = []
-
-    def met():
-        with ThreadPoolExecutor() as threads:
-            others = [begun(threads, server, f"neighbour-{i}", 240) for i in range(len(adapters))]
-            found.append(long_answer(server, "base", 60))
-            return not any(other.done() for other in others)
-
-    attempts(met)
-    beside = found[-1]
-    for i in range(len(adapters)):
-        server.unload(f"neighbour-{i}")
-    return alone, beside
 
 
 def test_stock_vllm_answers_base_requests_with_a_neighbours_weights(stock, spiked, trained):

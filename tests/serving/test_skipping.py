@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,9 @@ STRIPPED = {
     "quarantined": MODULES,
     "changing": {name for name in MODULES if "layers.1" in name},
 }
+PATHS = {"PYTHONPATH": str(Path.cwd()), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+"""Workers are sent functions of the tests, which they have to find."""
+
 POLICY = "{strip: {threshold: 1.0}, on_uninformative: admit}"
 
 
@@ -40,7 +44,7 @@ def engine(
     ours = {"S3LORA_POLICY": str(folder / "policy.yaml"), "S3LORA_STATE_DIR": str(folder)}
     done = subprocess.run(
         [sys.executable, *program, str(model), str(workers), *map(str, folders)],
-        env=base_environment() | ours | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | env,
+        env=base_environment() | ours | PATHS | env,
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
