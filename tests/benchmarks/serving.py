@@ -1,11 +1,14 @@
 """`make bench-serving`: what an adapter costs at inference, by how much of it is stripped.
 
-Three real vLLM servers (CPU build, eager) of one small model with random weights take turns in one
-run: stock, guarded without skipping, guarded. Each stands still while it is not its turn.
+One engine under the gate skips and computes in turns. Beside it two real vLLM servers (CPU build,
+eager), stock and guarded, take turns in one run: each stands still while it is not its turn. All of
+one small model with random weights.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -18,7 +21,8 @@ from transformers import LlamaConfig
 
 from tests.benchmarks import measure, report
 from tests.benchmarks.admission import alone
-from tests.support.server import OPEN_LOADING, Server
+from tests.benchmarks.toggled import BATCHES, NEW_TOKENS, PROMPT_TOKENS, PROMPTS_ALONE, prompts
+from tests.support.server import OPEN_LOADING, Server, base_environment
 from tests.support.tiny_model import LAYERS, PROJECTIONS, make_tokenizer
 
 HERE = Path(__file__).parent
@@ -37,14 +41,9 @@ rules:
   - {match: {adapter: all}, strip: {fraction: 1.0}, limits: {max_stripped_fraction: 1.0}}
 """
 STRIPPED = {"whole": 0, "ten": 10, "half": 14, "all": 28}
-STOCK = ("base", "whole")
-"""What a server without the gate is asked: it cannot strip."""
+BESIDE = ("base", "whole")
+"""What both servers are asked: one without the gate cannot strip."""
 
-PROMPT_TOKENS, NEW_TOKENS = 128, 64
-PROMPTS_ALONE = 6
-"""Prompts of batch 1 asked one after the other: one takes less time than a request varies by."""
-
-BATCHES = (1, 8)
 ROOM = ("--load-format", "dummy", "--max-loras", "4", "--no-enable-prefix-caching")
 
 
@@ -62,28 +61,27 @@ def main() -> None:
             "S3LORA_POLICY": str(place / "policy.yaml"),
             "S3LORA_STATE_DIR": str(place / "state"),
         }
-        environments = {
-            "stock": OPEN_LOADING | {"VLLM_PLUGINS": ""},
-            "computed": guarded | {"S3LORA_SKIP_STRIPPED": "0"},
-            "skipped": guarded,
-        }
+        toggled = _toggled(model, adapter, guarded, rounds)
+        environments = {"stock": OPEN_LOADING | {"VLLM_PLUGINS": ""}, "guarded": guarded}
         servers = {
             name: stack.enter_context(
                 Server(model, place / f"{name}.log", ROOM, around, guarded=name != "stock")
             )
             for name, around in environments.items()
         }
-        for name, server in servers.items():
-            for served, count in STRIPPED.items():
-                if name != "stock" or served in STOCK:
-                    assert server.load(served, adapter).status_code == 200
-                    assert name == "stock" or _stripped(server, served) == count
+        assert servers["stock"].load("whole", adapter).status_code == 200
+        for served, count in STRIPPED.items():
+            assert servers["guarded"].load(served, adapter).status_code == 200
+            assert _stripped(servers["guarded"], served) == count
+            if served not in BESIDE:
+                servers["guarded"].unload(served)
         data = {
             "machine": measure.machine(),
             "model": {"layers": LAYERS, "width": WIDTH, "inner": INNER, "rank": RANK},
             "tokens": {"prompt": PROMPT_TOKENS, "new": NEW_TOKENS},
             "rounds": rounds,
-            "seconds": _seconds(servers, rounds),
+            "seconds": toggled,
+            "servers": _seconds(servers, rounds),
         }
     (HERE / "serving.json").write_text(json.dumps(data, indent=1) + "\n")
     report.write(HERE)
@@ -97,7 +95,7 @@ def _seconds(servers: dict[str, Server], rounds: int) -> dict[str, dict[str, lis
         for batch in BATCHES:
             for name in servers:
                 with alone(name, servers) as server:
-                    for served in STOCK if name == "stock" else ("base", *STRIPPED):
+                    for served in BESIDE:
                         both = _asked(server, served, batch)
                         for phase, seconds in zip(("prefill", "decode"), both, strict=True):
                             if turn:  # the first one warms up
@@ -106,10 +104,23 @@ def _seconds(servers: dict[str, Server], rounds: int) -> dict[str, dict[str, lis
     return found
 
 
+def _toggled(
+    model: Path, adapter: Path, guarded: dict[str, str], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """What the engine that skips and computes in turns takes."""
+    paths = {"PYTHONPATH": str(Path.cwd()), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.toggled", model, adapter, str(rounds)],
+        env=base_environment() | guarded | paths, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    found: dict[str, dict[str, list[float]]] = json.loads(line.removeprefix("FOUND "))
+    return found
+
+
 def _asked(server: Server, served: str, batch: int) -> tuple[float, float]:
-    """Seconds of a batch of prompts, and of a batch of answers to one-word prompts."""
-    long = [[(7 * i + j) % 90 + 5 for i in range(PROMPT_TOKENS)] for j in range(batch)]
-    short = [prompt[:2] for prompt in long]
+    """Seconds of a batch of prompts, and of a batch of answers to short prompts."""
+    long, short = prompts(batch)
     times = PROMPTS_ALONE if batch == 1 else 1
     prefill = sum(_timed(server, served, long, 1) for _ in range(times)) / times
     return prefill, _timed(server, served, short, NEW_TOKENS)

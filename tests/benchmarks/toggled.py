@@ -1,0 +1,75 @@
+"""`python -m tests.benchmarks.toggled MODEL ADAPTER ROUNDS`: skipping on and off in one engine.
+
+Two processes that do the same differ by more than what is looked for here; one engine that takes
+turns does not. Seconds of each round are printed as JSON.
+"""
+
+import json
+import sys
+import time
+from itertools import product
+from typing import Any
+
+from tests.support.random_batches import switch
+
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
+BATCHES = (1, 8)
+PROMPTS_ALONE = 6
+"""Prompts of batch 1 asked one after the other: one takes less time than a request varies by."""
+
+SERVED = ("base", "whole", "ten", "half", "all")
+ROUTES = {"computed": False, "skipped": True}
+
+
+def main() -> None:
+    """Start the engine under the gate, and ask it everything in turns."""
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    model, adapter, rounds = sys.argv[1:]
+    llm = LLM(
+        model, dtype="float32", enforce_eager=True, load_format="dummy", max_model_len=256,
+        enable_lora=True, max_lora_rank=16, max_loras=len(SERVED) - 1, max_num_seqs=max(BATCHES),
+        enable_prefix_caching=False, seed=0,
+    )  # fmt: skip
+    adapters = {name: LoRARequest(name, i, adapter) for i, name in enumerate(SERVED[1:], 1)}
+    assert all(llm.collective_rpc(switch, args=(True,))), "nothing is skipped here"
+    found: dict[str, dict[str, list[float]]] = {}
+    for turn in range(int(rounds) + 1):
+        routes = list(ROUTES)[:: -1 if turn % 2 else 1]
+        for batch, served, route in product(BATCHES, SERVED, routes):
+            llm.collective_rpc(switch, args=(ROUTES[route],))
+            both = _asked(llm, adapters.get(served), batch)
+            for phase, seconds in zip(("prefill", "decode"), both, strict=True):
+                if turn:  # the first one warms up
+                    row = found.setdefault(f"{phase}, {batch}", {})
+                    row.setdefault(f"{route}, {served}", []).append(seconds)
+    print("FOUND", json.dumps(found))
+
+
+def prompts(batch: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokens of long prompts and of short ones."""
+    long = [[(7 * i + j) % 90 + 5 for i in range(PROMPT_TOKENS)] for j in range(batch)]
+    return long, [prompt[:2] for prompt in long]
+
+
+def _asked(llm: Any, adapter: Any, batch: int) -> tuple[float, float]:
+    """Seconds of a batch of prompts, and of a batch of answers to short prompts."""
+    long, short = prompts(batch)
+    times = PROMPTS_ALONE if batch == 1 else 1
+    prefill = sum(_timed(llm, adapter, long, 1) for _ in range(times)) / times
+    return prefill, _timed(llm, adapter, short, NEW_TOKENS)
+
+
+def _timed(llm: Any, adapter: Any, asked: list[list[int]], tokens: int) -> float:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    given = [{"prompt_token_ids": prompt} for prompt in asked]
+    started = time.perf_counter()
+    llm.generate(given, params, lora_request=adapter, use_tqdm=False)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
