@@ -50,7 +50,7 @@ ROOM = ("--load-format", "dummy", "--max-loras", "4", "--no-enable-prefix-cachin
 def main() -> None:
     """Measure, write serving.json and RESULTS.md."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=8, help="each figure is over all of these")
+    parser.add_argument("--rounds", type=int, default=24, help="each figure is over all of these")
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder, ExitStack() as stack:
         place = Path(folder)

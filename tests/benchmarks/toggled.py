@@ -12,9 +12,9 @@ from typing import Any
 
 from tests.support.random_batches import switch
 
-PROMPT_TOKENS, NEW_TOKENS = 128, 64
+PROMPT_TOKENS, NEW_TOKENS = 64, 16
 BATCHES = (1, 8)
-PROMPTS_ALONE = 6
+PROMPTS_ALONE = 3
 """Prompts of batch 1 asked one after the other: one takes less time than a request varies by."""
 
 SERVED = ("base", "whole", "ten", "half", "all")
