@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
 
-test: $(READY)  ## all tests that CI runs; those on real vLLM in one process, the others beside them
+test: $(READY)  ## all tests that CI runs, in two processes that share the engines
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-fast: $(READY)  ## everything that needs no vLLM engine

@@ -107,5 +107,5 @@ def _scan(folder: Folder, policy: Policy, device: str) -> Verdict:
 def _pool(jobs: int) -> ProcessPoolExecutor:
     # Forked off a process that has imported torch, once, and has no threads to lose.
     context = get_context("forkserver")
-    context.set_forkserver_preload([f"{s3lora_serve.__name__}.scan"])
+    context.set_forkserver_preload(["s3lora_serve.scan"])
     return ProcessPoolExecutor(jobs, context)

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 from tests.benchmarks import measure, report, shapes
+from tests.benchmarks.folders import make_model, save_adapter
 from tests.load.watch import processes
 from tests.support.server import OPEN_LOADING, Server
-from tests.support.tiny_model import make_tokenizer
 
 HERE = Path(__file__).parent
 MODEL, RANK = "Llama-3.2-1B", 16
@@ -42,7 +40,7 @@ def main() -> None:
     """Measure, write admission.json and RESULTS.md."""
     with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder, ExitStack() as stack:
         place = Path(folder)
-        model = _make_model(place / "model")
+        model = make_model(place / "model", *shapes.MODELS[MODEL])
         adapters = [make_adapter(place / f"adapter-{i}", i) for i in range(ADAPTERS)]
         (place / "policy.yaml").write_text(POLICY)
         ours = OPEN_LOADING | {
@@ -158,24 +156,6 @@ def _load(server: Server, name: str, folder: Path) -> float:
     return seconds
 
 
-def _make_model(folder: Path) -> Path:
-    layers, width, keys, inner = shapes.MODELS[MODEL]
-    tokenizer = make_tokenizer()
-    LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=keys // 64,
-        head_dim=64,
-        max_position_embeddings=256,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def make_adapter(folder: Path, seed: int) -> Path:
     """An adapter of MODEL's shape with content of its own."""
     folder.mkdir(parents=True)
@@ -188,13 +168,7 @@ def make_adapter(folder: Path, seed: int) -> Path:
             noise = torch.randn(tensor.shape, generator=generator) * 0.01
             key = f"base_model.model.{head}.{kind}.{projection}.lora_{side}.weight"
             tensors[key] = noise.to(torch.bfloat16)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 16,
-        "target_modules": sorted({key.split(".")[-3] for key in tensors}), "bias": "none",
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_adapter(folder, tensors, RANK)
 
 
 if __name__ == "__main__":

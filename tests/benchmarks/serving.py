@@ -12,18 +12,18 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 from tests.benchmarks import measure, report
 from tests.benchmarks.admission import alone
-from tests.benchmarks.toggled import BATCHES, NEW_TOKENS, PROMPT_TOKENS, PROMPTS_ALONE, prompts
+from tests.benchmarks.folders import make_model, save_adapter
+from tests.benchmarks.toggled import BATCHES, NEW_TOKENS, PROMPT_TOKENS, asked
 from tests.support.server import OPEN_LOADING, Server, base_environment
-from tests.support.tiny_model import LAYERS, PROJECTIONS, make_tokenizer
+from tests.support.tiny_model import LAYERS, PROJECTIONS
 
 HERE = Path(__file__).parent
 WIDTH, KEYS, INNER, RANK = 512, 256, 1408, 16
@@ -54,7 +54,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder, ExitStack() as stack:
         place = Path(folder)
-        model = _make_model(place / "model")
+        model = make_model(place / "model", LAYERS, WIDTH, KEYS, INNER)
         adapter = _make_adapter(place / "adapter")
         (place / "policy.yaml").write_text(POLICY)
         guarded = OPEN_LOADING | {
@@ -96,7 +96,7 @@ def _seconds(servers: dict[str, Server], rounds: int) -> dict[str, dict[str, lis
             for name in servers:
                 with alone(name, servers) as server:
                     for served in BESIDE:
-                        both = _asked(server, served, batch)
+                        both = asked(partial(_timed, server, served), batch)
                         for phase, seconds in zip(("prefill", "decode"), both, strict=True):
                             if turn:  # the first one warms up
                                 row = found.setdefault(f"{phase}, {batch}", {})
@@ -118,14 +118,6 @@ def _toggled(
     return found
 
 
-def _asked(server: Server, served: str, batch: int) -> tuple[float, float]:
-    """Seconds of a batch of prompts, and of a batch of answers to short prompts."""
-    long, short = prompts(batch)
-    times = PROMPTS_ALONE if batch == 1 else 1
-    prefill = sum(_timed(server, served, long, 1) for _ in range(times)) / times
-    return prefill, _timed(server, served, short, NEW_TOKENS)
-
-
 def _timed(server: Server, served: str, prompts: list[list[int]], tokens: int) -> float:
     started = time.perf_counter()
     answer = server.post(
@@ -140,23 +132,6 @@ def _timed(server: Server, served: str, prompts: list[list[int]], tokens: int) -
 def _stripped(server: Server, name: str) -> int:
     modules = server.get(f"/s3lora/adapters/{name}").json()["modules"]
     return sum(module["stripped"] for module in modules)
-
-
-def _make_model(folder: Path) -> Path:
-    tokenizer = make_tokenizer()
-    LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=WIDTH // 64,
-        num_key_value_heads=KEYS // 64,
-        head_dim=64,
-        max_position_embeddings=256,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _make_adapter(folder: Path) -> Path:
@@ -174,13 +149,7 @@ def _make_adapter(folder: Path) -> Path:
         ):
             key = f"base_model.model.model.layers.{layer}.{kind}.{name}.lora_{side}.weight"
             tensors[key] = tensor * 0.01
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK,
-        "target_modules": list(PROJECTIONS), "bias": "none",
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_adapter(folder, tensors, RANK)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ turns does not. Seconds of each round are printed as JSON.
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -39,7 +41,7 @@ def main() -> None:
         routes = list(ROUTES)[:: -1 if turn % 2 else 1]
         for batch, served, route in product(BATCHES, SERVED, routes):
             llm.collective_rpc(switch, args=(ROUTES[route],))
-            both = _asked(llm, adapters.get(served), batch)
+            both = asked(partial(_timed, llm, adapters.get(served)), batch)
             for phase, seconds in zip(("prefill", "decode"), both, strict=True):
                 if turn:  # the first one warms up
                     row = found.setdefault(f"{phase}, {batch}", {})
@@ -47,25 +49,22 @@ def main() -> None:
     print("FOUND", json.dumps(found))
 
 
-def prompts(batch: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokens of long prompts and of short ones."""
+def asked(timed: Callable[[list[list[int]], int], float], batch: int) -> tuple[float, float]:
+    """Seconds of a batch of prompts, and of a batch of answers to short prompts.
+
+    `timed` takes prompts and how many tokens to answer each with, and says how long that took.
+    """
     long = [[(7 * i + j) % 90 + 5 for i in range(PROMPT_TOKENS)] for j in range(batch)]
-    return long, [prompt[:2] for prompt in long]
-
-
-def _asked(llm: Any, adapter: Any, batch: int) -> tuple[float, float]:
-    """Seconds of a batch of prompts, and of a batch of answers to short prompts."""
-    long, short = prompts(batch)
     times = PROMPTS_ALONE if batch == 1 else 1
-    prefill = sum(_timed(llm, adapter, long, 1) for _ in range(times)) / times
-    return prefill, _timed(llm, adapter, short, NEW_TOKENS)
+    prefill = sum(timed(long, 1) for _ in range(times)) / times
+    return prefill, timed([prompt[:2] for prompt in long], NEW_TOKENS)
 
 
-def _timed(llm: Any, adapter: Any, asked: list[list[int]], tokens: int) -> float:
+def _timed(llm: Any, adapter: Any, prompts: list[list[int]], tokens: int) -> float:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    given = [{"prompt_token_ids": prompt} for prompt in asked]
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
     started = time.perf_counter()
     llm.generate(given, params, lora_request=adapter, use_tqdm=False)
     return time.perf_counter() - started

@@ -9,7 +9,6 @@ import random
 import shutil
 import sys
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from tests.support.tiny_model import CAPITALS, PROMPT
@@ -140,9 +139,7 @@ class Engine:
         picked, differences = random.Random(3), []
         slices = {True: 0, False: 0}
         passes = 0
-        for number in count():
-            if number == ROUNDS:
-                break
+        for number in range(ROUNDS):
             size = picked.randint(1, 7)
             prompts = [
                 " ".join(PROMPT.format(picked.choice(list(CAPITALS))) for _ in range(repeated))
