@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from s3lora_serve.errors import rejections
+from s3lora_serve.errors import meanings, rejections
 from s3lora_serve.intake import WEIGHTS_NAME
 from s3lora_serve.storage import is_url
 from s3lora_serve.verdict import Decision, Verdict
@@ -17,6 +17,9 @@ from s3lora_serve.verdict import Decision, Verdict
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 SHARP = "S3LORA-SHARP"
 """Rule of adapters that are served without some of their modules; refusals have their codes."""
+
+WHOLE_FILE = {"startLine": 1, "startColumn": 1, "endLine": 1, "endColumn": 1}
+"""Code-scanning pages ask for a line; weights have none."""
 
 
 class SarifLog:
@@ -37,7 +40,10 @@ class SarifLog:
             self._add(verdict, SHARP, "warning", f"{count} and are stripped: {names}")
 
     def _add(self, verdict: Verdict, rule: str, level: str, message: str) -> None:
-        place = {"uri": _uri(verdict.path)}
+        place = {
+            "artifactLocation": {"uri": _uri(verdict.path)},
+            "region": WHOLE_FILE,
+        }
         digest = {"adapter/v1": verdict.digest} if verdict.digest else {}
         self._results.append(
             {
@@ -45,7 +51,7 @@ class SarifLog:
                 "ruleIndex": self._places[rule],
                 "level": level,
                 "message": {"text": message},
-                "locations": [{"physicalLocation": {"artifactLocation": place}}],
+                "locations": [{"physicalLocation": place}],
                 "partialFingerprints": digest,
                 "properties": {"adapter": verdict.name, "policyDigest": verdict.policy_digest},
             }
@@ -64,14 +70,26 @@ class SarifLog:
 
 def _rules() -> Iterator[dict[str, Any]]:
     yield _rule(
-        SHARP, "SharpModules", "Look at the modules with `s3lora scan`; the rest is served."
+        SHARP,
+        "SharpModules",
+        "Sharp modules.",
+        "Look at the modules with `s3lora scan`; the rest is served.",
     )
+    meaning = meanings()
     for cause in rejections():
-        yield _rule(cause.code, cause.__name__, cause.remedy)
+        yield _rule(
+            cause.code, cause.__name__, f"{meaning[cause.code].capitalize()}.", cause.remedy
+        )
 
 
-def _rule(id_: str, name: str, remedy: str) -> dict[str, Any]:
-    return {"id": id_, "name": name, "help": {"text": remedy}}
+def _rule(id_: str, name: str, meaning: str, remedy: str) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "name": name,
+        "shortDescription": {"text": meaning},
+        "fullDescription": {"text": f"{meaning} {remedy}"},
+        "help": {"text": remedy},
+    }
 
 
 def _uri(folder: str) -> str:

@@ -9,15 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import sarif_pydantic
 import yaml
 from typer.testing import CliRunner
 
-from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.cli import app
-from s3lora_serve.errors import rejection_codes
-from s3lora_serve.policy import Strip
-from s3lora_serve.sarif import SHARP, SarifLog
 from tests.support.adapters import WEIGHTS, copy_with, diverged
 
 
@@ -167,30 +162,3 @@ def test_the_bar_is_shown_where_somebody_looks_and_keeps_out_of_the_output(hub):
     assert len(told(text.decode())) == 13
     assert b"/13" in shown
     assert b"/s" in shown
-
-
-def test_sarif_has_a_result_for_each_adapter_that_is_not_whole(hub, monkeypatch):
-    monkeypatch.chdir(hub.parent)
-    done = run("hub", "--format", "sarif")
-    log = sarif_pydantic.Sarif.model_validate_json(done.stdout)
-    [ran] = log.runs
-    rules = [rule.id for rule in ran.tool.driver.rules]
-    assert len(set(rules)) == len(rules)
-    assert set(rules) == {SHARP, *rejection_codes()}
-    found = {}
-    for result in ran.results:
-        assert rules[result.rule_index] == result.rule_id
-        [place] = result.locations
-        uri = place.physical_location.artifact_location.uri
-        assert (hub.parent / uri).is_file(), "relative to the checkout"
-        found[uri] = result.rule_id, result.level.value
-    assert len(found) == 13
-    assert found["hub/acme/v1/adapter_model.safetensors"] == ("S3LORA-104", "error")
-    assert found["hub/initech/v9/adapter_model.safetensors"] == ("S3LORA-109", "error")
-    assert found["hub/globex/v0/adapter_model.safetensors"] == (SHARP, "warning")
-
-
-def test_an_adapter_admitted_whole_has_no_result(trained):
-    log = SarifLog()
-    log.add(scan_adapter(trained, Policy(strip=Strip(top_k=0))))
-    assert log.as_json()["runs"][0]["results"] == []

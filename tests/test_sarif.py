@@ -1,0 +1,90 @@
+"""SARIF 2.1.0 logs of `s3lora scan`: what they say, and that code-scanning pages take them."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import sarif_pydantic
+from typer.testing import CliRunner
+
+from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.cli import app
+from s3lora_serve.errors import rejection_codes
+from s3lora_serve.policy import Strip
+from s3lora_serve.sarif import SHARP, SarifLog
+from tests.support.adapters import WEIGHTS, copy_with, diverged
+
+MULTITOOL = "@microsoft/sarif-multitool@5.7.0"
+"""The validator by the makers of the format: its schema, its own rules, those of GitHub."""
+
+NO_HOMEPAGE = "SARIF2005"
+"""The tool's informationUri: the project has no page yet."""
+
+
+@pytest.fixture
+def log(trained, tmp_path, monkeypatch) -> Path:
+    """Of one adapter that is stripped, one that is unreadable and one that diverged."""
+    hub = tmp_path / "hub"
+    copy_with(trained, hub / "sharp")
+    (copy_with(trained, hub / "broken") / WEIGHTS).write_bytes(b"nothing")
+    copy_with(trained, hub / "naïve one", diverged)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["scan", "hub", "--format", "sarif", "-o", "log.sarif"])
+    assert done.exit_code == 1
+    return tmp_path / "log.sarif"
+
+
+def test_a_log_has_a_result_for_each_adapter_that_is_not_whole(log):
+    [ran] = sarif_pydantic.Sarif.model_validate_json(log.read_text()).runs
+    rules = [rule.id for rule in ran.tool.driver.rules]
+    assert len(set(rules)) == len(rules)
+    assert set(rules) == {SHARP, *rejection_codes()}
+    found = {}
+    for result in ran.results:
+        assert rules[result.rule_index] == result.rule_id
+        [place] = result.locations
+        found[place.physical_location.artifact_location.uri] = result.rule_id, result.level.value
+    assert found == {
+        "hub/sharp/adapter_model.safetensors": (SHARP, "warning"),
+        "hub/broken/adapter_model.safetensors": ("S3LORA-104", "error"),
+        "hub/na%C3%AFve%20one/adapter_model.safetensors": ("S3LORA-109", "error"),
+    }
+
+
+def test_an_adapter_admitted_whole_has_no_result(trained):
+    log = SarifLog()
+    log.add(scan_adapter(trained, Policy(strip=Strip(top_k=0))))
+    assert log.as_json()["runs"][0]["results"] == []
+
+
+def test_a_log_is_valid_by_its_schema_and_by_what_github_asks_for(log):
+    assert complaints(log) == {NO_HOMEPAGE}
+
+
+def test_the_validator_finds_what_is_wrong_with_a_log(log):
+    bent = json.loads(log.read_text())
+    del bent["runs"][0]["results"][0]["message"]
+    bent["runs"][0]["results"][1]["level"] = "fatal"
+    log.write_text(json.dumps(bent))
+    assert complaints(log) == {"JSON1002", "JSON1019"}, "no such word; a property is missing"
+
+
+def complaints(log: Path) -> set[str]:
+    """Rules of the validator that a log breaks."""
+    if shutil.which("npx") is None:
+        pytest.skip(f"needs npx, for {MULTITOOL}")
+    report = log.with_name("report.sarif")
+    report.unlink(missing_ok=True)
+    # Its launcher hands the words to a shell, which needs the quotes.
+    done = subprocess.run(
+        ["npx", "--yes", MULTITOOL, "validate", log.name, "--rule-kind", "'Sarif;Gh'",
+         "--output", report.name, "--level", "'Error;Warning'"],
+        cwd=log.parent, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    if not report.exists() and "npm error" in done.stderr:
+        pytest.skip(f"npm has no {MULTITOOL} for this machine: {done.stderr.splitlines()[-1]}")
+    [ran] = json.loads(report.read_text(encoding="utf-8-sig"))["runs"]
+    assert ran["invocations"][0]["executionSuccessful"]
+    return {result["ruleId"] for result in ran["results"]}
