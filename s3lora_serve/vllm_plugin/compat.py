@@ -40,25 +40,28 @@ def installed_version() -> str:
     return found[1] if found else "unknown"
 
 
-def skipping_classes() -> tuple[Any, Any, Any]:
-    """The linear LoRA layer, what maps tokens to adapters, the operations on a GPU.
+def skipping_classes() -> tuple[tuple[Any, ...], Any, Any]:
+    """The LoRA layers known, what maps tokens to adapters, the operations on a GPU.
+
+    The layers: linear ones, embeddings, logits.
 
     Raises:
         ImportError: one of them is not where it was.
     """
+    from vllm.lora.layers import LogitsProcessorWithLoRA, LoRAMapping
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA as EmbeddingWithLoRA
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-    from vllm.lora.layers.utils import LoRAMapping
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-    return BaseLinearLayerWithLoRA, LoRAMapping, PunicaWrapperGPU
+    layers = BaseLinearLayerWithLoRA, EmbeddingWithLoRA, LogitsProcessorWithLoRA
+    return layers, LoRAMapping, PunicaWrapperGPU
 
 
-def linear_layers(manager: Any) -> list[Any]:
-    """The LoRA layers whose operation is `add_lora_linear`."""
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-
+def known_layers(manager: Any) -> list[Any]:
+    """The LoRA layers of a worker whose operations are known: `add_lora_linear` and the like."""
+    classes, *_ = skipping_classes()
     found = manager._adapter_manager.modules.values()
-    return [layer for layer in found if isinstance(layer, BaseLinearLayerWithLoRA)]
+    return [layer for layer in found if isinstance(layer, classes)]
 
 
 def adds_slice_by_slice(punica_wrapper: Any) -> bool:

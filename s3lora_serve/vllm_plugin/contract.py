@@ -32,6 +32,10 @@ _LORA_LINEAR = (
     *("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
     *("buffer", "kwargs"),
 )
+_LORA_LOGITS = (
+    *("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
+    *("buffer", "kwargs"),
+)
 _LORA_EMBEDDING = ("self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs")
 _UPDATE_METADATA = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs")
 _Contract = tuple[tuple[Any, str, tuple[str, ...]], ...]
@@ -100,17 +104,19 @@ def skipping_obstacle(manager: Any = None) -> str | None:
     The gate does without: nothing that it needs is looked at here.
     """
     try:
-        layer, mapping, on_gpu = compat.skipping_classes()
+        layers, mapping, on_gpu = compat.skipping_classes()
     except ImportError as error:
         return f"vLLM {compat.installed_version()}: {error}"
     expand = ("self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs")
     wrappers = (PunicaWrapperCPU, on_gpu)
     contract = [
-        (layer, "set_lora", ("self", "index", "lora_a", "lora_b")),
-        (layer, "reset_lora", ("self", "index")),
+        *((layer, "set_lora", ("self", "index", "lora_a", "lora_b")) for layer in layers),
+        *((layer, "reset_lora", ("self", "index")) for layer in layers),
         (WorkerLoRAManager, "dummy_lora_cache", ("self",)),
         (on_gpu, "update_metadata", _UPDATE_METADATA),
         *((owner, "add_lora_linear", _LORA_LINEAR) for owner in wrappers),
+        *((owner, "add_lora_embedding", _LORA_EMBEDDING) for owner in wrappers),
+        *((owner, "add_lora_logits", _LORA_LOGITS) for owner in wrappers),
         *((owner, "add_expand", (*expand, "kwargs")) for owner in wrappers),
     ]
     if problem := _deviation(tuple(contract)):
@@ -121,8 +127,8 @@ def skipping_obstacle(manager: Any = None) -> str | None:
         return None
     if not hasattr(manager, "_cached_dummy_lora"):
         return f"vLLM {compat.installed_version()}: WorkerLoRAManager has no _cached_dummy_lora"
-    layers = compat.linear_layers(manager)
-    others = {type(each.punica_wrapper) for each in layers} - set(wrappers)
+    known = compat.known_layers(manager)
+    others = {type(each.punica_wrapper) for each in known} - set(wrappers)
     return f"unknown operations: {others}" if others else None
 
 

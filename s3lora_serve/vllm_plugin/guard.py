@@ -129,7 +129,7 @@ class Guard:
         """
         held = self._held.get(request.lora_int_id)
         expected = self._expected(request)
-        if held and expected and (held != expected.name or self.is_quarantined(str(expected))):
+        if held and expected and (held != expected.name or self.desk.store.is_condemned(expected)):
             # Another adapter's id, or another rank could not load it: no rank serves it then.
             manager.remove_adapter(request.lora_int_id)
         try:

@@ -26,14 +26,16 @@ class Skipping:
         if why := self._obstacle(manager, vllm_config):
             compat.logger.info("s3lora: modules without weights cost what others do: %s", why)
             return
-        layers = compat.linear_layers(manager)
-        modules = {id(layer.lora_a_stacked): _Module(layer) for layer in layers}
+        layers = compat.known_layers(manager)
+        modules = {id(layer.lora_b_stacked): _Module(layer) for layer in layers}
         for wrapper in {
             id(layer.punica_wrapper): layer.punica_wrapper for layer in layers
         }.values():
             batch = _Batch(modules, in_one_call=not compat.adds_slice_by_slice(wrapper))
             patches.wrap_method(wrapper, "update_metadata", partial(batch.update, manager))
-            patches.wrap_method(wrapper, "add_lora_linear", batch.add)
+            patches.wrap_method(wrapper, "add_lora_linear", batch.add_linear)
+            patches.wrap_method(wrapper, "add_lora_embedding", batch.add_embedding)
+            patches.wrap_method(wrapper, "add_lora_logits", batch.add_logits)
         compat.logger.info("s3lora: modules without weights are skipped")
 
     def _obstacle(self, manager: Any, vllm_config: Any) -> str | None:
@@ -48,8 +50,8 @@ class _Module:
     """One LoRA layer: which of its slices (q, k and v of qkv) have weights in which slots."""
 
     def __init__(self, layer: Any) -> None:
-        self.stacked = layer.lora_a_stacked  # kept: it is known by its identity
-        self._held = [EVERY] * len(self.stacked)
+        self.stacked = layer.lora_b_stacked  # kept: it is known by its identity
+        self._held = [EVERY] * (len(self.stacked) if isinstance(self.stacked, tuple) else 1)
         patches.wrap_method(layer, "set_lora", self._set)
         patches.wrap_method(layer, "reset_lora", self._reset)
 
@@ -103,7 +105,7 @@ class _Batch:
             held = (1 << slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id in ids)
             self.slots = sum(held)
 
-    def add(
+    def add_linear(
         self,
         original: Callable[..., None],
         y: Any,
@@ -115,8 +117,7 @@ class _Batch:
         **more: Any,
     ) -> None:
         """Add to y what the slices with weights make of x."""
-        module = self.modules.get(id(lora_a_stacked))
-        needed = module.needed(self.slots) if module and not more.get("buffer") else [True]
+        needed = [True] if more.get("buffer") else self._needed(lora_b_stacked)
         if all(needed):
             original(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more)
             return
@@ -125,3 +126,35 @@ class _Batch:
             start = sum(output_slices[:first])
             stacked = lora_a_stacked[run], lora_b_stacked[run]
             original(y, x, *stacked, scale, output_slices[run], offset_start=start, **more)
+
+    def add_embedding(
+        self,
+        original: Callable[..., None],
+        y: Any,
+        x: Any,
+        lora_b_stacked: Any,
+        *rest: Any,
+        **more: Any,
+    ) -> None:
+        """Add to y what the embedding's weights, if it has any, make of x."""
+        if all(self._needed(lora_b_stacked)):
+            original(y, x, lora_b_stacked, *rest, **more)
+
+    def add_logits(
+        self,
+        original: Callable[..., None],
+        y: Any,
+        x: Any,
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
+        *rest: Any,
+        **more: Any,
+    ) -> None:
+        """Add to y what the head's weights, if it has any, make of x."""
+        if all(self._needed(lora_b_stacked)):
+            original(y, x, lora_a_stacked, lora_b_stacked, *rest, **more)
+
+    def _needed(self, lora_b_stacked: Any) -> list[bool]:
+        """Which slices of the layer with these weights have any for this batch."""
+        module = self.modules.get(id(lora_b_stacked))
+        return module.needed(self.slots) if module else [True]

@@ -50,8 +50,9 @@ ROOM = ("--load-format", "dummy", "--max-loras", "4", "--no-enable-prefix-cachin
 def main() -> None:
     """Measure, write serving.json and RESULTS.md."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=24, help="each figure is over all of these")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=int, default=16, help="each figure is over all of these")
+    parser.add_argument("--pairs", type=int, default=60, help="those near 1 are over so many")
+    rounds, pairs = vars(parser.parse_args()).values()
     with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder, ExitStack() as stack:
         place = Path(folder)
         model = make_model(place / "model", LAYERS, WIDTH, KEYS, INNER)
@@ -61,7 +62,7 @@ def main() -> None:
             "S3LORA_POLICY": str(place / "policy.yaml"),
             "S3LORA_STATE_DIR": str(place / "state"),
         }
-        toggled = _toggled(model, adapter, guarded, rounds)
+        in_rounds, in_pairs = _toggled(model, adapter, guarded, rounds, pairs)
         environments = {"stock": OPEN_LOADING | {"VLLM_PLUGINS": ""}, "guarded": guarded}
         servers = {
             name: stack.enter_context(
@@ -80,7 +81,8 @@ def main() -> None:
             "model": {"layers": LAYERS, "width": WIDTH, "inner": INNER, "rank": RANK},
             "tokens": {"prompt": PROMPT_TOKENS, "new": NEW_TOKENS},
             "rounds": rounds,
-            "seconds": toggled,
+            "seconds": in_rounds,
+            "pairs": in_pairs,
             "servers": _seconds(servers, rounds),
         }
     (HERE / "serving.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -105,16 +107,17 @@ def _seconds(servers: dict[str, Server], rounds: int) -> dict[str, dict[str, lis
 
 
 def _toggled(
-    model: Path, adapter: Path, guarded: dict[str, str], rounds: int
-) -> dict[str, dict[str, list[float]]]:
-    """What the engine that skips and computes in turns takes."""
+    model: Path, adapter: Path, guarded: dict[str, str], rounds: int, pairs: int
+) -> list[dict[str, dict[str, list[float]]]]:
+    """What the engine that skips and computes in turns takes: in rounds, and ratios in pairs."""
     paths = {"PYTHONPATH": str(Path.cwd()), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    words = map(str, (model, adapter, rounds, pairs))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.toggled", model, adapter, str(rounds)],
+        [sys.executable, "-m", "tests.benchmarks.toggled", *words],
         env=base_environment() | guarded | paths, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    found: dict[str, dict[str, list[float]]] = json.loads(line.removeprefix("FOUND "))
+    found: list[dict[str, dict[str, list[float]]]] = json.loads(line.removeprefix("FOUND "))
     return found
 
 

@@ -1,5 +1,6 @@
 """The figures of the benchmarks on real servers, as sections of RESULTS.md."""
 
+import math
 import statistics
 
 LABELS = {
@@ -81,7 +82,17 @@ def inference(data: dict) -> str:  # type: ignore[type-arg]
             *(_served(label, name, seconds) for name, label in SERVED.items()),
             "",
         ]
+    pairs = next(iter(data["pairs"].values()))
+    times = len(next(iter(pairs.values())))
     lines += [
+        f"What should cost nothing, in the same engine: {times} times one, two, two, one, after"
+        " each was asked once; the median of the ratios, and where it lies with 95 % confidence"
+        " (order statistics).",
+        "",
+        "| | " + " | ".join(pairs) + " |",
+        "|---|" + "---:|" * len(pairs),
+        *(_pairs(case, ratios) for case, ratios in data["pairs"].items()),
+        "",
         "Two servers, nothing being loaded: what the gate serves at of stock vLLM's throughput.",
         "",
         "| | base model | adapter, whole |",
@@ -102,6 +113,28 @@ def _served(label: str, name: str, seconds: dict[str, list[float]]) -> str:
 def _ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
     pairs = zip(seconds[ours], seconds[theirs], strict=True)
     return statistics.median(a / b for a, b in pairs)
+
+
+def _pairs(case: str, ratios: dict[str, list[float]]) -> str:
+    phase, batch = case.split(", ")
+    shown = (
+        f"{statistics.median(found):.3f} ({low:.3f} to {high:.3f})"
+        for found in ratios.values()
+        for low, high in [confidence(found)]
+    )
+    return f"| {phase}, batch {batch} | " + " | ".join(shown) + " |"
+
+
+def confidence(found: list[float]) -> tuple[float, float]:
+    """An interval that holds the median of what was sampled with at least 95 %.
+
+    The number of samples below the median is binomial, p = 1/2.
+    """
+    n, below, place = len(found), 0.0, 0
+    while (below := below + math.comb(n, place) / 2**n) <= 0.025:
+        place += 1
+    values = sorted(found)
+    return values[max(0, place - 1)], values[min(n - 1, n - place)]
 
 
 def _throughput(case: str, seconds: dict[str, list[float]]) -> str:

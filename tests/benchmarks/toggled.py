@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks.toggled MODEL ADAPTER ROUNDS`: skipping on and off in one engine.
+"""`python -m tests.benchmarks.toggled MODEL ADAPTER ROUNDS PAIRS`: skipping, on and off.
 
 Two processes that do the same differ by more than what is looked for here; one engine that takes
-turns does not. Seconds of each round are printed as JSON.
+turns does not. Seconds are printed as JSON.
 """
 
 import json
@@ -19,8 +19,17 @@ BATCHES = (1, 8)
 PROMPTS_ALONE = 3
 """Prompts of batch 1 asked one after the other: one takes less time than a request varies by."""
 
+PHASES = "prefill", "decode"
+Ask = Callable[[str, str, int], tuple[float, float]]
+"""Route, adapter and batch, to seconds of each phase."""
+
 SERVED = ("base", "whole", "ten", "half", "all")
 ROUTES = {"computed": False, "skipped": True}
+PAIRS = {
+    "all stripped over base": (("skipped", "all"), ("skipped", "base")),
+    "whole, skipped over computed": (("skipped", "whole"), ("computed", "whole")),
+}
+"""What should differ by nothing, and is asked many times for that."""
 
 
 def main() -> None:
@@ -28,7 +37,7 @@ def main() -> None:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    model, adapter, rounds = sys.argv[1:]
+    model, adapter, rounds, pairs = sys.argv[1:]
     llm = LLM(
         model, dtype="float32", enforce_eager=True, load_format="dummy", max_model_len=256,
         enable_lora=True, max_lora_rank=16, max_loras=len(SERVED) - 1, max_num_seqs=max(BATCHES),
@@ -36,17 +45,38 @@ def main() -> None:
     )  # fmt: skip
     adapters = {name: LoRARequest(name, i, adapter) for i, name in enumerate(SERVED[1:], 1)}
     assert all(llm.collective_rpc(switch, args=(True,))), "nothing is skipped here"
+
+    def ask(route: str, served: str, batch: int) -> tuple[float, float]:
+        llm.collective_rpc(switch, args=(ROUTES[route],))
+        return asked(partial(_timed, llm, adapters.get(served)), batch)
+
+    print("FOUND", json.dumps([in_rounds(ask, int(rounds)), in_pairs(ask, int(pairs))]))
+
+
+def in_rounds(ask: Ask, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each round by what is done, then by who does it with which adapter."""
     found: dict[str, dict[str, list[float]]] = {}
-    for turn in range(int(rounds) + 1):
+    for turn in range(rounds + 1):
         routes = list(ROUTES)[:: -1 if turn % 2 else 1]
         for batch, served, route in product(BATCHES, SERVED, routes):
-            llm.collective_rpc(switch, args=(ROUTES[route],))
-            both = asked(partial(_timed, llm, adapters.get(served)), batch)
-            for phase, seconds in zip(("prefill", "decode"), both, strict=True):
+            for phase, seconds in zip(PHASES, ask(route, served, batch), strict=True):
                 if turn:  # the first one warms up
                     row = found.setdefault(f"{phase}, {batch}", {})
                     row.setdefault(f"{route}, {served}", []).append(seconds)
-    print("FOUND", json.dumps(found))
+    return found
+
+
+def in_pairs(ask: Ask, number: int) -> dict[str, dict[str, list[float]]]:
+    """Ratios by what is done, then by the pair: of one, two, two, one, after each warmed up."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for _, batch, (name, (one, two)) in product(range(number), BATCHES, PAIRS.items()):
+        _, _, *times = (ask(*each, batch) for each in (one, two, one, two, two, one))
+        for phase, (first, second, third, fourth) in zip(
+            PHASES, zip(*times, strict=True), strict=True
+        ):
+            row = found.setdefault(f"{phase}, {batch}", {})
+            row.setdefault(name, []).append((first + fourth) / (second + third))
+    return found
 
 
 def asked(timed: Callable[[list[list[int]], int], float], batch: int) -> tuple[float, float]:

@@ -16,80 +16,109 @@ from tests.support.tiny_model import CAPITALS, PROMPT
 SLOTS, PIECE, ROUNDS, OPERATIONS = 3, 32, 40, 600
 
 
+OPS = "add_lora_linear", "add_lora_embedding", "add_lora_logits"
+"""Operations that can be left out."""
+
+
 def switch(worker, on):
     """Put the skipping operations into their place, or vLLM's own; say whether they are there."""
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers import BaseLayerWithLoRA
 
     modules = worker.model_runner.lora_manager._adapter_manager.modules.values()
-    layers = [layer for layer in modules if isinstance(layer, BaseLinearLayerWithLoRA)]
+    layers = [layer for layer in modules if isinstance(layer, BaseLayerWithLoRA)]
     there = []
     for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers}.values():
-        if "add_lora_linear" in vars(wrapper):
-            wrapper.skipping = wrapper.add_lora_linear
+        if OPS[0] in vars(wrapper):
+            wrapper.skipping = {op: vars(wrapper)[op] for op in OPS}
         if not on:
-            vars(wrapper).pop("add_lora_linear", None)
+            for op in OPS:
+                vars(wrapper).pop(op, None)
         elif hasattr(wrapper, "skipping"):
-            wrapper.add_lora_linear = wrapper.skipping
-        there.append("add_lora_linear" in vars(wrapper))
+            vars(wrapper).update(wrapper.skipping)
+        there.append(all(op in vars(wrapper) for op in OPS))
     return all(there)
 
 
 def calls(worker):
-    """Operations on slices since the last asking, and passes through the model."""
+    """Passes through the model since the last asking, and operations that added to its numbers.
+
+    `slices` of linear layers, `ends` of the embedding and of the logits.
+    """
     from vllm.lora.punica_wrapper import punica_cpu
 
+    names = {"sgmv_expand_slice": "slices", "sgmv_expand": "ends", "bgmv_expand": "ends"}
+    none = {"slices": 0, "ends": 0, "passes": 0}
     runner = worker.model_runner
+
+    def counting(what, original):
+        def counted(*args, **more):
+            punica_cpu.counted[what] += 1
+            return original(*args, **more)
+
+        return counted
+
     if not hasattr(punica_cpu, "counted"):
-        punica_cpu.counted = {"slices": 0, "passes": 0}
-        expand, forward = punica_cpu.sgmv_expand_slice, runner._model_forward
-
-        def sgmv_expand_slice(*args, **more):
-            punica_cpu.counted["slices"] += 1
-            return expand(*args, **more)
-
-        def model_forward(*args, **more):
-            punica_cpu.counted["passes"] += 1
-            return forward(*args, **more)
-
-        punica_cpu.sgmv_expand_slice, runner._model_forward = sgmv_expand_slice, model_forward
-    found, punica_cpu.counted = punica_cpu.counted, {"slices": 0, "passes": 0}
+        punica_cpu.counted = dict(none)
+        for name, what in names.items():
+            setattr(punica_cpu, name, counting(what, getattr(punica_cpu, name)))
+        runner._model_forward = counting("passes", runner._model_forward)
+    found, punica_cpu.counted = punica_cpu.counted, none
     return found
 
 
 def operations(worker, seed, number):
     """Single operations of the layers over what the slots hold now, with random tokens.
 
-    How many left slices out, came to something else than vLLM's own, touched base requests' rows.
+    How many left something out, came to something else than vLLM's own, touched base requests'
+    rows: of the linear layers, then of the embedding and the logits.
     """
     import torch
-    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
 
     picked, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
     manager = worker.model_runner.lora_manager._adapter_manager
-    layers = [layer for layer in manager.modules.values() if hasattr(layer, "output_slices")]
+    layers = [each for each in manager.modules.values() if isinstance(each, BaseLayerWithLoRA)]
+    linear = [each for each in layers if hasattr(each, "output_slices")]
+    ends = [each for each in layers if each not in linear]
     ids = [0, *(lora_id for lora_id in manager.lora_index_to_id if lora_id)]
-    skipped = different = touched = 0
-    for _ in range(number):
-        some = picked.sample(ids, picked.randint(1, len(ids)))
-        requests = picked.choices(some, k=picked.randint(1, 8))
-        tokens = tuple(each for each in requests for _ in range(picked.randint(1, PIECE // 8)))
-        layer = picked.choice(layers)
-        wrapper, stacked = layer.punica_wrapper, (layer.lora_a_stacked, layer.lora_b_stacked)
-        mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
-        wrapper.update_metadata(mapping, manager.lora_index_to_id, SLOTS + 1, manager.vocab_size)
-        x = torch.randn(len(tokens), stacked[0][0].shape[-1], generator=numbers)
-        y = torch.randn(len(tokens), sum(layer.output_slices), generator=numbers)
-        ours, theirs = y.clone(), y.clone()
-        calls(worker)
-        wrapper.skipping(ours, x, *stacked, 1.0, layer.output_slices)
-        some = calls(worker)["slices"]
-        type(wrapper).add_lora_linear(wrapper, theirs, x, *stacked, 1.0, layer.output_slices)
-        skipped += some < calls(worker)["slices"]
-        different += not torch.equal(ours, theirs)
-        base = torch.tensor(tokens) == 0
-        touched += not torch.equal(ours[base], y[base])
+    results = []
+    for kind, times in ((linear, number), (ends, number // 3)):
+        found = {"skipped": 0, "different": 0, "touched": 0}
+        for _ in range(times):
+            some = picked.sample(ids, picked.randint(1, len(ids)))
+            requests = picked.choices(some, k=picked.randint(1, 8))
+            tokens = tuple(each for each in requests for _ in range(picked.randint(1, PIECE // 8)))
+            layer = picked.choice(kind)
+            wrapper = layer.punica_wrapper
+            mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
+            index = manager.lora_index_to_id
+            wrapper.update_metadata(mapping, index, SLOTS + 1, manager.vocab_size)
+            op, rows, width, out, rest = _operation(layer, tokens, requests)
+            x = torch.randn(len(rows), width, generator=numbers)
+            y = torch.randn(len(rows), out, generator=numbers)
+            ours, theirs = y.clone(), y.clone()
+            calls(worker)
+            wrapper.skipping[op](ours, x.clone(), *rest)
+            some = calls(worker)
+            getattr(type(wrapper), op)(wrapper, theirs, x, *rest)
+            found["skipped"] += some != calls(worker)
+            found["different"] += not torch.equal(ours, theirs)
+            base = torch.tensor(rows) == 0
+            found["touched"] += not torch.equal(ours[base], y[base])
+        results.append(found)
     manager._last_mapping = None
-    return {"skipped": skipped, "different": different, "touched": touched}
+    return results
+
+
+def _operation(layer, tokens, requests):
+    """A layer's operation: its name, whose each row is, widths of x and y, what it takes more."""
+    a, b = layer.lora_a_stacked, layer.lora_b_stacked
+    if hasattr(layer, "output_slices"):
+        more = a, b, 1.0, layer.output_slices
+        return OPS[0], tokens, a[0].shape[-1], sum(layer.output_slices), more
+    if hasattr(layer, "lora_a_stacked_2d"):
+        return OPS[1], tokens, b.shape[-1], b.shape[-2], (b,)
+    return OPS[2], requests, a.shape[-1], b.shape[-2], (a, b, 1.0)
 
 
 @dataclass
@@ -127,12 +156,15 @@ class Engine:
         """What every worker answers."""
         return self.llm.collective_rpc(method, args=args)
 
-    def slices_each_pass(self, adapter):
-        """Operations on slices that one pass takes, in every worker, for one request."""
+    def each_pass(self, adapter):
+        """Slices and ends that one pass takes, in every worker, for one request."""
         self.generate([PROMPT.format("Peru")], [adapter], [1])  # into its slot
         self.all(calls)
         self.generate(["Q: What of " + adapter.lora_name if adapter else "Q:"], [adapter], [3])
-        return [found["slices"] / found["passes"] for found in self.all(calls)]
+        return [
+            [found[what] / found["passes"] for what in ("slices", "ends")]
+            for found in self.all(calls)
+        ]
 
     def random_batches(self):
         """Each batch with and without, in random order; what differed, and what was saved."""
@@ -192,7 +224,7 @@ def main():
     found = {"skips": engine.all(switch, True)}
     engine.all(calls)
     found["each pass"] = {
-        adapter.lora_name if adapter else "base": engine.slices_each_pass(adapter)
+        adapter.lora_name if adapter else "base": engine.each_pass(adapter)
         for adapter in [None, *engine.adapters]
     }
     if all(found["skips"]):
