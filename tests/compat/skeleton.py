@@ -5,6 +5,7 @@ and those stand in the source.
 """
 
 import ast
+import importlib
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -45,10 +46,19 @@ class WheelFinder(MetaPathFinder, Loader):
                 if not name.startswith("__"):  # Python itself would call a module's __getattr__
                     setattr(module, name, object())
             match statement:
+                case ast.ImportFrom(module=str(where), level=0) if hasattr(module, "__path__"):
+                    self._hand_on(module, where, statement.names)
                 case ast.ClassDef():
                     setattr(module, statement.name, _skeleton(statement, vars(module)))
                 case ast.FunctionDef() | ast.AsyncFunctionDef() if statement.name != "__getattr__":
                     setattr(module, statement.name, _without_body(statement))
+
+    def _hand_on(self, package: ModuleType, module: str, names: list[ast.alias]) -> None:
+        """Let a package hand on what it imports from vLLM's modules."""
+        if module.partition(".")[0] == "vllm":
+            found = importlib.import_module(module)
+            for alias in names:
+                setattr(package, alias.asname or alias.name, getattr(found, alias.name, object()))
 
 
 def install(wheel: Path) -> None:
