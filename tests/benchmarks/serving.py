@@ -7,8 +7,6 @@ one small model with random weights.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -22,7 +20,8 @@ from tests.benchmarks import measure, report
 from tests.benchmarks.admission import alone
 from tests.benchmarks.folders import make_model, save_adapter
 from tests.benchmarks.toggled import BATCHES, NEW_TOKENS, PROMPT_TOKENS, asked
-from tests.support.server import OPEN_LOADING, Server, base_environment
+from tests.support.programs import told
+from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import LAYERS, PROJECTIONS
 
 HERE = Path(__file__).parent
@@ -111,13 +110,10 @@ def _toggled(
 ) -> list[dict[str, dict[str, list[float]]]]:
     """What the engine that skips and computes in turns takes: in rounds, and ratios in pairs."""
     paths = {"PYTHONPATH": str(Path.cwd()), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    words = map(str, (model, adapter, rounds, pairs))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.toggled", *words],
-        env=base_environment() | guarded | paths, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    found: list[dict[str, dict[str, list[float]]]] = json.loads(line.removeprefix("FOUND "))
+    words = model, adapter, rounds, pairs
+    found: list[dict[str, dict[str, list[float]]]]
+    program = "-m", "tests.benchmarks.toggled"
+    found, _ = told(*program, *words, seconds=None, **guarded, **paths)
     return found
 
 

@@ -4,7 +4,6 @@ Two processes that do the same differ by more than what is looked for here; one 
 turns does not. Seconds are printed as JSON.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+from tests.support.programs import tell
 from tests.support.random_batches import switch
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 16
@@ -50,7 +50,7 @@ def main() -> None:
         llm.collective_rpc(switch, args=(ROUTES[route],))
         return asked(partial(_timed, llm, adapters.get(served)), batch)
 
-    print("FOUND", json.dumps([in_rounds(ask, int(rounds)), in_pairs(ask, int(pairs))]))
+    tell([in_rounds(ask, int(rounds)), in_pairs(ask, int(pairs))])
 
 
 def in_rounds(ask: Ask, rounds: int) -> dict[str, dict[str, list[float]]]:

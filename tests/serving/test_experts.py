@@ -4,16 +4,12 @@ The CPU build has no kernels for LoRA on experts, so what is compared is what th
 buffers of the engine's slot, after a real engine has loaded, packed and activated the adapter.
 """
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from s3lora_serve import scan_adapter
 from s3lora_serve.policy_file import read_policy
 from tests.support.adapters import copy_with, key, spike
-from tests.support.server import base_environment
+from tests.support.programs import told
 from tests.support.tiny_mixtral import make_expert_adapter, make_mixtral
 
 pytestmark = pytest.mark.serving
@@ -45,19 +41,13 @@ llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, e
 assert llm.llm_engine.add_lora(LoRARequest("experts", 1, sys.argv[2]))
 [found] = llm.collective_rpc(buffers)
 import json
-print("BUFFERS", json.dumps(found))
+print("FOUND", json.dumps(found))
 """
 
 
 def loaded(model, folder, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model), str(folder)],
-        env=base_environment() | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("BUFFERS ")]
-    return json.loads(line.removeprefix("BUFFERS ")), done.stdout + done.stderr
+    sent = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    return told("-c", PROGRAM, model, folder, **sent, **environment)
 
 
 @pytest.fixture(scope="module")

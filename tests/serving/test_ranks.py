@@ -1,14 +1,13 @@
 """Several ranks: one verdict for all, none raises, and one admission counts once."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from tests.serving.conftest import TOP_K, answers
 from tests.support.adapters import copy_with, diverged, key
-from tests.support.server import OPEN_LOADING, TWO_RANKS, Server, base_environment
+from tests.support.programs import told
+from tests.support.server import OPEN_LOADING, TWO_RANKS, Server
 
 pytestmark = pytest.mark.serving
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -159,20 +158,15 @@ def test_ranks_that_score_differently_or_fail_alone_serve_one_thing(
 ):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(DISTURBED)
-    environment = base_environment() | TWO_RANKS | {
+    environment = TWO_RANKS | {
         "S3LORA_POLICY": str(policy_file),
         "S3LORA_STATE_DIR": str(tmp_path),
         "S3LORA_AUDIT_LOG": str(tmp_path / "audit.jsonl"),
         "PYTHONPATH": str(tmp_path / "site"),
         "RANK_1_FAILS": str(tmp_path / "rank-1-fails"),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model), str(spiked), str(trained)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    agreed, failed, stripped_to_nothing, quarantined = json.loads(line.removeprefix("FOUND "))
+    }
+    found, _ = told("-c", PROGRAM, model, spiked, trained, **environment)
+    agreed, failed, stripped_to_nothing, quarantined = found
     assert agreed[0] == agreed[1]
     assert agreed[0][0] is not None
     rulings = [path.name for path in tmp_path.glob("s3lora-*/*") if len(path.name) == 64]

@@ -1,6 +1,5 @@
 """What no adapter of the batch has weights for is left out, and nothing comes out otherwise."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.adapters import copy_with, diverged, train_adapter, without
+from tests.support.programs import told
 from tests.support.server import TWO_RANKS, base_environment
 from tests.support.tiny_model import LAYERS, PROJECTIONS
 
@@ -51,14 +51,7 @@ def engine(
         folders.append(copy_with(source, folder / name, change))
     (folder / "policy.yaml").write_text(POLICY)
     ours = {"S3LORA_POLICY": str(folder / "policy.yaml"), "S3LORA_STATE_DIR": str(folder)}
-    done = subprocess.run(
-        [sys.executable, *program, str(model), str(workers), *map(str, folders)],
-        env=base_environment() | ours | PATHS | env,
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    return json.loads(line.removeprefix("FOUND ")), done.stdout + done.stderr
+    return told(*program, model, workers, *folders, **ours, **PATHS, **env)
 
 
 @pytest.fixture(scope="module")

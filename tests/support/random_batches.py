@@ -4,13 +4,13 @@ batch with modules skipped and without; what was found is printed as JSON.
 More adapters than slots, prompts in pieces, shared beginnings, base requests among the others.
 """
 
-import json
 import random
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.programs import tell
 from tests.support.tiny_model import CAPITALS, PROMPT
 
 SLOTS, PIECE, ROUNDS, OPERATIONS = 3, 32, 40, 600
@@ -230,7 +230,7 @@ def main():
     if all(found["skips"]):
         found["batches"] = engine.random_batches()
         found["operations"] = engine.all(operations, 5, OPERATIONS)
-    print("FOUND", json.dumps(found))
+    tell(found)
 
 
 if __name__ == "__main__":
