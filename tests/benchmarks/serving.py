@@ -11,6 +11,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from rich.progress import track
 from tests.benchmarks import measure, report
 from tests.benchmarks.admission import alone
 from tests.benchmarks.folders import make_model, save_adapter
-from tests.benchmarks.toggled import BATCHES, NEW_TOKENS, PROMPT_TOKENS, asked
+from tests.benchmarks.toggled import BATCHES, NEW_TOKENS, PHASES, PROMPT_TOKENS, asked, ratios
 from tests.support.programs import told
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import LAYERS, PROJECTIONS
@@ -43,6 +44,10 @@ STRIPPED = {"whole": 0, "ten": 10, "half": 14, "all": 28}
 BESIDE = ("base", "whole")
 """What both servers are asked: one without the gate cannot strip."""
 
+STARTS = 4
+"""Processes that do the same differ from one to the next by several percent, for as long as they
+live: each start of the two servers is one sample of that."""
+
 ROOM = ("--load-format", "dummy", "--max-loras", "4", "--no-enable-prefix-caching")
 
 
@@ -52,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=16, help="each figure is over all of these")
     parser.add_argument("--pairs", type=int, default=60, help="those near 1 are over so many")
     rounds, pairs = vars(parser.parse_args()).values()
-    with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder:
         place = Path(folder)
         model = make_model(place / "model", LAYERS, WIDTH, KEYS, INNER)
         adapter = _make_adapter(place / "adapter")
@@ -62,19 +67,7 @@ def main() -> None:
             "S3LORA_STATE_DIR": str(place / "state"),
         }
         in_rounds, in_pairs = _toggled(model, adapter, guarded, rounds, pairs)
-        environments = {"stock": OPEN_LOADING | {"VLLM_PLUGINS": ""}, "guarded": guarded}
-        servers = {
-            name: stack.enter_context(
-                Server(model, place / f"{name}.log", ROOM, around, guarded=name != "stock")
-            )
-            for name, around in environments.items()
-        }
-        assert servers["stock"].load("whole", adapter).status_code == 200
-        for served, count in STRIPPED.items():
-            assert servers["guarded"].load(served, adapter).status_code == 200
-            assert _stripped(servers["guarded"], served) == count
-            if served not in BESIDE:
-                servers["guarded"].unload(served)
+        throughput = [_throughput(model, adapter, guarded, place, i, pairs) for i in range(STARTS)]
         data = {
             "machine": measure.machine(),
             "model": {"layers": LAYERS, "width": WIDTH, "inner": INNER, "rank": RANK},
@@ -82,26 +75,55 @@ def main() -> None:
             "rounds": rounds,
             "seconds": in_rounds,
             "pairs": in_pairs,
-            "servers": _seconds(servers, rounds),
+            "starts": STARTS,
+            "servers": {
+                case: {
+                    name: [ratio for one in throughput for ratio in one[case][name]]
+                    for name in BESIDE
+                }
+                for case in in_pairs
+            },
         }
     (HERE / "serving.json").write_text(json.dumps(data, indent=1) + "\n")
     report.write(HERE)
     print(json.dumps(data, indent=1))
 
 
-def _seconds(servers: dict[str, Server], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round by what is done, then by who does it with which adapter."""
+def _throughput(
+    model: Path, adapter: Path, guarded: dict[str, str], place: Path, start: int, pairs: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of stock over those of guarded, both started anew."""
+    environments = {"stock": OPEN_LOADING | {"VLLM_PLUGINS": ""}, "guarded": guarded}
+    order = list(environments)[:: -1 if start % 2 else 1]
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(
+                Server(model, place / f"{name}.log", ROOM, environments[name], name != "stock")
+            )
+            for name in order
+        }
+        assert servers["stock"].load("whole", adapter).status_code == 200
+        for served, count in STRIPPED.items():
+            assert servers["guarded"].load(served, adapter).status_code == 200
+            assert _stripped(servers["guarded"], served) == count
+            if served not in BESIDE:
+                servers["guarded"].unload(served)
+        return _compared(servers, pairs // STARTS)
+
+
+def _compared(servers: dict[str, Server], number: int) -> dict[str, dict[str, list[float]]]:
+    """By what is done, then by the adapter."""
     found: dict[str, dict[str, list[float]]] = {}
-    for turn in track(range(rounds + 1), "rounds", transient=True):
-        for batch in BATCHES:
-            for name in servers:
-                with alone(name, servers) as server:
-                    for served in BESIDE:
-                        both = asked(partial(_timed, server, served), batch)
-                        for phase, seconds in zip(("prefill", "decode"), both, strict=True):
-                            if turn:  # the first one warms up
-                                row = found.setdefault(f"{phase}, {batch}", {})
-                                row.setdefault(f"{name}, {served}", []).append(seconds)
+
+    def ask(name: str, served: str, batch: int) -> tuple[float, float]:
+        with alone(name, servers) as server:
+            return asked(partial(_timed, server, served), batch)
+
+    for _ in track(range(number), "pairs", transient=True):
+        for batch, served in product(BATCHES, BESIDE):
+            both = ratios(*(partial(ask, name, served, batch) for name in ("stock", "guarded")))
+            for phase, ratio in zip(PHASES, both, strict=True):
+                found.setdefault(f"{phase}, {batch}", {}).setdefault(served, []).append(ratio)
     return found
 
 

@@ -82,24 +82,44 @@ def inference(data: dict) -> str:  # type: ignore[type-arg]
             *(_served(label, name, seconds) for name, label in SERVED.items()),
             "",
         ]
-    pairs = next(iter(data["pairs"].values()))
-    times = len(next(iter(pairs.values())))
     lines += [
-        f"What should cost nothing, in the same engine: {times} times one, two, two, one, after"
-        " each was asked once; the median of the ratios, and where it lies with 95 % confidence"
-        " (order statistics).",
+        f"What should cost nothing, in the same engine: {_times(data['pairs'])} times one, two,"
+        " two, one, after each was asked once; the median of the ratios, and where it lies with"
+        " 95 % confidence (order statistics).",
         "",
-        "| | " + " | ".join(pairs) + " |",
-        "|---|" + "---:|" * len(pairs),
-        *(_pairs(case, ratios) for case, ratios in data["pairs"].items()),
+        *_medians(data["pairs"]),
         "",
-        "Two servers, nothing being loaded: what the gate serves at of stock vLLM's throughput.",
+        f"Two servers, nothing being loaded, started {data['starts']} times and asked in the same"
+        f" way {_times(data['servers'])} times in all: what the gate serves at of stock vLLM's"
+        " throughput.",
         "",
-        "| | base model | adapter, whole |",
-        "|---|---:|---:|",
-        *(_throughput(case, seconds) for case, seconds in data["servers"].items()),
+        *_medians(data["servers"]),
     ]
     return "\n".join([*lines, ""])
+
+
+def _times(found: dict[str, dict[str, list[float]]]) -> int:
+    return len(next(iter(next(iter(found.values())).values())))
+
+
+def _medians(found: dict[str, dict[str, list[float]]]) -> list[str]:
+    """A table of ratios by what is done, and of all together."""
+    names = list(next(iter(found.values())))
+    every = {name: [one for row in found.values() for one in row[name]] for name in names}
+    rows = [(", batch ".join(case.split(", ")), row) for case, row in found.items()]
+    return [
+        "| | " + " | ".join(SERVED.get(name, name) for name in names) + " |",
+        "|---|" + "---:|" * len(names),
+        *(
+            f"| {case} | " + " | ".join(_median(row[name]) for name in names) + " |"
+            for case, row in [*rows, ("all four", every)]
+        ),
+    ]
+
+
+def _median(ratios: list[float]) -> str:
+    low, high = confidence(ratios)
+    return f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"
 
 
 def _served(label: str, name: str, seconds: dict[str, list[float]]) -> str:
@@ -115,16 +135,6 @@ def _ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def _pairs(case: str, ratios: dict[str, list[float]]) -> str:
-    phase, batch = case.split(", ")
-    shown = (
-        f"{statistics.median(found):.3f} ({low:.3f} to {high:.3f})"
-        for found in ratios.values()
-        for low, high in [confidence(found)]
-    )
-    return f"| {phase}, batch {batch} | " + " | ".join(shown) + " |"
-
-
 def confidence(found: list[float]) -> tuple[float, float]:
     """An interval that holds the median of what was sampled with at least 95 %.
 
@@ -135,9 +145,3 @@ def confidence(found: list[float]) -> tuple[float, float]:
         place += 1
     values = sorted(found)
     return values[max(0, place - 1)], values[min(n - 1, n - place)]
-
-
-def _throughput(case: str, seconds: dict[str, list[float]]) -> str:
-    figures = [_ratio(seconds, f"stock, {name}", f"guarded, {name}") for name in ("base", "whole")]
-    phase, batch = case.split(", ")
-    return f"| {phase}, batch {batch} | " + " | ".join(f"{x:.3f}" for x in figures) + " |"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import TextIO
 
@@ -67,12 +68,16 @@ def _large(place: Path) -> dict[str, object]:
     """Least seconds of each, the routes taking turns, with nothing of the files in memory."""
     files = sorted((place / "large").glob(f"*/{WEIGHTS}"))
     size = sum(file.stat().st_size for file in files)
-    seconds: dict[str, list[float]] = {"cat": [], "cat, cached": [], "scan": [], "scan, cached": []}
+    seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(ROUNDS):
-        for route, command in (("cat", _cat(files)), ("scan", _scan(place / "large"))):
-            _forget(files)
-            seconds[route].append(_seconds(command))
-            seconds[f"{route}, cached"].append(_seconds(command))
+        _forget(files)
+        for state in ("", ", cached"):
+            seconds[f"cat{state}"].append(_run(_cat(files))[0])
+        _forget(files)
+        for state in ("", ", cached"):
+            whole, begun = _watched(_scan(place / "large"), len(files))
+            seconds[f"scan{state}"].append(whole)
+            seconds[f"scan, once begun{state}"].append(begun)
     return {
         "adapters": len(files),
         "bytes": size,
@@ -101,8 +106,15 @@ def _scan(what: object) -> list[str]:
     return [sys.executable, "-m", "s3lora_serve", "scan", str(what), "--format", "jsonl"]
 
 
-def _seconds(command: list[str]) -> float:
-    return _run(command)[0]
+def _watched(command: list[str], count: int) -> tuple[float, float]:
+    """Seconds of a scan, and of `count` adapters at the pace from its first verdict to its last."""
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        told = [time.perf_counter() for _ in process.stdout]
+    assert process.returncode in (0, 1)
+    assert len(told) == count
+    return time.perf_counter() - started, (told[-1] - told[0]) * count / (count - 1)
 
 
 def _run(command: list[str], stdin: TextIO | None = None) -> tuple[float, float]:

@@ -23,6 +23,7 @@ PHASES = "prefill", "decode"
 Ask = Callable[[str, str, int], tuple[float, float]]
 """Route, adapter and batch, to seconds of each phase."""
 
+Timed = Callable[[], tuple[float, float]]
 SERVED = ("base", "whole", "ten", "half", "all")
 ROUTES = {"computed": False, "skipped": True}
 PAIRS = {
@@ -67,16 +68,25 @@ def in_rounds(ask: Ask, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def in_pairs(ask: Ask, number: int) -> dict[str, dict[str, list[float]]]:
-    """Ratios by what is done, then by the pair: of one, two, two, one, after each warmed up."""
+    """Ratios by what is done, then by the pair."""
     found: dict[str, dict[str, list[float]]] = {}
     for _, batch, (name, (one, two)) in product(range(number), BATCHES, PAIRS.items()):
-        _, _, *times = (ask(*each, batch) for each in (one, two, one, two, two, one))
-        for phase, (first, second, third, fourth) in zip(
-            PHASES, zip(*times, strict=True), strict=True
-        ):
-            row = found.setdefault(f"{phase}, {batch}", {})
-            row.setdefault(name, []).append((first + fourth) / (second + third))
+        both = ratios(partial(ask, *one, batch), partial(ask, *two, batch))
+        for phase, ratio in zip(PHASES, both, strict=True):
+            found.setdefault(f"{phase}, {batch}", {}).setdefault(name, []).append(ratio)
     return found
+
+
+def ratios(one: Timed, two: Timed) -> list[float]:
+    """What one takes over what two takes, for each phase: one, two, two, one, both warmed up.
+
+    In that order neither who comes first nor a machine that slows down tells.
+    """
+    _, _, *times = (each() for each in (one, two, one, two, two, one))
+    return [
+        (first + fourth) / (second + third)
+        for first, second, third, fourth in zip(*times, strict=True)
+    ]
 
 
 def asked(timed: Callable[[list[list[int]], int], float], batch: int) -> tuple[float, float]:
