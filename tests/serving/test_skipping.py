@@ -92,6 +92,17 @@ def test_no_adapter_touches_the_rows_of_base_requests_beside_it(skipping):
         assert [each["touched"] for each in found] == [0, 0]
 
 
+def test_vllms_operations_for_gpus_come_to_the_same_bits_with_and_without_skipping(model):
+    pytest.importorskip("triton", reason="needs triton, whose interpreter runs them here")
+    found, log = told("-m", "tests.support.gpu_operations", model, 40, **PATHS)
+    assert "modules without weights are skipped" in log
+    kinds = {"qkv_proj", "gate_up_proj", "down_proj", "embed_tokens", "logits"}
+    assert set(found) == kinds
+    for kind in found.values():
+        assert kind["different"] == kind["touched"] == 0
+        assert kind["skipped"] >= 3
+
+
 BROKEN = """
 import runpy, sys
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU

@@ -93,7 +93,7 @@ def operations(worker, seed, number):
             mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
             index = manager.lora_index_to_id
             wrapper.update_metadata(mapping, index, SLOTS + 1, manager.vocab_size)
-            op, rows, width, out, rest = _operation(layer, tokens, requests)
+            op, rows, width, out, rest = operation(layer, tokens, requests)
             x = torch.randn(len(rows), width, generator=numbers)
             y = torch.randn(len(rows), out, generator=numbers)
             ours, theirs = y.clone(), y.clone()
@@ -110,7 +110,7 @@ def operations(worker, seed, number):
     return results
 
 
-def _operation(layer, tokens, requests):
+def operation(layer, tokens, requests):
     """A layer's operation: its name, whose each row is, widths of x and y, what it takes more."""
     a, b = layer.lora_a_stacked, layer.lora_b_stacked
     if hasattr(layer, "output_slices"):
