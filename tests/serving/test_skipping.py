@@ -92,15 +92,17 @@ def test_no_adapter_touches_the_rows_of_base_requests_beside_it(skipping):
         assert [each["touched"] for each in found] == [0, 0]
 
 
+@pytest.mark.slow
 def test_vllms_operations_for_gpus_come_to_the_same_bits_with_and_without_skipping(model):
     pytest.importorskip("triton", reason="needs triton, whose interpreter runs them here")
-    found, log = told("-m", "tests.support.gpu_operations", model, 40, **PATHS)
+    found, log = told("-m", "tests.support.gpu_operations", model, 25, **PATHS)
     assert "modules without weights are skipped" in log
     kinds = {"qkv_proj", "gate_up_proj", "down_proj", "embed_tokens", "logits"}
     assert set(found) == kinds
     for kind in found.values():
         assert kind["different"] == kind["touched"] == 0
-        assert kind["skipped"] >= 3
+    assert min(found[packed]["skipped"] for packed in ("qkv_proj", "gate_up_proj")) >= 2
+    assert sum(found[end]["skipped"] for end in ("embed_tokens", "logits")) >= 1, found
 
 
 BROKEN = """

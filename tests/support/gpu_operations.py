@@ -104,19 +104,21 @@ def main():
         _adapter_manager=SimpleNamespace(modules=modules), _cached_dummy_lora=False
     )
     Skipping(wanted=True).activate(manager, vllm_config)
-    for layer in modules.values():
-        for slot in range(SLOTS):
-            layer.reset_lora(slot)
-
     slices = []
     expand = punica_gpu.lora_expand
     punica_gpu.lora_expand = lambda x, stacked, *more, **named: (
         slices.append(len(stacked)), expand(x, stacked, *more, **named)
     )[1]  # fmt: skip
     picked, numbers = random.Random(7), torch.Generator().manual_seed(7)
+    for layer in modules.values():
+        for slot in range(SLOTS):
+            layer.reset_lora(slot)
+            if hasattr(layer, "output_slices"):
+                layer.set_lora(slot, *weights(layer, picked, numbers))
+    often = [len(getattr(layer, "output_slices", (0,))) for layer in modules.values()]
     found = {name: {"skipped": 0, "different": 0, "touched": 0} for name in modules}
     for _ in range(number):
-        name, layer = picked.choice(list(modules.items()))
+        [(name, layer)] = picked.choices(list(modules.items()), often)
         slot = picked.randrange(SLOTS)
         if picked.random() < 0.6:
             layer.set_lora(slot, *weights(layer, picked, numbers))
