@@ -50,7 +50,7 @@ bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
 	$(BIN)/python -m tests.benchmarks.admission
 
-bench-serving: $(READY)  ## what adapters cost at inference, by how much is stripped: an engine and two servers, ten minutes
+bench-serving: $(READY)  ## what adapters cost at inference, by how much is stripped: an engine and two servers, three quarters of an hour
 	$(BIN)/python -m tests.benchmarks.serving
 
 bench-scan: $(READY)  ## scanning many adapters beside reading them: 5 GB of files, minutes

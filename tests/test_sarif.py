@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import sarif_pydantic
@@ -45,7 +46,9 @@ def test_a_log_has_a_result_for_each_adapter_that_is_not_whole(log):
     for result in ran.results:
         assert rules[result.rule_index] == result.rule_id
         [place] = result.locations
-        found[place.physical_location.artifact_location.uri] = result.rule_id, result.level.value
+        uri = place.physical_location.artifact_location.uri
+        assert (log.parent / unquote(uri)).is_file(), "relative to the checkout"
+        found[uri] = result.rule_id, result.level.value
     assert found == {
         "hub/sharp/adapter_model.safetensors": (SHARP, "warning"),
         "hub/broken/adapter_model.safetensors": ("S3LORA-104", "error"),

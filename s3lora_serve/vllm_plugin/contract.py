@@ -32,10 +32,7 @@ _LORA_LINEAR = (
     *("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
     *("buffer", "kwargs"),
 )
-_LORA_LOGITS = (
-    *("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
-    *("buffer", "kwargs"),
-)
+_LORA_LOGITS = ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "buffer", "kwargs")
 _LORA_EMBEDDING = ("self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs")
 _UPDATE_METADATA = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs")
 _Contract = tuple[tuple[Any, str, tuple[str, ...]], ...]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.support.programs import tell
-from tests.support.random_batches import operation
+from tests.support.random_batches import both_ways
 
 SLOTS, RANK, WIDTH, INNER, WORDS = 3, 16, 64, 96, 128
 DTYPE = torch.float16  # the interpreter takes the bits of bfloat16 for whole numbers
@@ -109,6 +109,12 @@ def main():
     punica_gpu.lora_expand = lambda x, stacked, *more, **named: (
         slices.append(len(stacked)), expand(x, stacked, *more, **named)
     )[1]  # fmt: skip
+
+    def counted():
+        number_of = sum(slices)
+        slices.clear()
+        return number_of
+
     picked, numbers = random.Random(7), torch.Generator().manual_seed(7)
     for layer in modules.values():
         for slot in range(SLOTS):
@@ -128,18 +134,8 @@ def main():
         tokens = tuple(each for each in requests for _ in range(picked.randint(1, 4)))
         mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
         wrapper.update_metadata(mapping, list(range(1, SLOTS + 1)), SLOTS + 1, WORDS)
-        op, rows, width, out, rest = operation(layer, tokens, requests)
-        x, y = (torch.randn(len(rows), n, generator=numbers).to(DTYPE) for n in (width, out))
-        ours, theirs = y.clone(), y.clone()
-        slices.clear()
-        getattr(wrapper, op)(ours, x, *rest)
-        some = sum(slices)
-        slices.clear()
-        getattr(type(wrapper), op)(wrapper, theirs, x, *rest)
-        base = torch.tensor(rows) == 0
-        found[name]["skipped"] += some < sum(slices)
-        found[name]["different"] += not torch.equal(ours, theirs)
-        found[name]["touched"] += not torch.equal(ours[base], y[base])
+        result = both_ways(layer, tokens, requests, numbers, counted, DTYPE)
+        found[name] = {what: found[name][what] + result[what] for what in result}
     tell(found)
 
 

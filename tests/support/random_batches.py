@@ -82,6 +82,10 @@ def operations(worker, seed, number):
     ends = [each for each in layers if each not in linear]
     ids = [0, *(lora_id for lora_id in manager.lora_index_to_id if lora_id)]
     results = []
+
+    def counted():
+        return sum(calls(worker).values())
+
     for kind, times in ((linear, number), (ends, number // 3)):
         found = {"skipped": 0, "different": 0, "touched": 0}
         for _ in range(times):
@@ -93,24 +97,41 @@ def operations(worker, seed, number):
             mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
             index = manager.lora_index_to_id
             wrapper.update_metadata(mapping, index, SLOTS + 1, manager.vocab_size)
-            op, rows, width, out, rest = operation(layer, tokens, requests)
-            x = torch.randn(len(rows), width, generator=numbers)
-            y = torch.randn(len(rows), out, generator=numbers)
-            ours, theirs = y.clone(), y.clone()
-            calls(worker)
-            wrapper.skipping[op](ours, x.clone(), *rest)
-            some = calls(worker)
-            getattr(type(wrapper), op)(wrapper, theirs, x, *rest)
-            found["skipped"] += some != calls(worker)
-            found["different"] += not torch.equal(ours, theirs)
-            base = torch.tensor(rows) == 0
-            found["touched"] += not torch.equal(ours[base], y[base])
+            result = both_ways(layer, tokens, requests, numbers, counted)
+            found = {what: found[what] + result[what] for what in found}
         results.append(found)
     manager._last_mapping = None
     return results
 
 
-def operation(layer, tokens, requests):
+def both_ways(layer, tokens, requests, numbers, counted, dtype=None):
+    """A layer's operation on random numbers, as it is done here and as vLLM does it.
+
+    Whether it left something out, came to something else, touched base requests' rows. `counted()`
+    is how many operations on weights there were since it was last asked.
+    """
+    import torch
+
+    wrapper = layer.punica_wrapper
+    op, rows, width, out, rest = _operation(layer, tokens, requests)
+    x, y = (
+        torch.randn(len(rows), n, generator=numbers).to(dtype or torch.float32)
+        for n in (width, out)
+    )
+    ours, theirs = y.clone(), y.clone()
+    counted()
+    getattr(wrapper, op)(ours, x.clone(), *rest)
+    some = counted()
+    getattr(type(wrapper), op)(wrapper, theirs, x, *rest)
+    base = torch.tensor(rows) == 0
+    return {
+        "skipped": some < counted(),
+        "different": not torch.equal(ours, theirs),
+        "touched": not torch.equal(ours[base], y[base]),
+    }
+
+
+def _operation(layer, tokens, requests):
     """A layer's operation: its name, whose each row is, widths of x and y, what it takes more."""
     a, b = layer.lora_a_stacked, layer.lora_b_stacked
     if hasattr(layer, "output_slices"):
