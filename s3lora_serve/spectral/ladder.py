@@ -100,7 +100,10 @@ def _one(B: Tensor, A: Tensor, normalization: str) -> Solution:
         return _constant(B.shape[-1], 0.0)
     (B, b), (A, a) = in_range(B), in_range(A)
     solution = orthogonal.solve(B, A, normalization)
+    # Two-sided alone, X is over one norm of ΔW too many: σ(X) goes with 1/(b·a).
+    over = b * a if normalization == "two_sided" else 1.0
     return solution._replace(
+        normalised=solution.normalised / over,
         row_mean=solution.row_mean * b * a,
         column_mean=solution.column_mean * b * a,
         frobenius=solution.frobenius * b * a,
