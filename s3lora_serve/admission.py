@@ -24,6 +24,7 @@ from s3lora_serve.errors import (
 from s3lora_serve.gate import Ruling, rule
 from s3lora_serve.intake import PrivateCopy, check_roots, copy_adapter
 from s3lora_serve.policy import Policy
+from s3lora_serve.selection import energy_shares, negligible_modules
 from s3lora_serve.spectral import Factors, ModuleScore, Scorer, score_modules
 from s3lora_serve.storage import StoredFolder
 from s3lora_serve.verdict import Decision, ModuleVerdict, Seconds, Verdict
@@ -53,7 +54,7 @@ class Admission:
             reason=Reason.of(ruling.refusal) if ruling.refusal else None,
             uninformative=ruling.uninformative,
             policy_digest=policy.digest,
-            modules=_module_verdicts(self.adapter, self.scores, ruling),
+            modules=_module_verdicts(self.adapter, self.scores, ruling, policy),
         )
 
 
@@ -122,7 +123,7 @@ def admit(
             "parameters": effective.scorer.model_dump(exclude={"name"}),
         },
         policy_digest=policy.digest,
-        modules=_module_verdicts(adapter, scores, ruling) if adapter and scores else (),
+        modules=_module_verdicts(adapter, scores, ruling, effective) if adapter and scores else (),
         removed=unscorable if effective.on_unscorable == "strip" else (),
         unscored=unscorable if effective.on_unscorable == "admit" else (),
         seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
@@ -197,16 +198,30 @@ def _is_finite(module: Module) -> bool:
 
 
 def _module_verdicts(
-    adapter: Adapter, scores: Sequence[ModuleScore], ruling: Ruling
+    adapter: Adapter, scores: Sequence[ModuleScore], ruling: Ruling, policy: Policy
 ) -> tuple[ModuleVerdict, ...]:
-    by_name = {score.name: score for score in scores}
+    shares = energy_shares(scores)
+    scored = {score.name: (score, share) for score, share in zip(scores, shares, strict=True)}
+    negligible = negligible_modules(scores, policy.negligible)
     return tuple(
-        _module_verdict(module, by_name.get(module.name), module.name in ruling.stripped)
+        _module_verdict(
+            module,
+            *scored.get(module.name, (None, None)),
+            stripped=module.name in ruling.stripped,
+            negligible=module.name in negligible,
+        )
         for module in adapter.modules
     )
 
 
-def _module_verdict(module: Module, score: ModuleScore | None, stripped: bool) -> ModuleVerdict:
+def _module_verdict(
+    module: Module,
+    score: ModuleScore | None,
+    energy_share: float | None,
+    *,
+    stripped: bool,
+    negligible: bool,
+) -> ModuleVerdict:
     return ModuleVerdict(
         name=module.name,
         layer=module.layer,
@@ -219,4 +234,6 @@ def _module_verdict(module: Module, score: ModuleScore | None, stripped: bool) -
         row_norm_mean=score.row_norm_mean if score else None,
         column_norm_mean=score.column_norm_mean if score else None,
         stripped=stripped,
+        energy_share=energy_share,
+        negligible=negligible,
     )

@@ -1,9 +1,8 @@
 """The gate: scores and a policy in, a ruling out. Pure; knows neither files nor vLLM."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING
 
 from s3lora_serve.errors import (
@@ -15,6 +14,7 @@ from s3lora_serve.errors import (
     Unrankable,
 )
 from s3lora_serve.policy import Policy
+from s3lora_serve.selection import largest_count, negligible_modules, select, strip_rule
 from s3lora_serve.verdict import Decision
 
 if TYPE_CHECKING:  # the command line starts without torch
@@ -22,15 +22,6 @@ if TYPE_CHECKING:  # the command line starts without torch
 
 UNINFORMATIVE_SPREAD = 1e-3
 """Spread of relative SSI below which the index does not rank. Spec of MAS-SVD, facts."""
-
-TIE_DIGITS = 9
-"""Scores that agree to 1e-9 are ties, broken by name. Spec of MAS-SVD, pruning."""
-
-MAD_TO_SIGMA = 1.482602218505602
-"""Median absolute deviation to standard deviation of a normal: 1 / Φ⁻¹(3/4)."""
-
-MEAN_AD_TO_SIGMA = math.sqrt(math.pi / 2)
-"""Mean absolute deviation to standard deviation of a normal; used where the median's is zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +48,39 @@ def rule(
         return _rejected(excess)
     if digest in policy.allow:  # the digest is the weights'; what s makes of them is bounded above
         return Ruling(Decision.ADMITTED)
-    if blindness := _blind(scores):
+    negligible = negligible_modules(scores, policy.negligible)
+    weighty = [score for score in scores if score.name not in negligible]
+    if blindness := _blind(weighty):
         uninformative = isinstance(blindness, Uninformative)
         if policy.on_uninformative == "reject":
             return Ruling(Decision.REJECTED, blindness, uninformative=uninformative)
-        return Ruling(Decision.ADMITTED, uninformative=uninformative)
+        return _admitted(_sharp_beside_all(scores, negligible, policy), uninformative)
 
-    sharp = _sharp(scores, policy)
-    most = _floor(policy.limits.max_stripped_fraction, len(scores))
-    if len(sharp) > most:
+    sharp = select(scores, weighty, policy)
+    most = largest_count(weighty, policy)
+    if len(sharp.counted) > most:
         return _rejected(
             TooManySharp(
-                f"{len(sharp)} of {len(scores)} scored modules are sharp, and at most {most} may go"
+                f"{len(sharp.counted)} of {len(weighty)} scored modules are sharp, and at most"
+                f" {most} may go"
             )
         )
-    return Ruling(Decision.STRIPPED if sharp else Decision.ADMITTED, stripped=frozenset(sharp))
+    return _admitted(sharp.counted | sharp.uncounted)
+
+
+def _admitted(stripped: frozenset[str], uninformative: bool = False) -> Ruling:
+    decision = Decision.STRIPPED if stripped else Decision.ADMITTED
+    return Ruling(decision, stripped=stripped, uninformative=uninformative)
+
+
+def _sharp_beside_all(
+    scores: Sequence["ModuleScore"], negligible: frozenset[str], policy: Policy
+) -> frozenset[str]:
+    """Negligible modules that go where sizes do not matter; the others cannot be ranked."""
+    if _blind(scores):
+        return frozenset()
+    rule = strip_rule(scores, policy)
+    return frozenset(score.name for score in scores if score.name in negligible and rule(score))
 
 
 def _rejected(refusal: AdapterRejected) -> Ruling:
@@ -106,8 +115,8 @@ def _blind(scores: Sequence["ModuleScore"]) -> AdapterRejected | None:
     ranked = [score.relative_ssi for score in scores if score.relative_ssi is not None]
     if len(ranked) < 2:
         return Unrankable(
-            f"{len(ranked)} of {len(scores)} scored modules have a relative index, and ranking"
-            " takes two (an update of zero or of rank 1 has none)"
+            f"{len(ranked)} of {len(scores)} scored modules that are not negligible have a relative"
+            " index, and ranking takes two (an update of rank 1 has none)"
         )
     spread = max(ranked) - min(ranked)
     if spread < UNINFORMATIVE_SPREAD:
@@ -115,38 +124,3 @@ def _blind(scores: Sequence["ModuleScore"]) -> AdapterRejected | None:
             f"the relative index spreads over {spread:.1e} only, under {UNINFORMATIVE_SPREAD:g}"
         )
     return None
-
-
-def _sharp(scores: Sequence["ModuleScore"], policy: Policy) -> list[str]:
-    """Names of the modules that the policy's strip rule picks."""
-    name, value = policy.strip.rule
-    most = _floor(policy.limits.max_stripped_fraction, len(scores))
-    if name == "top_k":
-        return _sharpest(scores, min(int(value), most))
-    if name == "fraction":
-        return _sharpest(scores, min(_floor(value, len(scores)), most))
-    if name == "threshold":
-        return [
-            s.name for s in scores if s.ssi is not None and round(s.ssi - value, TIE_DIGITS) >= 0
-        ]
-    return _outliers(scores, value)
-
-
-def _sharpest(scores: Sequence["ModuleScore"], count: int) -> list[str]:
-    ranked = [(s.relative_ssi, s.name) for s in scores if s.relative_ssi is not None]
-    ranked.sort(key=lambda pair: (-round(pair[0], TIE_DIGITS), pair[1]))
-    return [name for _, name in ranked[:count]]
-
-
-def _outliers(scores: Sequence["ModuleScore"], bound: float) -> list[str]:
-    """Modules whose robust z-score `(x − median) / (1.4826·MAD)` exceeds `bound`."""
-    ranked = {s.name: s.relative_ssi for s in scores if s.relative_ssi is not None}
-    middle = median(ranked.values())
-    deviations = [abs(value - middle) for value in ranked.values()]
-    sigma = MAD_TO_SIGMA * median(deviations) or MEAN_AD_TO_SIGMA * fmean(deviations)
-    return [name for name, value in ranked.items() if (value - middle) / sigma > bound]
-
-
-def _floor(fraction: float, count: int) -> int:
-    """`⌊fraction · count⌋`, forgiving the last bit: 0.29 of 100 is 29."""
-    return math.floor(round(fraction * count, TIE_DIGITS))

@@ -102,6 +102,8 @@ class Policy(_Section):
     scorer: ScorerChoice = ScorerChoice()
     modules: tuple[str, ...] = ("*",)
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
+    # Share of Σ‖ΔW‖_F². Rounding factors to float16 changes 9e-8 of it: tests/test_evasion.py
+    negligible: Annotated[float, Field(ge=0, lt=1)] = 1e-7
     limits: Limits = Limits()
     deny: frozenset[Digest] = frozenset()
     allow: frozenset[Digest] = frozenset()

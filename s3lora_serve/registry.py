@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from s3lora_serve.gate import MAD_TO_SIGMA
+from s3lora_serve.selection import MAD_TO_SIGMA
 from s3lora_serve.storage import is_url
 from s3lora_serve.verdict import Decision, Verdict
 

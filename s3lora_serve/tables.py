@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s3lora_serve.guarding import Check
-from s3lora_serve.verdict import Decision, Verdict
+from s3lora_serve.verdict import Decision, ModuleVerdict, Verdict
 
 _COLOURS = {Decision.ADMITTED: "green", Decision.STRIPPED: "yellow", Decision.REJECTED: "red"}
 
@@ -44,7 +44,15 @@ class VerdictTable:
 
 
 def _stripped(verdict: Verdict) -> Table:
-    table = Table("stripped module", "SSI", "relative", "σ̃₁", "rank", title=plain(verdict.name))
+    table = Table(
+        "stripped module",
+        "SSI",
+        "relative",
+        "σ̃₁",
+        "rank",
+        "share of ‖ΔW‖²",
+        title=plain(verdict.name),
+    )
     stripped = [module for module in verdict.modules if module.stripped]
     for module in sorted(stripped, key=lambda module: -(module.relative_ssi or 0)):
         table.add_row(
@@ -53,6 +61,7 @@ def _stripped(verdict: Verdict) -> Table:
             _number(module.relative_ssi),
             f"{module.spectrum[0]:.3g}" if module.spectrum else "-",
             str(module.rank),
+            _share(module),
         )
     return table
 
@@ -108,6 +117,13 @@ def print_checks(checks: Sequence[Check]) -> None:
 def plain(text: str) -> Text:
     """Text without markup, and without control characters that a terminal would obey."""
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _share(module: ModuleVerdict) -> str:
+    """A module's part of the adapter's ‖ΔW‖², short: tables are 80 columns wide."""
+    if module.energy_share is None:
+        return "-"
+    return "negl." if module.negligible else f"{module.energy_share:.1%}"
 
 
 def _number(value: float | None) -> str:

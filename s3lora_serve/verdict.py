@@ -31,6 +31,8 @@ class ModuleVerdict:
     row_norm_mean: float | None
     column_norm_mean: float | None
     stripped: bool
+    energy_share: float | None = None  # ‖ΔW‖_F² over the sum of all scored modules
+    negligible: bool = False  # too small to be counted by the strip rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,4 +179,6 @@ def _module_json(module: ModuleVerdict, spectra: bool) -> dict[str, Any]:
         "row_norm_mean": module.row_norm_mean,
         "column_norm_mean": module.column_norm_mean,
         "stripped": module.stripped,
+        "energy_share": module.energy_share,
+        "negligible": module.negligible,
     }

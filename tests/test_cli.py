@@ -15,7 +15,7 @@ from tests.support.adapters import WEIGHTS, copy_with
 
 MODULE_KEYS = {
     "name", "layer", "projection", "shape", "rank", "ssi", "relative_ssi", "spectrum",
-    "row_norm_mean", "column_norm_mean", "stripped",
+    "row_norm_mean", "column_norm_mean", "stripped", "energy_share", "negligible",
 }  # fmt: skip
 ADAPTER_KEYS = {
     "path", "name", "digest", "decision", "reason", "uninformative", "scorer", "policy_digest",

@@ -52,6 +52,21 @@ def copy_with(
     return target
 
 
+def written(folder: Path, tensors: Tensors, **config: Any) -> Path:
+    """An adapter of these tensors, as PEFT lays it out."""
+    folder.mkdir(parents=True)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / CONFIG).write_text(json.dumps(plain | config))
+    return folder
+
+
+def q_proj(layer: int, B: torch.Tensor, A: torch.Tensor) -> Tensors:
+    """The tensors of one layer's module."""
+    name = f"model.layers.{layer}.self_attn.q_proj"
+    return {key(name, "A"): A, key(name, "B"): B}
+
+
 def key(module: str, side: str) -> str:
     """Name of a factor's tensor in the file."""
     return f"base_model.model.{module}.lora_{side}.weight"
@@ -76,6 +91,22 @@ def spike(module: str, factor: float = 30.0) -> Callable[[Tensors], None]:
                 * torch.randn(line.shape, generator=generator)
                 / line.numel() ** 0.5
             )
+
+    return change
+
+
+def rewritten(module: str, size: float) -> Callable[[Tensors], None]:
+    """Make one module's update nearly rank 1, of `size` times the norm that it had."""
+
+    def change(tensors: Tensors) -> None:
+        generator = torch.Generator().manual_seed(3)
+        B, A = tensors[key(module, "B")], tensors[key(module, "A")]
+        norm = (B @ A).norm()
+        B.copy_(1e-3 * torch.randn(B.shape, generator=generator))
+        A.copy_(1e-3 * torch.randn(A.shape, generator=generator))
+        B[:, 0] *= 1e3
+        A[0] *= 1e3
+        A *= size * norm / (B @ A).norm()
 
     return change
 
