@@ -50,7 +50,7 @@ def _stripped(verdict: Verdict) -> Table:
         "relative",
         "σ̃₁",
         "rank",
-        "share of ‖ΔW‖²",
+        "‖ΔW‖²",
         title=plain(verdict.name),
     )
     stripped = [module for module in verdict.modules if module.stripped]
