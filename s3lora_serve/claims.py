@@ -46,6 +46,21 @@ class Claims:
         finally:
             os.close(descriptor)
 
+    def leave(self) -> None:
+        """Take back all that this process claims, its folder too.
+
+        Raises:
+            GateFailed: the store cannot be locked.
+        """
+        with self._mutex:
+            if self._owner != os.getpid():
+                return
+            with self.store_locked():
+                shutil.rmtree(self._folder, ignore_errors=True)
+                os.close(self._descriptor)
+            self._owner, self._folder = 0, self._root
+            self._pins.clear()
+
     def folder(self) -> Path:
         """The folder of this process, made when first asked for.
 
@@ -93,27 +108,35 @@ class Claims:
 
     def pinned(self) -> set[str]:
         """What any living process serves; folders of dead ones go. The store must be locked."""
-        names: set[str] = set()
+        pins = (pin for folder in self.living() for pin in folder.glob(f"{_PIN}*"))
+        return {pin.name.removeprefix(_PIN) for pin in pins}
+
+    def living(self) -> list[Path]:
+        """Folders of living processes; those of dead ones go. The store must be locked."""
+        found = []
         for folder in self._root.glob(f"{_PROCESS}*"):
             if folder != self._folder and _is_dead(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                continue
-            names |= {pin.name.removeprefix(_PIN) for pin in folder.glob(f"{_PIN}*")}
-        return names
+            else:
+                found.append(folder)
+        return found
 
 
 def _locked(file: Path) -> int:
     """A descriptor that holds the file's lock until it is closed."""
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            os.close(descriptor)
-            raise
+        while True:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.fstat(descriptor).st_nlink:
+                    return descriptor
+            except OSError:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # whoever held it removed it: what is there now is to be locked
     except OSError as error:
         raise GateFailed(f"cannot lock {file}: {error.strerror}") from None
-    return descriptor
 
 
 def _is_dead(folder: Path) -> bool:

@@ -1,7 +1,6 @@
 """The command line: `s3lora`. Exit codes are the product's contract; see the README."""
 
 import json
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from s3lora_serve import remote, tables
+from s3lora_serve import launcher, remote, tables
 from s3lora_serve.cli_audit import audit_app
 from s3lora_serve.cli_common import stop
 from s3lora_serve.cli_report import write_report
@@ -17,10 +16,11 @@ from s3lora_serve.cli_scan import scan
 from s3lora_serve.cli_strip import strip
 from s3lora_serve.cli_summary import write_summary
 from s3lora_serve.errors import S3LoRAError
-from s3lora_serve.guarding import Check, checks
-from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, command, environment, extension_of
+from s3lora_serve.guarding import Check, checks, device
+from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, extension_of
 from s3lora_serve.policy_file import effective_policy, serving_policy
 from s3lora_serve.settings import load_settings
+from s3lora_serve.supervisor import end_as
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,8 +75,11 @@ def serve(
     theirs = extension_of(context.args)
     if theirs and theirs != GUARDED_WORKER and serving_policy(load_settings()).required:
         stop(f"required: true needs {EXTENSION} {GUARDED_WORKER}, got {theirs}")
-    line = command(model, context.args)
-    os.execve(line[0], line, environment(os.environ))  # noqa: S606 - signals and exit code are vLLM's
+    try:
+        status = launcher.serve(model, context.args, load_settings())
+    except S3LoRAError as error:
+        stop(str(error))
+    end_as(status)
 
 
 @app.command()
@@ -107,7 +110,7 @@ def recheck(
 @app.command()
 def doctor() -> None:
     """Say whether a server started in this environment would be guarded. Exit code: 0, or 1."""
-    found = [*checks(), _skipping()]
+    found = [*checks(), device(), _skipping()]
     tables.print_checks(found)
     unguarded = [check for check in found if not check.passed and check.guards]
     raise typer.Exit(1 if unguarded else 0)

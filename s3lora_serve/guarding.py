@@ -47,13 +47,12 @@ def installed_vllm() -> tuple[str, str] | None:
 
 
 def checks() -> Iterator[Check]:
-    """All checks, in the order in which a missing piece would be mended."""
+    """What a server needs, in the order in which a missing piece would be mended."""
     yield vllm_release()
     yield from _plugin()
     yield _policy()
     yield _state_dir()
     yield _metrics_dir()
-    yield _device()
 
 
 def vllm_release() -> Check:
@@ -121,8 +120,9 @@ def _metrics_dir() -> Check:
     return Check("metrics", not stale, detail, essential=False)
 
 
-def _device() -> Check:
-    import torch  # takes seconds, and no other command than doctor asks
+def device() -> Check:
+    """Where modules would be scored; for `doctor`, since torch takes seconds to import."""
+    import torch
 
     cuda = torch.cuda.is_available()
     detail = (

@@ -1,16 +1,15 @@
 """`s3lora serve`: vLLM's own API server, started with what the gate needs; no more is changed."""
 
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from s3lora_serve import supervisor
 from s3lora_serve.guarding import ENDPOINT_GROUP, PLUGIN, installed_vllm
-
-_METRICS_PREFIX = "s3lora-metrics-"
+from s3lora_serve.server_files import ServerFiles
+from s3lora_serve.settings import Settings
 
 EXTENSION = "--worker-extension-cls"
 GUARDED_WORKER = "s3lora_serve.vllm_plugin.worker.GuardedWorker"
@@ -19,6 +18,16 @@ GUARDED_WORKER = "s3lora_serve.vllm_plugin.worker.GuardedWorker"
 
 RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 """Of the environment, Ray's workers get what begins with one of these, and vLLM's own."""
+
+
+def serve(model: str, arguments: Sequence[str], settings: Settings) -> int:
+    """Run the server until it ends, and remove what it leaves; how it ended, as of `run`.
+
+    Raises:
+        GateFailed: there is no room or right for its files.
+    """
+    with ServerFiles(settings) as files:
+        return supervisor.run(command(model, arguments), environment(os.environ, files.metrics))
 
 
 def command(model: str, arguments: Sequence[str]) -> list[str]:
@@ -48,13 +57,16 @@ def extension_of(arguments: Sequence[str]) -> str | None:
     return found
 
 
-def environment(current: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the server: what the user set is kept, what is missing is added."""
+def environment(current: Mapping[str, str], metrics: Callable[[], Path]) -> dict[str, str]:
+    """The environment of the server: what the user set is kept, what is missing is added.
+
+    `metrics` makes the folder for its metrics, where the user names none.
+    """
     added = dict(current)
     added["VLLM_PLUGINS"] = _plugins(current.get("VLLM_PLUGINS"))
     added[RAY_PREFIXES] = _with_ours(current.get(RAY_PREFIXES, ""))
     if "PROMETHEUS_MULTIPROC_DIR" not in current:
-        added["PROMETHEUS_MULTIPROC_DIR"] = str(_fresh_metrics_dir())
+        added["PROMETHEUS_MULTIPROC_DIR"] = str(metrics())
     return added
 
 
@@ -80,26 +92,3 @@ def _plugins(allowed: str | None) -> str:
 def _with_ours(prefixes: str) -> str:
     named = [prefix for prefix in prefixes.split(",") if prefix]
     return ",".join(dict.fromkeys([*named, "S3LORA_"]))
-
-
-def _fresh_metrics_dir() -> Path:
-    """A new folder for the metrics of this server's processes; those of dead servers are removed.
-
-    The folder carries our process id, which the server keeps since it replaces this process.
-    """
-    parent = Path(tempfile.gettempdir())
-    for old in parent.glob(f"{_METRICS_PREFIX}*"):
-        owner = old.name.removeprefix(_METRICS_PREFIX).partition("-")[0]
-        if owner.isdecimal() and (int(owner) == os.getpid() or not _alive(int(owner))):
-            shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_METRICS_PREFIX}{os.getpid()}-"))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -51,23 +51,55 @@ class Store:
         """
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise GateFailed(f"no store in {self.root}: {error.strerror}") from None
+        self._check_ours()
+        with self._claims.store_locked():
+            pass
+
+    def own_folder(self) -> Path:
+        """The folder of this process, which others remove once it has ended.
+
+        Raises:
+            GateFailed: as of `prepare`.
+        """
+        try:
+            self.prepare()
+            return self._claims.folder()
+        except GateFailed:
+            if self.root.is_dir():
+                raise
+        self.prepare()  # a server that ended removed the store just then
+        return self._claims.folder()
+
+    def _check_ours(self) -> None:
+        try:
             status = self.root.lstat()
         except OSError as error:
             raise GateFailed(f"no store in {self.root}: {error.strerror}") from None
         alone = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
         if not alone or status.st_uid != os.getuid():
             raise GateFailed(f"the store {self.root} can be entered by others than this user")
-        with self._claims.store_locked():
-            pass
 
     def fresh(self) -> PrivateFolder:
         """A folder to take a copy in, on the same file system as what is kept."""
+        return PrivateFolder(self.own_folder)
 
-        def parent() -> Path:
-            self.prepare()
-            return self._claims.folder()
+    def leave(self, *, clear: bool) -> None:
+        """Take back what this process claims, and remove what processes that ended left behind.
 
-        return PrivateFolder(parent)
+        `clear`: and all that is kept, unless a process lives that may serve it.
+
+        Raises:
+            GateFailed: the store cannot be locked.
+        """
+        self._claims.leave()
+        if not self.root.exists():
+            return
+        self._check_ours()
+        with self._claims.store_locked():
+            if not self._claims.living() and clear:
+                shutil.rmtree(self.root, ignore_errors=True)
 
     def keep(self, private: PrivateFolder, verdict: Verdict, most: int) -> Path:
         """Keep a decided copy, pinned, under the digest of content and ruling; return where.

@@ -185,14 +185,15 @@ def test_serve_refuses_to_start_unguarded(environment):
 
 
 def test_serve_keeps_the_users_plugins_and_metrics_folder(tmp_path):
-    made = launcher.environment({"VLLM_PLUGINS": "mine", "PROMETHEUS_MULTIPROC_DIR": "/kept"})
+    given = {"VLLM_PLUGINS": "mine", "PROMETHEUS_MULTIPROC_DIR": "/kept"}
+    made = launcher.environment(given, lambda: tmp_path)
     assert made["VLLM_PLUGINS"] == "mine,s3lora"
     assert made["PROMETHEUS_MULTIPROC_DIR"] == "/kept"
 
 
-def test_serve_names_every_plugin_that_would_have_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    made = launcher.environment({})
+def test_serve_names_every_plugin_that_would_have_loaded(tmp_path):
+    made = launcher.environment({}, lambda: tmp_path)
+    assert made["PROMETHEUS_MULTIPROC_DIR"] == str(tmp_path)
     names = made["VLLM_PLUGINS"].split(",")
     assert {"s3lora", "lora_filesystem_resolver", "lora_hf_hub_resolver"} <= set(names)
     assert len(names) == len(set(names))
@@ -201,7 +202,8 @@ def test_serve_names_every_plugin_that_would_have_loaded(monkeypatch, tmp_path):
 COPIED = """
 from s3lora_serve.launcher import environment
 import os
-os.environ.update(environment(os.environ))
+from pathlib import Path
+os.environ.update(environment(os.environ, Path.cwd))
 from vllm.ray.ray_env import get_env_vars_to_copy
 print(*get_env_vars_to_copy())
 """
@@ -218,21 +220,6 @@ def test_workers_on_other_nodes_of_a_ray_cluster_get_the_gates_settings():
     copied = set(done.stdout.split())
     assert {"S3LORA_POLICY", "S3LORA_STATE_DIR", "MINE_TOO", "VLLM_PLUGINS"} <= copied
     assert "NOT_MINE" not in copied
-
-
-def test_serve_makes_a_fresh_metrics_folder_and_removes_those_of_dead_servers(
-    monkeypatch, tmp_path
-):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    process = subprocess.Popen(["true"])
-    process.wait()
-    dead, alive = tmp_path / f"s3lora-metrics-{process.pid}-x", tmp_path / "s3lora-metrics-1-x"
-    dead.mkdir()
-    alive.mkdir()
-    fresh = launcher.environment({})["PROMETHEUS_MULTIPROC_DIR"]
-    assert not dead.exists()
-    assert alive.exists()
-    assert list((tmp_path / fresh).iterdir()) == []
 
 
 @pytest.mark.parametrize(

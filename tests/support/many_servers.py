@@ -6,13 +6,20 @@ that `s3lora serve` runs in its place knows one API server only. This runs the c
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, environment
 
 
 def main() -> None:
     """Serve `sys.argv[1]` with vLLM's arguments after it."""
-    os.environ.update(environment(os.environ))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(environment(os.environ, lambda: Path(folder)))
+        _serve()
+
+
+def _serve() -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

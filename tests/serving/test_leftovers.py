@@ -1,0 +1,24 @@
+"""A real guarded vLLM leaves nothing of the gate's behind, however it is ended."""
+
+import signal
+import subprocess
+
+import pytest
+
+from tests.support.server import OPEN_LOADING, Server
+
+pytestmark = pytest.mark.serving
+
+
+def test_a_hung_up_server_ends_whole_and_leaves_nothing(model, trained, tmp_path):
+    """vLLM's API server does not catch SIGHUP, and its engine would go on without it."""
+    environment = OPEN_LOADING | {"TMPDIR": str(tmp_path)}
+    with Server(model, tmp_path / "log", (), environment) as server:
+        assert server.load("acme", trained).status_code == 200
+        assert list(tmp_path.glob("s3lora-*"))
+        session = server.process.pid
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(30) == -signal.SIGHUP
+        assert list(tmp_path.glob("s3lora-*")) == []
+        running = subprocess.run(["ps", "-o", "pid=", "-s", str(session)], capture_output=True)
+        assert running.stdout == b"", "the engine's processes"
