@@ -50,7 +50,7 @@ def rule(
         return Ruling(Decision.ADMITTED)
     negligible = negligible_modules(scores, policy.negligible)
     weighty = [score for score in scores if score.name not in negligible]
-    if blindness := _blind(weighty):
+    if blindness := _blind(weighty, len(negligible)):
         uninformative = isinstance(blindness, Uninformative)
         if policy.on_uninformative == "reject":
             return Ruling(Decision.REJECTED, blindness, uninformative=uninformative)
@@ -110,13 +110,14 @@ def _over_limit(
     return None
 
 
-def _blind(scores: Sequence["ModuleScore"]) -> AdapterRejected | None:
+def _blind(scores: Sequence["ModuleScore"], negligible: int = 0) -> AdapterRejected | None:
     """Why the index cannot rank these modules, if it cannot."""
     ranked = [score.relative_ssi for score in scores if score.relative_ssi is not None]
     if len(ranked) < 2:
         return Unrankable(
-            f"{len(ranked)} of {len(scores)} scored modules that are not negligible have a relative"
-            " index, and ranking takes two (an update of rank 1 has none)"
+            f"{len(ranked)} of {len(scores) + negligible} scored modules can be ranked, and ranking"
+            f" takes two: {negligible} are negligible beside the largest, and"
+            f" {len(scores) - len(ranked)} have no relative index (an update of rank 1 has none)"
         )
     spread = max(ranked) - min(ranked)
     if spread < UNINFORMATIVE_SPREAD:
