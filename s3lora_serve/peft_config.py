@@ -3,20 +3,13 @@
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s3lora_serve.errors import ConfigInvalid, Unscorable
-
-MAX_PATTERN_LENGTH = 128
-"""Longest rank_pattern or alpha_pattern key tried; PEFT writes module names there."""
-
-MAX_PATTERNS = 400
-"""Keys of both pattern maps together. vLLM matches each with every module, and compiles anew what
-its cache of 500 patterns does not hold: a millisecond each time, in the engine's loop."""
+from s3lora_serve.module_patterns import ModulePatterns
 
 MAX_ALPHA = 1e30
 """Keeps scalings finite; limits.max_scaling is what bounds them."""
@@ -24,13 +17,7 @@ MAX_ALPHA = 1e30
 MAX_RANK_CLAIMED = 2**16
 """No projection is wider; keeps a hostile integer out of the arithmetic."""
 
-_SAFE_PATTERN = re.compile(r"[\w.\-|\\^$]*[*+]?[\w.\-|\\^$]*", re.ASCII)
-"""Keys are regular expressions of the adapter's owner: no groups and at most one repetition, so
-that matching a name costs its length squared at the worst."""
-
-
 T = TypeVar("T", int, float)
-Patterns = tuple[tuple[re.Pattern[str], T], ...]
 
 
 class PeftConfig(BaseModel):
@@ -62,16 +49,18 @@ class AdapterConfig:
     fields: PeftConfig
     raw: dict[str, Any]
     digest: str  # sha256 of the canonical JSON
-    ranks: Patterns[int]
-    alphas: Patterns[float]
+    ranks: ModulePatterns[int]
+    alphas: ModulePatterns[float]
 
     def rank(self, module: str) -> int:
         """The rank the configuration gives a module (PEFT name, without prefix)."""
-        return _matching(self.ranks, module, self.fields.r)
+        rank = self.ranks.get(module)
+        return self.fields.r if rank is None else rank
 
     def scaling(self, module: str) -> float:
         """`alpha / r`, or `alpha / sqrt(r)` for rsLoRA, with the module's own alpha and r."""
-        alpha = _matching(self.alphas, module, self.fields.lora_alpha)
+        own = self.alphas.get(module)
+        alpha = self.fields.lora_alpha if own is None else own
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.fields.use_rslora else rank)
 
@@ -102,30 +91,16 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
         raise ConfigInvalid(f"peft_type is {fields.peft_type[:40]!r}, expected 'LORA'")
     _check_scorable(fields, on_unscorable)
     digest = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
-    count = len(fields.rank_pattern or {}) + len(fields.alpha_pattern or {})
-    if count > MAX_PATTERNS:
-        raise ConfigInvalid(
-            f"rank_pattern and alpha_pattern have {count} keys, over {MAX_PATTERNS}"
-        )
-    ranks = _compiled("rank_pattern", fields.rank_pattern or {}, 1, MAX_RANK_CLAIMED)
-    alphas = _compiled("alpha_pattern", fields.alpha_pattern or {}, -MAX_ALPHA, MAX_ALPHA)
+    ranks = _patterns("rank_pattern", fields.rank_pattern or {}, 1, MAX_RANK_CLAIMED)
+    alphas = _patterns("alpha_pattern", fields.alpha_pattern or {}, -MAX_ALPHA, MAX_ALPHA)
     return AdapterConfig(fields, raw, digest, ranks, alphas)
 
 
-def _compiled(name: str, patterns: dict[str, T], least: float, most: float) -> Patterns[T]:
-    """Each key as PEFT matches it: against a suffix of the module's name that starts at a dot."""
-    compiled = []
-    for pattern, value in patterns.items():
-        if len(pattern) > MAX_PATTERN_LENGTH or not _SAFE_PATTERN.fullmatch(pattern):
-            raise ConfigInvalid(f"{name} has the key {pattern[:80]!r}, expected a module name")
+def _patterns(name: str, values: dict[str, T], least: float, most: float) -> ModulePatterns[T]:
+    for key, value in values.items():
         if not least <= value <= most:
-            raise ConfigInvalid(f"{name} gives {pattern!r} the value {str(value)[:40]}")
-        try:
-            re.compile(pattern)
-            compiled.append((re.compile(rf"(?:.*\.)?(?:{pattern})$"), value))
-        except (re.error, RecursionError):
-            raise ConfigInvalid(f"{name} has the key {pattern[:80]!r}: no pattern") from None
-    return tuple(compiled)
+            raise ConfigInvalid(f"{name} gives {key[:80]!r} the value {str(value)[:40]}")
+    return ModulePatterns(name, values)
 
 
 def _check_scorable(fields: PeftConfig, on_unscorable: str) -> None:
@@ -146,7 +121,3 @@ def _check_scorable(fields: PeftConfig, on_unscorable: str) -> None:
     for name, value in asked.items():
         if value:
             raise Unscorable(f"adapter_config.json sets {name} to {str(value)[:80]}")
-
-
-def _matching(patterns: Patterns[T], module: str, default: T) -> T:
-    return next((value for pattern, value in patterns if pattern.match(module)), default)

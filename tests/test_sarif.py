@@ -1,7 +1,6 @@
 """SARIF 2.1.0 logs of `s3lora scan`: what they say, and that code-scanning pages take them."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,10 +14,8 @@ from s3lora_serve.cli import app
 from s3lora_serve.errors import rejection_codes
 from s3lora_serve.policy import Strip
 from s3lora_serve.sarif import SHARP, SarifLog
+from tests.support import npm
 from tests.support.adapters import WEIGHTS, copy_with, diverged
-
-MULTITOOL = "@microsoft/sarif-multitool@5.7.0"
-"""The validator by the makers of the format: its schema, its own rules, those of GitHub."""
 
 NO_HOMEPAGE = "SARIF2005"
 """The tool's informationUri: the project has no page yet."""
@@ -76,18 +73,15 @@ def test_the_validator_finds_what_is_wrong_with_a_log(log):
 
 def complaints(log: Path) -> set[str]:
     """Rules of the validator that a log breaks."""
-    if shutil.which("npx") is None:
-        pytest.skip(f"needs npx, for {MULTITOOL}")
+    multitool = npm.installed(npm.MULTITOOL) / "node_modules" / ".bin" / "sarif-multitool"
     report = log.with_name("report.sarif")
     report.unlink(missing_ok=True)
     # Its launcher hands the words to a shell, which needs the quotes.
-    done = subprocess.run(
-        ["npx", "--yes", MULTITOOL, "validate", log.name, "--rule-kind", "'Sarif;Gh'",
+    subprocess.run(
+        [multitool, "validate", log.name, "--rule-kind", "'Sarif;Gh'",
          "--output", report.name, "--level", "'Error;Warning'"],
-        cwd=log.parent, capture_output=True, text=True, timeout=300, check=False,
+        cwd=log.parent, capture_output=True, timeout=300, check=False,
     )  # fmt: skip
-    if not report.exists() and "npm error" in done.stderr:
-        pytest.skip(f"npm has no {MULTITOOL} for this machine: {done.stderr.splitlines()[-1]}")
     [ran] = json.loads(report.read_text(encoding="utf-8-sig"))["runs"]
     assert ran["invocations"][0]["executionSuccessful"]
     return {result["ruleId"] for result in ran["results"]}

@@ -86,9 +86,3 @@ def test_an_embeddings_factors_cannot_stand_in_for_a_scored_modules(trained, tmp
     folder = copy_with(trained, tmp_path / "with", adding(name))
     verdict = scan_adapter(folder, policy(word))
     assert verdict.reason.code == ("S3LORA-110" if word == "reject" else "S3LORA-111")
-
-
-def test_more_patterns_than_vllm_can_keep_compiled_are_refused(trained, tmp_path):
-    patterns = {f"layers.{i}.none": 8 for i in range(201)}
-    folder = copy_with(trained, tmp_path / "slow", rank_pattern=patterns, alpha_pattern=patterns)
-    assert scan_adapter(folder, policy("reject")).reason.code == "S3LORA-103"

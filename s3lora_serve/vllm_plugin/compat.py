@@ -12,6 +12,7 @@ from vllm.lora.lora_model import LoRAModel as LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights as LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager as LoRAModelManager
 from vllm.lora.ops.torch_ops import lora_ops as lora_ops
+from vllm.lora.peft_helper import PEFTHelper as PEFTHelper
 from vllm.lora.punica_wrapper import punica_cpu as punica_cpu
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase as PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as PunicaWrapperCPU

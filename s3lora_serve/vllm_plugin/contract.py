@@ -19,6 +19,7 @@ from s3lora_serve.vllm_plugin.compat import (
     LoRARequest,
     LRUCacheWorkerLoRAManager,
     OpenAIServingModels,
+    PEFTHelper,
     PunicaWrapperBase,
     PunicaWrapperCPU,
     WeightsMapper,
@@ -93,6 +94,14 @@ def _deviation(contract: _Contract) -> str | None:
         if found != expected:
             return f"{owner.__name__}.{name} takes {found}, expected {expected}"
     return None
+
+
+def matches_patterns() -> bool:
+    """Whether this vLLM matches the keys of rank_pattern and alpha_pattern where it is known to.
+
+    Those before 0.32 do not know these maps.
+    """
+    return _deviation(((PEFTHelper, "_match_pattern", ("pattern", "name")),)) is None
 
 
 def skipping_obstacle(manager: Any = None) -> str | None:

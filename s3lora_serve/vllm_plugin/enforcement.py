@@ -9,6 +9,7 @@ from s3lora_serve.store import Kept
 from s3lora_serve.vllm_plugin import compat, served_model
 from s3lora_serve.vllm_plugin.desk import Refused
 from s3lora_serve.vllm_plugin.fit import check_loaded, fitted_names, load_copy, remove_unscorable
+from s3lora_serve.vllm_plugin.pattern_matching import check_patterns
 
 CHECKED = Limits(max_scaling=None, max_rank=2**31, max_bytes=2**62)
 """For content that its digest shows to be what was admitted, under the limits of that day."""
@@ -21,6 +22,7 @@ def enforced(manager: Any, request: Any, original: Callable[..., Any], kept: Kep
         raise Refused(str(verdict.reason))
     passed = "strip" if verdict.removed else "admit" if verdict.unscored else "reject"
     adapter = read_adapter(kept.copy, CHECKED, passed)
+    check_patterns(adapter)
     served = fitted_names(manager, adapter)
     lora = load_copy(manager, compat.with_path(request, kept.path), original)
     check_loaded(lora, served, adapter)

@@ -10,6 +10,7 @@ from s3lora_serve.vllm_plugin.base_tokens import spare_base_tokens
 from s3lora_serve.vllm_plugin.desk import Desk
 from s3lora_serve.vllm_plugin.guard import Guard
 from s3lora_serve.vllm_plugin.offline import OfflineDoor
+from s3lora_serve.vllm_plugin.pattern_matching import match_patterns
 from s3lora_serve.vllm_plugin.registrar import Registrar, door
 from s3lora_serve.vllm_plugin.skipping import Skipping
 
@@ -42,6 +43,7 @@ def install() -> None:
         _registrar = Registrar(desk)
         patches.tell_requests_apart()
         spare_base_tokens()
+        match_patterns()
         patches.after_create_lora_manager(Skipping(wanted=settings.skip_stripped).activate)
         patches.wrap_load_adapter(guard.load)
         patches.wrap_add_adapter(guard.add)

@@ -15,6 +15,7 @@ from s3lora_serve.vllm_plugin.compat import (
     LoRARequest,
     LRUCacheWorkerLoRAManager,
     OpenAIServingModels,
+    PEFTHelper,
     WorkerBase,
     WorkerLoRAManager,
     create_error_response,
@@ -182,6 +183,11 @@ def _through(door: ContextVar[str], name: str) -> Iterator[None]:
         yield
     finally:
         door.reset(token)
+
+
+def replace_match_pattern(first_value: Callable[[dict[str, Any], str], Any]) -> None:
+    """Put `first_value(pattern, module)` in the place of `PEFTHelper._match_pattern`."""
+    PEFTHelper._match_pattern = staticmethod(first_value)
 
 
 def after_create_lora_manager(listener: Callable[[Any, Any], None]) -> None:

@@ -34,8 +34,8 @@ class Skipping:
             batch = _Batch(modules, in_one_call=not compat.adds_slice_by_slice(wrapper))
             patches.wrap_method(wrapper, "update_metadata", partial(batch.update, manager))
             patches.wrap_method(wrapper, "add_lora_linear", batch.add_linear)
-            patches.wrap_method(wrapper, "add_lora_embedding", batch.add_embedding)
-            patches.wrap_method(wrapper, "add_lora_logits", batch.add_logits)
+            patches.wrap_method(wrapper, "add_lora_embedding", partial(batch.add_whole, 0))
+            patches.wrap_method(wrapper, "add_lora_logits", partial(batch.add_whole, 1))
         compat.logger.info("s3lora: modules without weights are skipped")
 
     def _obstacle(self, manager: Any, vllm_config: Any) -> str | None:
@@ -127,32 +127,15 @@ class _Batch:
             stacked = lora_a_stacked[run], lora_b_stacked[run]
             original(y, x, *stacked, scale, output_slices[run], offset_start=start, **more)
 
-    def add_embedding(
-        self,
-        original: Callable[..., None],
-        y: Any,
-        x: Any,
-        lora_b_stacked: Any,
-        *rest: Any,
-        **more: Any,
+    def add_whole(
+        self, at: int, original: Callable[..., None], y: Any, x: Any, *rest: Any, **more: Any
     ) -> None:
-        """Add to y what the embedding's weights, if it has any, make of x."""
-        if all(self._needed(lora_b_stacked)):
-            original(y, x, lora_b_stacked, *rest, **more)
+        """Add to y what an embedding's or a head's weights, if it has any, make of x.
 
-    def add_logits(
-        self,
-        original: Callable[..., None],
-        y: Any,
-        x: Any,
-        lora_a_stacked: Any,
-        lora_b_stacked: Any,
-        *rest: Any,
-        **more: Any,
-    ) -> None:
-        """Add to y what the head's weights, if it has any, make of x."""
-        if all(self._needed(lora_b_stacked)):
-            original(y, x, lora_a_stacked, lora_b_stacked, *rest, **more)
+        `at`: the place of `lora_b_stacked` in `rest`.
+        """
+        if len(rest) <= at or all(self._needed(rest[at])):
+            original(y, x, *rest, **more)
 
     def _needed(self, lora_b_stacked: Any) -> list[bool]:
         """Which slices of the layer with these weights have any for this batch."""

@@ -1,12 +1,14 @@
 """The engine's own loop: evicted adapters come back as admitted, and nothing kills it."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from s3lora_serve import scan_adapter
 from tests.serving.conftest import answers
-from tests.support.adapters import WEIGHTS, copy_with
+from tests.support.adapters import CONFIG, WEIGHTS, copy_with
 from tests.support.server import OPEN_LOADING, Server
 
 pytestmark = pytest.mark.serving
@@ -84,6 +86,19 @@ def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_li
     assert small.unload("doomed").status_code == 200
     assert small.load("doomed", folder).status_code == 200
     assert answers(small, "doomed") == expected["by-hand"]
+
+
+def test_an_adapter_with_a_key_for_each_of_1000_experts_is_served_as_it_was_scored(
+    small, expected, spiked, tmp_path
+):
+    scaled = json.loads((spiked / CONFIG).read_text())["lora_alpha"]
+    names = [module.name for module in scan_adapter(spiked).modules]
+    names += [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(1000)]
+    # Without its keys every module would be scaled by three times as much.
+    own = {"lora_alpha": 3 * scaled, "alpha_pattern": dict.fromkeys(names, scaled)}
+    folder = copy_with(spiked, tmp_path / "experts", **own)
+    assert small.load("experts", folder).status_code == 200
+    assert answers(small, "experts") == expected["by-hand"]
 
 
 def test_an_adapter_is_read_once_when_it_is_replaced_in_place(small, expected, spiked, tmp_path):

@@ -1,25 +1,21 @@
 """The page for people, in a real browser, of a real guarded vLLM."""
 
 import os
-import shutil
 
 import pytest
 
 from tests.support.adapters import copy_with, diverged
+from tests.support.browser import chromium
 from tests.support.server import OPEN_LOADING, Server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip)")
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.serving,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)"),
-]
+pytestmark = pytest.mark.serving
 HOSTILE = "<img src=x onerror=document.title='owned'>"
 KEY = "a key"
 
 
 @pytest.fixture(scope="module")
-def server(model, spiked, trained, policy_file, workplace):
+def server(browser, model, spiked, trained, policy_file, workplace):
     environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy_file), "VLLM_API_KEY": KEY}
     with Server(model, workplace / "page.log", (), environment, key=KEY) as server:
         broken = copy_with(spiked, workplace / "page-nan", diverged)
@@ -31,9 +27,12 @@ def server(model, spiked, trained, policy_file, workplace):
 
 @pytest.fixture(scope="module")
 def browser():
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    found = chromium()
+    flags = ["--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-background-networking"]
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        browser = driver.chromium.launch(
+            executable_path=found.program, args=flags, env=os.environ | found.environment
+        )
         yield browser
         browser.close()
 

@@ -38,7 +38,7 @@ def begun(threads, server, name, tokens=200):
     return answer
 
 
-def attempts(scene, times=5):
+def attempts(scene, times=20):
     """Play a scene whose requests have to meet in the engine until they do."""
     for _ in range(times):
         if scene():

@@ -1,0 +1,74 @@
+"""A headless Chromium for tests of pages: npm's, or else the machine's own."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.support import npm
+
+UNPACK = """
+import chromium from "@sparticuz/chromium";
+console.log(await chromium.executablePath());
+"""
+LIBRARIES = "AWS_Lambda_nodejs22.x"
+"""The package unpacks the libraries beside the browser where its makers run it."""
+
+
+FONTS = """<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig><dir>{0}/fonts</dir><cachedir>{0}/cache</cachedir></fontconfig>
+"""
+"""The package's own looks where its makers run it."""
+
+
+@dataclass(frozen=True)
+class Browser:
+    """A program, and what its environment needs besides."""
+
+    program: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def runs(self) -> bool:
+        """Whether this machine can start it."""
+        command = [self.program, "--version"]
+        done = subprocess.run(
+            command, env=os.environ | self.environment, capture_output=True, check=False
+        )
+        return done.returncode == 0
+
+
+def chromium() -> Browser:
+    """The one of npm where it runs; the test that asks is skipped where there is none."""
+    system = shutil.which("chromium")
+    try:
+        browser = unpacked(npm.installed(npm.CHROMIUM))
+    except pytest.skip.Exception:
+        if system is None:
+            raise
+        return Browser(system)
+    if browser.runs():
+        return browser
+    if system is None:
+        pytest.skip(f"{npm.CHROMIUM} does not run here; needs Chromium (Debian: chromium)")
+    return Browser(system)
+
+
+def unpacked(package: Path) -> Browser:
+    """The browser of the installed npm package, which unpacks itself into a temporary folder."""
+    folder = package / "unpacked"
+    folder.mkdir(exist_ok=True)
+    script = package / "unpack.mjs"
+    script.write_text(UNPACK)
+    where = os.environ | {"TMPDIR": str(folder), "AWS_EXECUTION_ENV": LIBRARIES}
+    done = subprocess.run(
+        ["node", script], env=where, capture_output=True, text=True, timeout=120, check=True
+    )
+    libraries = {"LD_LIBRARY_PATH": str(folder / "al2023" / "lib")}
+    fonts = folder / "fonts.conf"
+    fonts.write_text(FONTS.format(folder))
+    return Browser(done.stdout.strip(), libraries | {"FONTCONFIG_FILE": str(fonts)})

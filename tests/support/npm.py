@@ -1,0 +1,43 @@
+"""Programs from npm's registry that tests use. Their versions are pinned here."""
+
+import fcntl
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = "@sparticuz/chromium@153.0.0"
+"""A headless Chromium with the libraries and fonts it needs, for x86-64."""
+
+MULTITOOL = "@microsoft/sarif-multitool@5.7.0"
+"""The validator by the makers of SARIF: its schema, its own rules, those of GitHub."""
+
+FOLDER = Path(sys.prefix) / "npm"
+"""Beside the pinned Python packages: `make clean` removes it with them."""
+
+
+def installed(package: str) -> Path:
+    """The folder that a package is installed in, from the registry on its first use.
+
+    Skips the test that asks where npm is missing or does not reach its registry.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip(f"needs npm, for {package} (Debian: npm)")
+    folder = FOLDER / package.strip("@").replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # several test processes may ask at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "ready").exists():
+            command = [npm, "install", "--prefix", str(folder), "--no-fund", "--no-audit"]
+            done = subprocess.run(
+                [*command, package],
+                capture_output=True, text=True, timeout=300, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                why = [line for line in done.stderr.splitlines() if "error" in line]
+                pytest.skip(f"npm does not bring {package}: {' '.join(why)[:300]}")
+            (folder / "ready").touch()
+    return folder
