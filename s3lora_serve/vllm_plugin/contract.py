@@ -53,6 +53,7 @@ _CONTRACT: _Contract = (
     (OpenAIServingModels, "unload_lora_adapter", ("self", "request")),
     (OpenAIServingModels, "init_static_loras", ("self",)),
     (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
+    (OpenAIServingModels, "show_available_models", ("self",)),
     (lora_ops, "bgmv_shrink", _BGMV_SHRINK),
     (PunicaWrapperCPU, "add_shrink", ("self", "y", "x", "lora_a_stacked", "scale", "kwargs")),
     (PunicaWrapperCPU, "add_lora_embedding", _LORA_EMBEDDING),

@@ -51,6 +51,7 @@ def install() -> None:
         patches.wrap_add_lora(_registrar.add_lora)
         patches.wrap_add_request(OfflineDoor(desk).admitted)
         patches.wrap_doors(door)
+        patches.wrap_model_list(_registrar.served.origin)
         patches.wrap_unload(_registrar.served.remove)
         patches.mark_blocks(guard.is_quarantined)
     _installed = True

@@ -148,6 +148,19 @@ def wrap_unload(removed: Callable[[Any, str], None]) -> None:
     OpenAIServingModels.unload_lora_adapter = unload_lora_adapter
 
 
+def wrap_model_list(origin: Callable[[str], str | None]) -> None:
+    """Show each adapter in /v1/models with its tenant's path, `origin(name)`, not the store's."""
+    original = OpenAIServingModels.show_available_models
+
+    async def show_available_models(self: Any) -> Any:
+        models = await original(self)
+        for card in models.data:
+            card.root = origin(card.id) or card.root
+        return models
+
+    OpenAIServingModels.show_available_models = show_available_models
+
+
 def wrap_doors(door: ContextVar[str]) -> None:
     """Let `door` say by which way an adapter comes, and give HTTP clients refusals as 400."""
     owner = OpenAIServingModels

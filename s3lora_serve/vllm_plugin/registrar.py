@@ -79,6 +79,7 @@ class Registrar:
             AdapterRejected: it is not admitted; the engine serves nothing of it.
         """
         await self._know_model(engine)
+        origin = request.lora_path
         verdict, path = await self._decided(engine, request)
         added = False
         if path is not None:
@@ -94,7 +95,7 @@ class Registrar:
             await engine.remove_lora(request.lora_int_id)
             self._desk.store.release(path)
             raise Refused(str(AuditFailed("the decision could not be written down")))
-        self.served.add(engine, Served(request.lora_int_id, path, verdict))
+        self.served.add(engine, Served(request.lora_int_id, path, origin, verdict))
         return added
 
     async def dry_run(self, engine: Any, name: str, path: str) -> Verdict:

@@ -22,6 +22,7 @@ class Served:
 
     number: int  # vLLM's id of it
     path: Path  # in the store
+    origin: str  # the path that it was registered with
     verdict: Verdict
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -37,6 +38,11 @@ class ServedAdapters:
     def get(self, name: str) -> Served | None:
         """What is served under a name."""
         return self._adapters.get(name)
+
+    def origin(self, name: str) -> str | None:
+        """The path that what is served under a name was registered with."""
+        adapter = self._adapters.get(name)
+        return adapter.origin if adapter else None
 
     def all(self) -> list[Served]:
         """Everything that is served, in the order of registration."""

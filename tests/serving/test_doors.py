@@ -197,6 +197,25 @@ def test_static_adapter_that_is_refused_stops_the_start(model, spiked, workplace
     assert "S3LORA-109" in server.tail(30)
 
 
+def test_the_list_of_models_shows_each_tenants_own_path(
+    enforcing, spiked, resolver_folder, name, tmp_path
+):
+    first, second = (copy_with(spiked, tmp_path / each) for each in ("first", "second"))
+    asked = f"{first}/../first"  # as it was written
+    assert enforcing.load(name, asked).status_code == 200
+    enforcing.complete("resolved", "Q", 1)
+
+    def roots():
+        return {card["id"]: card["root"] for card in enforcing.get("/v1/models").json()["data"]}
+
+    shown = roots()
+    assert shown[name] == asked
+    assert shown["static"] == str(spiked)
+    assert shown["resolved"] == str(resolver_folder / "resolved")
+    assert enforcing.load(name, second, load_inplace=True).status_code == 200
+    assert roots() == shown | {name: str(second)}
+
+
 def test_status_says_guarded(enforcing):
     response = enforcing.get("/s3lora/status")
     assert (response.status_code, response.json()) == (200, {"guarded": True})

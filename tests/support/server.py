@@ -53,6 +53,7 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
     guarded: bool = True
     program: tuple[str, ...] = ("-m", "s3lora_serve", "serve")  # what starts a guarded one
+    python: str = sys.executable
     key: str | None = None  # the API key, where the server has one
     headers: Mapping[str, str] = field(default_factory=dict)  # of every request
     folder: Path | None = None  # to start in; the tests' own puts this project first on the path
@@ -79,7 +80,7 @@ class Server:
             *self.arguments,
         )
         if self.guarded:
-            command = [sys.executable, *self.program, str(self.model), *rest]
+            command = [self.python, *self.program, str(self.model), *rest]
         else:
             command = [
                 sys.executable,
