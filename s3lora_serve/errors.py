@@ -28,130 +28,180 @@ class S3LoRAError(Exception):
 
 
 class AdapterRejected(S3LoRAError):
-    """An adapter is not admitted. One subclass per cause."""
+    """An adapter is not admitted. One subclass per cause; its docstring says what that is."""
 
 
 class NotAnAdapter(AdapterRejected):
+    """The path is not a folder that holds adapter_config.json and adapter_model.safetensors."""
+
     code = "S3LORA-101"
     remedy = "Point to a folder that PEFT's save_pretrained wrote."
 
 
 class FormatNotAllowed(AdapterRejected):
+    """The weights are in a format that runs code when it is read, such as pickle."""
+
     code = "S3LORA-102"
     remedy = "Save the adapter as safetensors (PEFT's default)."
 
 
 class ConfigInvalid(AdapterRejected):
+    """adapter_config.json is not JSON, is not a LoRA's, or has a value out of its range."""
+
     code = "S3LORA-103"
     remedy = "Save the adapter again with PEFT; adapter_config.json must be what PEFT writes."
 
 
 class WeightsUnreadable(AdapterRejected):
+    """The weights' header or data is not what the safetensors format defines."""
+
     code = "S3LORA-104"
     remedy = "The file is damaged or is not safetensors: upload it again."
 
 
 class ChangedWhileCopying(AdapterRejected):
+    """Somebody wrote to the adapter while it was copied, so it was never one state."""
+
     code = "S3LORA-105"
     remedy = "Register the adapter again once nothing writes to its folder."
 
 
 class OutsideRoots(AdapterRejected):
+    """The adapter lies outside the folders that the policy lets adapters come from."""
+
     code = "S3LORA-106"
     remedy = "Move the adapter under one of the policy's limits.roots."
 
 
 class ShapesDoNotFit(AdapterRejected):
+    """The factors of a module are not (r, in) and (out, r) with its configured rank."""
+
     code = "S3LORA-107"
     remedy = "lora_A must be (r, in) and lora_B (out, r), with the r of adapter_config.json."
 
 
 class PartnerMissing(AdapterRejected):
+    """A module has a lora_A and no lora_B, or the other way, or there is no module at all."""
+
     code = "S3LORA-108"
     remedy = "Every module needs both its lora_A and its lora_B."
 
 
 class NotFinite(AdapterRejected):
+    """Entries are NaN or infinite as served: cast to the server's dtype and scaled."""
+
     code = "S3LORA-109"
     remedy = "The training run diverged: use an earlier checkpoint."
 
 
 class Unscorable(AdapterRejected):
+    """A part of the adapter is not a plain LoRA, and its effect would be unscored."""
+
     code = "S3LORA-110"
     remedy = "Train a plain LoRA on linear modules: the index is not defined for anything else."
 
 
 class ModuleTwice(AdapterRejected):
+    """Two tensors map to one module, and which of them is served would be chance."""
+
     code = "S3LORA-111"
     remedy = "Two tensors claim one module: save the adapter again with PEFT."
 
 
 class Cancels(AdapterRejected):
+    """The factors cancel beyond the precision that they are served in."""
+
     code = "S3LORA-112"
     remedy = "What is served is rounding noise, not what was scored: save smaller factors."
 
 
 class OverLimit(AdapterRejected):
+    """A rank, scaling, norm, size or number is over a limit of the policy or of the gate."""
+
     code = "S3LORA-201"
     remedy = "Shrink the adapter, or raise the limit in the policy."
 
 
 class Denied(AdapterRejected):
+    """The adapter's digest is on the policy's deny list."""
+
     code = "S3LORA-202"
     remedy = "The operator denied this digest."
 
 
 class TooManySharp(AdapterRejected):
+    """The strip rule picks more modules than limits.max_stripped_fraction lets go."""
+
     code = "S3LORA-203"
     remedy = "Retrain the adapter, or change strip or limits.max_stripped_fraction in the policy."
 
 
 class Uninformative(AdapterRejected):
+    """All modules have nearly the same relative index, so the index ranks none of them."""
+
     code = "S3LORA-204"
     remedy = "The index cannot tell its modules apart; on_uninformative: admit lets it pass."
 
 
 class Unrankable(AdapterRejected):
+    """Fewer than two modules have a relative index and are not negligible."""
+
     code = "S3LORA-205"
     remedy = "There is nothing to rank; on_uninformative: admit lets it pass."
 
 
 class NothingSelected(AdapterRejected):
+    """The policy's modules select none of the adapter's, so nothing would be scored."""
+
     code = "S3LORA-206"
     remedy = "Widen modules in the policy: nothing unscored is admitted."
 
 
 class DoesNotFitModel(AdapterRejected):
+    """A module is not one of the served model's, or has another shape or scaling there."""
+
     code = "S3LORA-301"
     remedy = "Register it on a server of the model it was trained for."
 
 
 class RefusedByVLLM(AdapterRejected):
+    """The gate admits the adapter, and vLLM does not load it."""
+
     code = "S3LORA-302"
     remedy = "vLLM itself does not take this adapter; its own words are above."
 
 
 class GateFailed(AdapterRejected):
+    """Scoring, or what is around it, failed with an error that is not the adapter's."""
+
     code = "S3LORA-401"
     remedy = "The gate itself failed, and nothing unscored is admitted; see the server's log."
 
 
 class DeadlinePassed(AdapterRejected):
+    """The decision or the download took longer than the policy lets it."""
+
     code = "S3LORA-402"
     remedy = "Raise limits.seconds in the policy, or give the server more cores."
 
 
 class StoreDamaged(AdapterRejected):
+    """The admitted copy no longer has the digest that it was admitted with."""
+
     code = "S3LORA-403"
     remedy = "Register the adapter again: what was kept of it is gone or damaged."
 
 
 class AuditFailed(AdapterRejected):
+    """The decision could not be written to the audit log, and the policy asks for that."""
+
     code = "S3LORA-404"
     remedy = "The policy has audit.required: make the audit log writable again."
 
 
 class StoreFull(AdapterRejected):
+    """There is no room for the admitted copy beside those that are served."""
+
     code = "S3LORA-405"
     remedy = "Unload adapters that are no longer needed, or raise store.max_bytes in the policy."
 

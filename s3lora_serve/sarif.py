@@ -72,23 +72,31 @@ def _rules() -> Iterator[dict[str, Any]]:
     yield _rule(
         SHARP,
         "SharpModules",
+        "warning",
         "Sharp modules.",
-        "Look at the modules with `s3lora scan`; the rest is served.",
+        "The policy's strip rule picks modules whose updates concentrate in few directions (high"
+        " Spectral Sharpness Index); the adapter is served without them.",
+        "Look at the modules with `s3lora scan`, or `s3lora report` for their spectra. If they are"
+        " wanted, change strip in the policy or add the adapter's digest to allow.",
     )
-    meaning = meanings()
+    short = meanings()
     for cause in rejections():
-        yield _rule(
-            cause.code, cause.__name__, f"{meaning[cause.code].capitalize()}.", cause.remedy
-        )
+        meaning = f"{short[cause.code].capitalize()}."
+        why = cause.__doc__ or meaning
+        yield _rule(cause.code, cause.__name__, "error", meaning, why, cause.remedy)
 
 
-def _rule(id_: str, name: str, meaning: str, remedy: str) -> dict[str, Any]:
+def _rule(id_: str, name: str, level: str, meaning: str, why: str, remedy: str) -> dict[str, Any]:
+    """A reporting descriptor, with what code-scanning pages show of it."""
+    markdown = f"**What it means.** {why}\n\n**What to do.** {remedy}"
     return {
         "id": id_,
         "name": name,
         "shortDescription": {"text": meaning},
-        "fullDescription": {"text": f"{meaning} {remedy}"},
-        "help": {"text": remedy},
+        "fullDescription": {"text": why},
+        "help": {"text": f"{why} {remedy}", "markdown": markdown},
+        "defaultConfiguration": {"level": level},
+        "properties": {"tags": ["security", "lora"], "problem.severity": level},
     }
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.cli import app
-from s3lora_serve.errors import rejection_codes
+from s3lora_serve.errors import rejection_codes, rejections
 from s3lora_serve.policy import Strip
 from s3lora_serve.sarif import SHARP, SarifLog
 from tests.support import npm
@@ -57,6 +57,21 @@ def test_an_adapter_admitted_whole_has_no_result(trained):
     log = SarifLog()
     log.add(scan_adapter(trained, Policy(strip=Strip(top_k=0))))
     assert log.as_json()["runs"][0]["results"] == []
+
+
+def test_every_rule_says_what_it_means_and_what_to_do(log):
+    [ran] = sarif_pydantic.Sarif.model_validate_json(log.read_text()).runs
+    remedies = {cause.code: cause.remedy for cause in rejections()}
+    explained = set()
+    for rule in ran.tool.driver.rules:
+        why = rule.full_description.text
+        assert len(why) > len(rule.short_description.text)
+        assert remedies.get(rule.id, "") in rule.help.markdown
+        assert why in rule.help.markdown
+        level = "warning" if rule.id == SHARP else "error"
+        assert rule.default_configuration.level == level
+        explained.add(why)
+    assert len(explained) == len(remedies) + 1
 
 
 def test_a_log_is_valid_by_its_schema_and_by_what_github_asks_for(log):
