@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from s3lora_serve import Verdict, scan_adapter
-from s3lora_serve.policy_file import read_policy
-from s3lora_serve.tables import plain
+from s3lora_serve.cli.tables import plain
+from s3lora_serve.policy.file import read_policy
 from tests.support.adapters import copy_with, key, spike, train_adapter
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import PROMPT, make_model

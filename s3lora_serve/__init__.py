@@ -1,25 +1,25 @@
-"""s3lora-serve: the gate that looks at every LoRA adapter before vLLM serves it.
+"""s3lora-serve: the admission gate for LoRA adapters served by vLLM.
 
-Names are imported when first used: vLLM imports this package in every process to find the plugin,
-and an import that failed there would leave the server unguarded.
+Public names are imported on first use. vLLM imports this package in every process to find the
+plugin; an import error here would leave the server unguarded.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s3lora_serve.policy import Policy
-    from s3lora_serve.scan import scan_adapter
-    from s3lora_serve.strip import strip_adapter
-    from s3lora_serve.verdict import Verdict
+    from s3lora_serve.admission.verdict import Verdict
+    from s3lora_serve.offline.scan import scan_adapter
+    from s3lora_serve.offline.strip import strip_adapter
+    from s3lora_serve.policy.schema import Policy
 
 __all__ = ["Policy", "Verdict", "scan_adapter", "strip_adapter"]
 
-_HOMES = {
-    "Policy": "policy",
-    "Verdict": "verdict",
-    "scan_adapter": "scan",
-    "strip_adapter": "strip",
+_MODULES = {
+    "Policy": "policy.schema",
+    "Verdict": "admission.verdict",
+    "scan_adapter": "offline.scan",
+    "strip_adapter": "offline.strip",
 }
 
 
@@ -28,6 +28,6 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("s3lora-serve")
-    if name in _HOMES:
-        return getattr(import_module(f"s3lora_serve.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"s3lora_serve.{_MODULES[name]}"), name)
     raise AttributeError(f"module 's3lora_serve' has no attribute {name!r}")

@@ -206,6 +206,13 @@ class StoreFull(AdapterRejected):
     remedy = "Unload adapters that are no longer needed, or raise store.max_bytes in the policy."
 
 
+class Refused(AdapterRejected):
+    """A refusal whose text is complete, on its way through vLLM, which keeps the text alone."""
+
+    def __init__(self, text: str) -> None:
+        Exception.__init__(self, text)
+
+
 class PolicyInvalid(S3LoRAError):
     code = "S3LORA-901"
     remedy = "Fix the policy; `s3lora policy check FILE` explains it."

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from s3lora_serve.verdict import ModuleVerdict, Verdict
+from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 
 SHADES = 10
 """Steps of colour: eyes tell no more apart in a table."""

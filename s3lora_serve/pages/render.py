@@ -11,8 +11,8 @@ from urllib.parse import urlencode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 from s3lora_serve.pages.heat_map import SHADES, heat_map
-from s3lora_serve.verdict import ModuleVerdict, Verdict
 
 ROWS = 50
 """Adapters on one page: what an eye goes through before it filters."""

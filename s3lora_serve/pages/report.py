@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 from s3lora_serve.pages.heat_map import HeatMap, heat_map
 from s3lora_serve.pages.render import html_of
-from s3lora_serve.verdict import ModuleVerdict, Verdict
 
 SPECTRA = 40
 """Spectra shown of one adapter, of stripped and sharpest modules: more than are read."""
 
-MOST_APART = 20
+MAX_LISTED = 20
 """Modules listed of those on which two adapters, or two indices, disagree most."""
 
 
@@ -96,7 +96,7 @@ def _ranking(scorer: str, ours: Verdict, theirs: Verdict) -> Ranking:
     return Ranking(
         scorer,
         _spearman([(first[name], second[name]) for name in both]),
-        tuple((name, first[name], second[name]) for name in apart[:MOST_APART]),
+        tuple((name, first[name], second[name]) for name in apart[:MAX_LISTED]),
     )
 
 
@@ -120,4 +120,4 @@ def _differences(subjects: Sequence[Subject]) -> list[Difference]:
         Difference(name, first.get(name), second.get(name))
         for name in sorted(first.keys() | second.keys())
     ]
-    return sorted(found, key=lambda one: -one.size)[:MOST_APART]
+    return sorted(found, key=lambda one: -one.size)[:MAX_LISTED]

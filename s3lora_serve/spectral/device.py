@@ -17,7 +17,7 @@ from s3lora_serve.spectral.panels import Factors, HostModules, PanelSide, alike,
 
 CHUNK_BYTES = 2**25
 """Weights uploaded at a time. On the device: two chunks, a third for batches laid side by side,
-beside 64 MB for matrices of r×r (`ladder.GRAM_BYTES`) and their programs' partial sums."""
+beside 64 MB for matrices of r×r (`precision.GRAM_BYTES`) and their programs' partial sums."""
 
 ALIGNMENT = 16
 """Bytes: the widest load of a kernel."""

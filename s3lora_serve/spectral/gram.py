@@ -1,7 +1,7 @@
 """The Gram route: two passes over each factor, then everything from r×r matrices.
 
 The passes run in float32 or float64; what follows is float64. Squaring the factors squares their
-condition number, so every solution comes with `doubt`, a bound on its own error, by which the
+condition number, so every solution comes with `error_bound`, a bound on its own error, by which the
 caller decides whether a slower arithmetic has to look again.
 """
 
@@ -16,15 +16,15 @@ from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS, ZERO_ROW
 UNIT = {torch.float32: 2.0**-21, torch.float64: 2.0**-50}
 """Relative error of one Gram matrix, normwise, beside a common factor that the index cannot see.
 Eight times the unit roundoff, for sums of LONGEST_SUM and ranks from FLOAT32_RANK on.
-tests/spectral/test_switch.py measures it and holds `doubt` above every error seen."""
+tests/spectral/test_switch.py measures it and holds `error_bound` above every error seen."""
 
-DOUBT = 1e-6
-"""Largest `doubt` at which a solution is taken: the accuracy promised, |SSI error| ≤ 1e-6.
-tests/spectral/test_switch.py holds that no error seen exceeds its doubt."""
+MAX_ERROR_BOUND = 1e-6
+"""Largest `error_bound` at which a solution is taken: the accuracy promised, |SSI error| ≤ 1e-6.
+tests/spectral/test_switch.py holds that no error seen exceeds its error_bound."""
 
 FLOAT32_FLATNESS = 0.008
-"""λ_min/λ_max of G_A·G_B under which float32 never vouched for an index (measured, r = 16 to 64: at
-a spectrum that falls by one decade `doubt` is 1.3e-6 and more): the second pass would be wasted."""
+"""λ_min/λ_max of G_A·G_B below which the float32 error bound is too large: no second pass is tried.
+Measured, r = 16 to 64: a spectrum that falls by one decade has a bound of 1.3e-6 or more."""
 
 SANE_TRACE = (1e-20, 1e30)
 """Traces for which float32 squares that vanish are too small to matter, and none overflow."""
@@ -67,7 +67,7 @@ class Solution(NamedTuple):
     column_mean: Tensor  # (k,) mean of γ_j of B·A
     frobenius: Tensor  # (k,) ‖B·A‖_F
     factors: Tensor  # (k,) ‖B‖_F·‖A‖_F
-    doubt: Tensor  # (k,) bound on |error of SSI|; inf where nothing is known
+    error_bound: Tensor  # (k,) bound on |error of SSI|; inf where nothing is known
 
 
 class Half(NamedTuple):
@@ -88,12 +88,12 @@ def solve(rows: Side, columns: Side, normalization: str) -> Solution:
     gram_b, gram_a = rows.gram(), columns.gram()
     half_a, half_b = _half(gram_a, dtype), _half(gram_b, dtype)
     # The index is at least 1/r, so that much slack alone is too much: no second pass for those.
-    hopeful = half_a.slack + half_b.slack <= DOUBT * gram_a.shape[-1]
+    promising = half_a.slack + half_b.slack <= MAX_ERROR_BOUND * gram_a.shape[-1]
     if dtype == torch.float32:
-        hopeful &= _flatness(half_a.lower, half_b.lower) > FLOAT32_FLATNESS
-    P, row_mean, slack = _normalised(rows, half_a, hopeful)
-    Q, column_mean, column_slack = _normalised(columns, half_b, hopeful)
-    slack = torch.where(hopeful, slack + column_slack, torch.inf)
+        promising &= _flatness(half_a.lower, half_b.lower) > FLOAT32_FLATNESS
+    P, row_mean, slack = _normalised(rows, half_a, promising)
+    Q, column_mean, column_slack = _normalised(columns, half_b, promising)
+    slack = torch.where(promising, slack + column_slack, torch.inf)
     if normalization == "row":
         Q = gram_a
     elif normalization == "column":
@@ -101,18 +101,18 @@ def solve(rows: Side, columns: Side, normalization: str) -> Solution:
     elif normalization == "equilibrated":
         for side in (columns, *(rows, columns) * (EQUILIBRATION_SWEEPS - 1)):
             half = _half(P if side is columns else Q, dtype)
-            swept, _, more = _normalised(side, half, hopeful)
+            swept, _, more = _normalised(side, half, promising)
             P, Q = (P, swept) if side is columns else (swept, Q)
             slack = slack + more
-    values, doubt = _spectrum(P, Q, slack, UNIT[dtype])
+    values, error_bound = _spectrum(P, Q, slack, UNIT[dtype])
     frobenius = (gram_a * gram_b).sum((-1, -2)).clamp_min(0.0).sqrt()
     factors = (half_a.trace * half_b.trace).sqrt()
-    return Solution(values, row_mean, column_mean, frobenius, factors, doubt)
+    return Solution(values, row_mean, column_mean, frobenius, factors, error_bound)
 
 
-def _normalised(side: Side, half: Half, hopeful: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _normalised(side: Side, half: Half, promising: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(k, r, r) normalised Gram, (k,) mean norm, (k,) relative slack of the squared norms."""
-    total, mean, lost = side.normalised_gram(half.lower, hopeful)
+    total, mean, lost = side.normalised_gram(half.lower, promising)
     slack = torch.where(lost == 0, half.slack, torch.inf)
     return total / half.trace[:, None, None], mean * half.trace.sqrt(), slack
 
@@ -165,8 +165,8 @@ def _spectrum(P: Tensor, Q: Tensor, slack: Tensor, unit: float) -> tuple[Tensor,
     wobble = values - (squares - delta).clamp_min(0.0).sqrt()
     wobble = torch.where(squares > delta, wobble, delta.sqrt()).sum(-1)
     total = values.sum(-1)
-    doubt = values[:, 0] / total * (wobble / total + slack)
-    return values, torch.where((failed == 0) & doubt.isfinite(), doubt, torch.inf)
+    error_bound = values[:, 0] / total * (wobble / total + slack)
+    return values, torch.where((failed == 0) & error_bound.isfinite(), error_bound, torch.inf)
 
 
 def _uncertainty(P: Tensor, Q: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral import ladder
+from s3lora_serve.spectral import precision
 from s3lora_serve.spectral._checks import check_factors
 from s3lora_serve.spectral.gram import Solution
 from s3lora_serve.spectral.result import Spectrum
@@ -34,7 +34,7 @@ def mas_svd(
     if not B.shape[0] or not count:
         empty = torch.zeros(B.shape[0], dtype=torch.float64)
         return Spectrum(empty.new_zeros(B.shape[0], count), empty, empty, empty)
-    solution = ladder.solve(list(zip(B, A, strict=True)), normalization)
+    solution = precision.solve(list(zip(B, A, strict=True)), normalization)
     return with_magnitudes(solution, scaling, [count] * B.shape[0], normalization)
 
 

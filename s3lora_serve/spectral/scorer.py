@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral import baselines, ladder, reference
+from s3lora_serve.spectral import baselines, precision, reference
 from s3lora_serve.spectral.low_rank import with_magnitudes
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 
@@ -96,7 +96,7 @@ def _spectra(
     between_batches: Callable[[], None],
 ) -> tuple[Spectrum, Tensor]:
     """Spectra of modules of one rank, and their cancellation."""
-    solution = ladder.solve(
+    solution = precision.solve(
         [(module.B, module.A) for module in modules],
         scorer.normalization,
         between_batches,

@@ -1,1 +1,4 @@
-"""Enforcement inside vLLM. Imports nothing: vLLM skips a plugin that fails to import."""
+"""The vLLM plugin, the only package that knows vLLM.
+
+Nothing is imported here: vLLM logs and skips a plugin that fails to import.
+"""

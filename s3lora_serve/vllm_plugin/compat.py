@@ -1,4 +1,4 @@
-"""Every import from vLLM, and what differs between its versions, 0.28 to 0.33."""
+"""Every import from vLLM, and the differences between its versions 0.28 to 0.33."""
 
 import logging
 from pathlib import Path
@@ -30,24 +30,24 @@ from vllm.v1.engine.llm_engine import LLMEngine as LLMEngine
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
 
-from s3lora_serve.guarding import installed_vllm
+from s3lora_serve.vllm_plugin.release import installed_vllm
 
 logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
 
 
 def installed_version() -> str:
-    """Version of the installed vLLM, whichever distribution it came as."""
+    """Version of the installed vLLM, from whichever distribution."""
     found = installed_vllm()
     return found[1] if found else "unknown"
 
 
 def skipping_classes() -> tuple[tuple[Any, ...], Any, Any]:
-    """The LoRA layers known, what maps tokens to adapters, the operations on a GPU.
+    """Classes that skipping relies on: LoRA layers, the token mapping, the GPU operations.
 
-    The layers: linear ones, embeddings, logits.
+    The layers are linear layers, embeddings and logits.
 
     Raises:
-        ImportError: one of them is not where it was.
+        ImportError: this vLLM does not have one of them.
     """
     from vllm.lora.layers import LogitsProcessorWithLoRA, LoRAMapping
     from vllm.lora.layers import VocabParallelEmbeddingWithLoRA as EmbeddingWithLoRA
@@ -59,24 +59,24 @@ def skipping_classes() -> tuple[tuple[Any, ...], Any, Any]:
 
 
 def known_layers(manager: Any) -> list[Any]:
-    """The LoRA layers of a worker whose operations are known: `add_lora_linear` and the like."""
+    """The LoRA layers of a worker whose operations (`add_lora_linear` and others) are known."""
     classes, *_ = skipping_classes()
     found = manager._adapter_manager.modules.values()
     return [layer for layer in found if isinstance(layer, classes)]
 
 
 def adds_slice_by_slice(punica_wrapper: Any) -> bool:
-    """Whether vLLM itself takes the slices of a packed layer one after the other."""
+    """Whether vLLM computes the slices of a packed layer one after the other."""
     return isinstance(punica_wrapper, PunicaWrapperCPU)
 
 
 def is_warming_up(manager: Any) -> bool:
-    """Whether a worker runs on adapters that vLLM made up, to measure and warm up."""
+    """Whether a worker runs vLLM's dummy adapters, to measure memory and warm up."""
     return manager._cached_dummy_lora is not False
 
 
 def runs_eagerly(vllm_config: Any) -> bool:
-    """Whether the layers' Python runs in every step."""
+    """Whether the layers' Python code runs in every step."""
     from vllm.config import CompilationMode, CUDAGraphMode
 
     config = vllm_config.compilation_config
@@ -85,7 +85,7 @@ def runs_eagerly(vllm_config: Any) -> bool:
 
 
 def has_requests_under_way(engine: Any, adapter_id: int) -> bool:
-    """Whether a request for the adapter of this id is in the engine."""
+    """Whether the engine holds a request for the adapter of this id."""
     states = engine.output_processor.request_states.values()
     return any(
         state.lora_request is not None and state.lora_request.lora_int_id == adapter_id
@@ -94,7 +94,7 @@ def has_requests_under_way(engine: Any, adapter_id: int) -> bool:
 
 
 def rename_mapper(model: Any) -> Any:
-    """What maps the names in adapters to this model's, as vLLM loads them; None where none does."""
+    """The mapper from names in adapters to the model's names; None if the model has none."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return None
@@ -109,21 +109,21 @@ def base_model(vllm_config: Any) -> str | None:
 
 
 def is_first_rank() -> bool:
-    """Whether this worker speaks for all ranks, so that one admission counts once."""
+    """Whether this worker reports for all ranks, so that one admission counts once."""
     from vllm.distributed.parallel_state import get_world_group
 
     return bool(get_world_group().rank_in_group == 0)
 
 
 def adapter_folder(request: LoRARequest, *, download: bool = True) -> Path | None:
-    """Where the requested adapter lies, downloaded if its path is a hub id and that is allowed."""
+    """The folder of the requested adapter; `download` allows hub ids. None if there is none."""
     if (local := local_folder(request)) is not None:
         return local
     return downloaded_folder(request) if download and is_hub_id(request) else None
 
 
 def local_folder(request: LoRARequest) -> Path | None:
-    """Where the requested adapter lies on this machine; None if nowhere."""
+    """The folder of the requested adapter on this machine; None if there is none."""
     try:
         folder = Path(request.lora_path).expanduser()
         return folder.absolute() if folder.exists() else None
@@ -132,15 +132,15 @@ def local_folder(request: LoRARequest) -> Path | None:
 
 
 def is_hub_id(request: LoRARequest) -> bool:
-    """Whether vLLM would look on the hub for what is not on this machine."""
+    """Whether vLLM would look for this path on the hub."""
     return not request.lora_path.startswith(("/", "~"))
 
 
 def downloaded_folder(request: LoRARequest) -> Path | None:
-    """Where vLLM's own means put what they download; None if they find nothing."""
+    """The folder that vLLM downloads the adapter to; None if the download fails."""
     try:
         folder = Path(get_adapter_absolute_path(request.lora_path))
-    except Exception as error:  # noqa: BLE001 - whatever a download ended in, there is no adapter
+    except Exception as error:  # noqa: BLE001 - a download may fail with any error
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         asked = request.lora_name, request.lora_path
         logger.warning("s3lora: no adapter %r found at %r: %s", *asked, cause)
@@ -160,7 +160,7 @@ def request_for(name: str, path: str, number: int) -> LoRARequest:
 
 
 def with_path(request: LoRARequest, folder: Path, number: int | None = None) -> LoRARequest:
-    """The same request for the files in another folder, to be read once."""
+    """The same request with another folder, to be read once."""
     return msgspec.structs.replace(
         request,
         lora_path=str(folder),
@@ -170,14 +170,14 @@ def with_path(request: LoRARequest, folder: Path, number: int | None = None) -> 
 
 
 def api_keys(args: Any) -> list[str]:
-    """The keys that vLLM's server asks for: the command line's, else the environment's."""
+    """The API keys of vLLM's server: from the command line, else from the environment."""
     import vllm.envs as envs
 
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 def runtime_loading_open() -> bool:
-    """Whether the operator opened vLLM's routes that load adapters at run time."""
+    """Whether the operator has enabled vLLM's routes that load adapters at run time."""
     import vllm.envs as envs
 
     return bool(envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING)
@@ -191,9 +191,9 @@ def load_request_model() -> Any:
 
 
 def drop_route(app: Any, path: str, method: str) -> None:
-    """Take vLLM's own route away, for one of the gate's to stand in its place.
+    """Remove vLLM's own route, which one of the gate's replaces.
 
-    vLLM < 0.32 would keep both, and the earlier one would answer.
+    vLLM < 0.32 would keep both, and the first would answer.
     """
     routes = app.router.routes
     routes[:] = [

@@ -1,6 +1,6 @@
-"""What of vLLM the gate relies on, checked at start, and what skipping does.
+"""The names and signatures in vLLM that the gate and skipping rely on, checked at start.
 
-Names and signatures: a version that keeps them is guarded, one that does not never starts.
+A vLLM that lacks one that the gate needs does not start. Skipping is switched off instead.
 """
 
 import inspect
@@ -64,10 +64,10 @@ _ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_
 
 
 def check_contract() -> None:
-    """Check the names and signatures that the hook relies on.
+    """Check the names and signatures that the gate relies on.
 
     Raises:
-        ContractBroken: this vLLM is not the one the hook was written for.
+        ContractBroken: a name is missing or has other parameters.
     """
     if problem := _deviation(_CONTRACT):
         broken(problem)
@@ -88,7 +88,7 @@ def check_contract() -> None:
 
 
 def _deviation(contract: _Contract) -> str | None:
-    """The first of the names that is gone or takes other parameters, and how."""
+    """The first name that is missing or takes other parameters, in words; None if all fit."""
     for owner, name, expected in contract:
         method = getattr(owner, name, None)
         found = tuple(inspect.signature(method).parameters) if method else None
@@ -98,17 +98,17 @@ def _deviation(contract: _Contract) -> str | None:
 
 
 def matches_patterns() -> bool:
-    """Whether this vLLM matches the keys of rank_pattern and alpha_pattern where it is known to.
+    """Whether this vLLM has the pattern search that pattern_matching.py replaces.
 
-    Those before 0.32 do not know these maps.
+    Versions before 0.32 ignore rank_pattern and alpha_pattern.
     """
     return _deviation(((PEFTHelper, "_match_pattern", ("pattern", "name")),)) is None
 
 
 def skipping_obstacle(manager: Any = None) -> str | None:
-    """Why operations without weights cannot be left out on this vLLM, or by this worker, if so.
+    """Why operations without weights cannot be skipped by this vLLM or worker; None if they can.
 
-    The gate does without: nothing that it needs is looked at here.
+    The gate itself relies on none of the names checked here.
     """
     try:
         layers, mapping, on_gpu = compat.skipping_classes()
@@ -140,7 +140,7 @@ def skipping_obstacle(manager: Any = None) -> str | None:
 
 
 def broken(problem: str) -> None:
-    """Say which vLLM is not the one the hook was written for, and how.
+    """Raise ContractBroken with the installed vLLM version.
 
     Raises:
         ContractBroken: always.

@@ -1,4 +1,4 @@
-"""What is put in the place of vLLM's own methods; contract.py has checked that they are there."""
+"""Replacements of vLLM's methods; contract.py has checked that the methods exist."""
 
 import functools
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,9 +25,9 @@ from s3lora_serve.vllm_plugin.contract import broken
 
 
 def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], Any]) -> None:
-    """Put `wrapper(manager, request, original)` in the place of `_load_adapter`: the choke point.
+    """Replace `_load_adapter`, the choke point, by `wrapper(manager, request, original)`.
 
-    NB: coupled to WorkerLoRAManager._load_adapter, which every door ends in.
+    NB: coupled to WorkerLoRAManager._load_adapter, in which every door ends.
     """
     original = WorkerLoRAManager._load_adapter
 
@@ -39,12 +39,12 @@ def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], 
 
 
 def load_adapter(manager: Any, request: LoRARequest) -> Any:
-    """vLLM's own `_load_adapter`: the adapter in host memory, in no slot yet."""
+    """vLLM's own `_load_adapter`: the adapter in host memory, not yet in a slot."""
     return WorkerLoRAManager._load_adapter.__wrapped__(manager, request)
 
 
 def wrap_add_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., bool]], bool]) -> None:
-    """Put `wrapper(manager, request, original)` in the place of each `add_adapter`."""
+    """Replace each `add_adapter` by `wrapper(manager, request, original)`."""
     for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
         owner.add_adapter = _wrapped_add(owner.add_adapter, wrapper)
 
@@ -58,7 +58,7 @@ def _wrapped_add(original: Callable[..., bool], wrapper: Callable[..., bool]) ->
 
 
 def around_registration(context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Enter `context()` while a worker serves a registration call, not the engine's loop."""
+    """Enter `context()` while a worker serves a registration call, outside the engine's loop."""
     original = LoRAModelRunnerMixin.add_lora
 
     def add_lora(self: Any, lora_request: LoRARequest) -> bool:
@@ -80,7 +80,7 @@ def wrap_add_lora(wrapper: Callable[..., Awaitable[bool]]) -> None:
 
 
 def wrap_add_request(admitted: Callable[[Any, LoRARequest], LoRARequest]) -> None:
-    """Give `LLMEngine` (`LLM.generate`) requests for what `admitted(engine, request)` returns."""
+    """Have `LLMEngine` (`LLM.generate`) use the request that `admitted` returns."""
     original = LLMEngine.add_request
 
     def add_request(
@@ -101,10 +101,10 @@ def wrap_add_request(admitted: Callable[[Any, LoRARequest], LoRARequest]) -> Non
 
 
 def tell_requests_apart() -> None:
-    """Make requests for two adapters that had one name, one after the other, two requests.
+    """Compare LoRA requests by name and id.
 
-    vLLM compares them by name alone: in a batch that holds both (the name was unloaded and loaded
-    again, or replaced, while a request ran) one adapter is not activated, and the engine stops.
+    vLLM compares them by name alone. If one batch holds two adapters of one name (replaced or
+    loaded again while a request ran), one of them is not activated, and the engine stops.
     """
 
     def same(self: LoRARequest, other: object) -> bool:
@@ -118,25 +118,25 @@ def tell_requests_apart() -> None:
 
 
 def mark_blocks(is_quarantined: Callable[[str], bool]) -> None:
-    """Keep prefix-cache blocks of a quarantined adapter apart from those of its better days."""
+    """Hash prefix-cache blocks of a quarantined adapter differently than before its quarantine."""
     original = kv_cache_utils._gen_lora_extra_hash_keys
 
     def _gen_lora_extra_hash_keys(request: Any) -> Any:
         keys = original(request)
         if keys and is_quarantined(request.lora_request.lora_path):
-            return [*keys, *keys]  # another hash, whatever a key is in this version
+            return [*keys, *keys]  # another hash, whatever the type of a key in this version
         return keys
 
     kv_cache_utils._gen_lora_extra_hash_keys = _gen_lora_extra_hash_keys
 
 
 def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Put `wrapper(original, …)` in the place of one object's method."""
+    """Replace one object's method by `wrapper(original, …)`."""
     setattr(owner, name, functools.partial(wrapper, getattr(owner, name)))
 
 
 def wrap_unload(removed: Callable[[Any, str], None]) -> None:
-    """Call `removed(engine, name)` when vLLM no longer knows an adapter."""
+    """Call `removed(engine, name)` after vLLM has unloaded an adapter."""
     original = OpenAIServingModels.unload_lora_adapter
 
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
@@ -162,7 +162,7 @@ def wrap_model_list(origin: Callable[[str], str | None]) -> None:
 
 
 def wrap_doors(door: ContextVar[str]) -> None:
-    """Let `door` say by which way an adapter comes, and give HTTP clients refusals as 400."""
+    """Set `door` to the entry by which an adapter arrives, and answer refusals with 400."""
     owner = OpenAIServingModels
     load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
 
@@ -199,12 +199,12 @@ def _through(door: ContextVar[str], name: str) -> Iterator[None]:
 
 
 def replace_match_pattern(first_value: Callable[[dict[str, Any], str], Any]) -> None:
-    """Put `first_value(pattern, module)` in the place of `PEFTHelper._match_pattern`."""
+    """Replace `PEFTHelper._match_pattern` by `first_value(pattern, module)`."""
     PEFTHelper._match_pattern = staticmethod(first_value)
 
 
 def after_create_lora_manager(listener: Callable[[Any, Any], None]) -> None:
-    """Call `listener(worker_lora_manager, vllm_config)` once a worker has its LoRA modules."""
+    """Call `listener(worker_lora_manager, vllm_config)` once a worker's LoRA modules exist."""
     for owner in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
         _wrap_create(owner, listener)
 
@@ -222,7 +222,7 @@ def _wrap_create(owner: Any, listener: Callable[[Any, Any], None]) -> None:
 
 
 def add_worker_method(name: str, method: Callable[..., Any]) -> None:
-    """Let `collective_rpc(name)` call `method(worker, …)` on every worker.
+    """Have `collective_rpc(name)` call `method` in every worker.
 
     Raises:
         ContractBroken: the name is taken.

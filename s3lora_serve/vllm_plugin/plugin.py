@@ -1,14 +1,17 @@
-"""Entry points. Everything is imported inside the functions: vLLM logs and skips a plugin whose
-import fails, which would serve unguarded, while an exception raised here stops the process."""
+"""Entry points of the plugin.
+
+Imports are inside the functions. vLLM logs and skips a plugin whose import fails, and would serve
+unguarded; an exception raised in the function stops the process.
+"""
 
 from typing import Any
 
 
 def register() -> None:
-    """Guard this process (`vllm.general_plugins`); may run several times.
+    """Guard this process (`vllm.general_plugins`); vLLM may call it several times.
 
     Raises:
-        S3LoRAError: the policy, the environment or vLLM's contract is not as it must be.
+        S3LoRAError: invalid policy or environment, or an unknown vLLM.
     """
     from s3lora_serve.vllm_plugin.hook import install
 
@@ -16,7 +19,8 @@ def register() -> None:
 
 
 def endpoint() -> Any:
-    """The HTTP routes (`vllm.endpoint_plugins`), made in the API server only."""
-    from s3lora_serve.vllm_plugin.endpoint import GateEndpoint
+    """The HTTP routes (`vllm.endpoint_plugins`); created in the API server only."""
+    from s3lora_serve.vllm_plugin.api.routes import GateRoutes
+    from s3lora_serve.vllm_plugin.hook import registration
 
-    return GateEndpoint()
+    return GateRoutes(registration)

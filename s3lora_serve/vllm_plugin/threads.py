@@ -1,4 +1,4 @@
-"""How many cores a thread of ours may use in a process that is vLLM's."""
+"""Number of cores that one of the gate's threads may use in vLLM's processes."""
 
 import threading
 
@@ -6,10 +6,10 @@ import torch
 
 
 def use_cores(count: int) -> None:
-    """Let torch use `count` cores for what this thread does, and as many as before elsewhere."""
+    """Let torch use `count` cores in this thread; other threads keep their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    # torch gives its latest setting to threads that begin later: those are not ours.
+    # torch gives the latest setting to threads that start later, which are vLLM's.
     restoring = threading.Thread(target=torch.set_num_threads, args=(before,))
     restoring.start()
     restoring.join()

@@ -1,7 +1,7 @@
-"""The gate as vLLM's worker extension (`--worker-extension-cls`), for servers that require it.
+"""The gate as vLLM's worker extension (`--worker-extension-cls`), which fails closed.
 
-vLLM skips a plugin that VLLM_PLUGINS leaves out or that fails to import, and serves unguarded. A
-worker extension it imports in every worker, and a failure there ends the start.
+vLLM skips a plugin that VLLM_PLUGINS leaves out or that fails to import, and serves unguarded. It
+imports a worker extension in every worker, and does not start if that import fails.
 """
 
 from s3lora_serve.vllm_plugin.plugin import register
@@ -10,4 +10,4 @@ register()
 
 
 class GuardedWorker:
-    """Adds nothing to a worker: importing this module has guarded it."""
+    """Adds nothing to a worker: the import of this module guards it."""

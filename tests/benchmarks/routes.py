@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from s3lora_serve.spectral import Factors, orthogonal, reference, score_modules, spectral_sharpness
+from s3lora_serve.spectral import Factors, reference, score_modules, spectral_sharpness
+from s3lora_serve.spectral import qr as qr_route
 
 FLOOR_ELEMENTS = 2**19
 """Numbers converted at a time by the floor: 2 MB of float32."""
@@ -60,7 +61,7 @@ def dense(modules: Sequence[Factors]) -> list[float]:
 
 
 def _qr_index(module: Factors) -> float:
-    solved = orthogonal.solve(module.B[None].double(), module.A[None].double(), "two_sided")
+    solved = qr_route.solve(module.B[None].double(), module.A[None].double(), "two_sided")
     return float(spectral_sharpness(solved.normalised))
 
 

@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 from safetensors.torch import save_file
 
-from s3lora_serve.sweep import default_jobs
+from s3lora_serve.offline.sweep import default_jobs
 from tests.benchmarks import measure, report
 from tests.benchmarks.admission import MODEL, RANK, make_adapter
 

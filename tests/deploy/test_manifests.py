@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from s3lora_serve.policy_file import read_policy
+from s3lora_serve.policy.file import read_policy
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -10,7 +10,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.metrics import Metrics
+from s3lora_serve.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "s3lora.rules.yaml"
@@ -75,7 +75,7 @@ def registry():
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     metrics.activate("digest", "enforce", "1")
-    metrics.know_model({("0", "q_proj")})
+    metrics.set_model_modules({("0", "q_proj")})
     metrics.serve(scan_adapter(Path("/nowhere"), Policy()))
     return registry
 

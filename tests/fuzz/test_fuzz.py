@@ -14,11 +14,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load as load_safetensors
 
-from s3lora_serve.admission import admit
+from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
+from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.errors import GateFailed, PolicyInvalid, rejection_codes
-from s3lora_serve.intake import CONFIG_NAME, WEIGHTS_NAME
-from s3lora_serve.policy import Policy, Strip, parse_policy
-from s3lora_serve.policy_file import read_policy
+from s3lora_serve.policy.file import read_policy
+from s3lora_serve.policy.schema import Policy, Strip, parse_policy
 from s3lora_serve.spectral import reference, spectral_sharpness
 from tests.fuzz.inputs import adapters, policies
 

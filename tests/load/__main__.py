@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from s3lora_serve.policy_file import read_policy
+from s3lora_serve.policy.file import read_policy
 from tests.load.report import Run, write_report
 from tests.load.tenants import Tenant, make_tenants
 from tests.load.traffic import QUESTIONS, Answer, Traffic, ask, distance

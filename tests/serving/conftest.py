@@ -3,7 +3,7 @@
 import pytest
 
 from s3lora_serve import scan_adapter
-from s3lora_serve.policy_file import read_policy
+from s3lora_serve.policy.file import read_policy
 from tests.support.adapters import copy_with, diverged, without
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import PROMPT

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from s3lora_serve import scan_adapter
-from s3lora_serve.policy_file import read_policy
+from s3lora_serve.policy.file import read_policy
 from tests.serving.conftest import TOP_K, answers
 from tests.support.adapters import WEIGHTS, copy_with, key, spike, train_adapter
 from tests.support.server import OPEN_LOADING, Server

@@ -7,7 +7,7 @@ buffers of the engine's slot, after a real engine has loaded, packed and activat
 import pytest
 
 from s3lora_serve import scan_adapter
-from s3lora_serve.policy_file import read_policy
+from s3lora_serve.policy.file import read_policy
 from tests.support.adapters import copy_with, key, spike
 from tests.support.programs import told
 from tests.support.tiny_mixtral import make_expert_adapter, make_mixtral

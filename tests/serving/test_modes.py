@@ -3,7 +3,7 @@
 import pytest
 
 from s3lora_serve import strip_adapter
-from s3lora_serve.policy_file import read_policy
+from s3lora_serve.policy.file import read_policy
 from tests.serving.conftest import TOP_K, answers
 from tests.support.adapters import copy_with, diverged, key
 from tests.support.server import OPEN_LOADING, Server

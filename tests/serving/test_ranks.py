@@ -90,10 +90,10 @@ def test_the_routes_tell_one_verdict_for_both_ranks(ranks, spiked, tmp_path):
 DISTURBED = """
 import dataclasses
 import os
-from s3lora_serve import admission
-from s3lora_serve.store import Store
+from s3lora_serve.admission import scoring
+from s3lora_serve.store import stored_copy
 
-scored, opened = admission.score_modules, Store.open
+scored, opened = scoring.score_modules, stored_copy.open_stored_copy
 
 def rank():
     from vllm.distributed.parallel_state import get_world_group
@@ -105,12 +105,12 @@ def score_modules(*arguments, **options):
         for s in scored(*arguments, **options)
     ]
 
-def open_store(self, path):
+def open_stored_copy(path):
     if rank() == 1 and os.path.exists(os.environ["RANK_1_FAILS"]):
         raise MemoryError("no room on this rank")
-    return opened(self, path)
+    return opened(path)
 
-admission.score_modules, Store.open = score_modules, open_store
+scoring.score_modules, stored_copy.open_stored_copy = score_modules, open_stored_copy
 """
 PROGRAM = """
 import asyncio, json, os, sys

@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.serving, pytest.mark.slow]
 # Workers of the second engine cannot read the store while a file is there.
 DISTURBED = """
 import multiprocessing, os
-from s3lora_serve.store import Store
+from s3lora_serve.store.adapter_store import AdapterStore
 
-opened = Store.open
+opened = AdapterStore.open
 
 def open_store(self, path):
     parent = multiprocessing.parent_process()
@@ -26,7 +26,7 @@ def open_store(self, path):
         raise MemoryError("no room in this engine")
     return opened(self, path)
 
-Store.open = open_store
+AdapterStore.open = open_store
 """
 
 

@@ -148,7 +148,7 @@ import sys
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.skipping import Skipping
+from s3lora_serve.vllm_plugin.engine.skipping import Skipping
 
 def config(**more):
     return EngineArgs(sys.argv[1], dtype="float32", max_model_len=64, **more).create_engine_config()

@@ -1,4 +1,4 @@
-"""Two pipeline stages, each with its part of the layers: one verdict, enforced on both."""
+"""Two pipeline stages, each with its part of the layers: one verdict, enforce on both."""
 
 import pytest
 

@@ -12,8 +12,8 @@ from s3lora_serve.spectral import (
 )
 from s3lora_serve.spectral import (
     gram,
-    ladder,
-    orthogonal,
+    precision,
+    qr,
     reference,
     spectral_sharpness,
     torch_ops,
@@ -101,7 +101,7 @@ def test_rows_that_are_lost_are_counted_alike(kernels):
 @pytest.mark.parametrize("case", [case for case in HARD if case != "no modules"])
 def test_index_on_a_device_is_within_the_promised_accuracy(case, dtype, normalization):
     B, A = (factor.to(dtype) for factor in HARD[case]())
-    found = ladder.solve(list(zip(B, A, strict=True)), normalization, device=DEVICE)
+    found = precision.solve(list(zip(B, A, strict=True)), normalization, device=DEVICE)
     count = min(*B.shape[1:], A.shape[-1])
     exact = reference.mas_svd(B, A, torch.ones(len(B)), normalization=normalization)
     expected = spectral_sharpness(exact.singular_values)
@@ -122,17 +122,17 @@ def test_no_error_on_a_device_exceeds_its_doubt(
 ):
     B, A = (X.to(dtype) for X in family(*gaussian(300, 200, rank, k=2, seed=seed), decades))
     sides = on_device(zip(B, A, strict=True)).sides([0, 1], work)
-    found = ladder._to_host(gram.solve(*sides, normalization))
-    exact = orthogonal.solve(B.double(), A.double(), normalization)
+    found = precision._to_host(gram.solve(*sides, normalization))
+    exact = qr.solve(B.double(), A.double(), normalization)
     error = (index(found) - index(exact)).abs()
-    assert (error.nan_to_num() <= found.doubt + 1e-12).all(), (error, found.doubt)
+    assert (error.nan_to_num() <= found.error_bound + 1e-12).all(), (error, found.error_bound)
 
 
 def test_device_and_host_rank_alike_wherever_the_gap_exceeds_their_accuracy():
     B, A = gaussian(400, 300, 16, k=24)
     B[:, :, 0] *= torch.linspace(1.0, 3.0, 24, dtype=torch.float64)[:, None]
     modules = list(zip(B.bfloat16(), A.bfloat16(), strict=True))
-    host, device = (index(ladder.solve(modules, "two_sided", device=d)) for d in ("cpu", DEVICE))
+    host, device = (index(precision.solve(modules, "two_sided", device=d)) for d in ("cpu", DEVICE))
     order = host.argsort()
     assert (device[order].diff()[host[order].diff() > 2 * ACCURACY] > 0).all()
 
@@ -151,9 +151,9 @@ def mixed():
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5000, 2**25])
 def test_chunks_change_neither_scores_nor_their_order(monkeypatch, chunk_bytes):
-    expected = ladder.solve(mixed(), "two_sided")
+    expected = precision.solve(mixed(), "two_sided")
     monkeypatch.setattr(devices, "CHUNK_BYTES", chunk_bytes)
-    found = ladder.solve(mixed(), "two_sided", device=DEVICE)
+    found = precision.solve(mixed(), "two_sided", device=DEVICE)
     assert_same_index(index(found), index(expected))
     for name in ("row_mean", "column_mean", "frobenius", "factors"):
         torch.testing.assert_close(
@@ -179,9 +179,9 @@ def test_a_full_device_hands_its_work_to_the_host(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    expected = ladder.solve(mixed(), "two_sided")
+    expected = precision.solve(mixed(), "two_sided")
     monkeypatch.setattr(devices.Uploader, "start", full)
-    found = ladder.solve(mixed(), "two_sided", device=DEVICE)
+    found = precision.solve(mixed(), "two_sided", device=DEVICE)
     assert torch.equal(found.normalised, expected.normalised)
 
 
@@ -204,5 +204,5 @@ def test_device_memory_stays_bounded():
     torch.cuda.reset_peak_memory_stats()
     B, A = gaussian(4096, 4096, 64, k=1)
     modules = [(B[0].bfloat16().clone(), A[0].bfloat16().clone()) for _ in range(200)]
-    ladder.solve(modules, "two_sided", device=DEVICE)
+    precision.solve(modules, "two_sided", device=DEVICE)
     assert torch.cuda.max_memory_allocated() <= 256 * 2**20

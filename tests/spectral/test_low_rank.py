@@ -60,7 +60,7 @@ def test_twins_share_name_and_signature():
 
 
 def test_equal_norms_give_the_plain_singular_values():
-    # Rows and columns of an orthogonal times a diagonal of ±1 all have one norm.
+    # Rows and columns of an qr times a diagonal of ±1 all have one norm.
     hadamard = torch.tensor([[1.0]])
     for _ in range(3):
         hadamard = torch.cat(
@@ -81,14 +81,14 @@ def test_rank_keeps_the_leading_values_and_the_index_uses_only_those():
 
 
 def test_modules_that_gram_matrices_cannot_score_are_recognised():
-    def doubt(case, dtype):
+    def bound(case, dtype):
         modules = list(zip(*HARD[case](), strict=True))
         sides = HostModules(modules).sides(range(len(modules)), dtype)
-        return gram.solve(*sides, "two_sided").doubt
+        return gram.solve(*sides, "two_sided").error_bound
 
-    assert (doubt("rank one, inner basis cancels", torch.float64) > gram.DOUBT).all()
-    assert (doubt("six decades in A", torch.float32) > gram.DOUBT).all()
-    assert (doubt("six decades in A", torch.float64) <= gram.DOUBT).all()
+    assert (bound("rank one, inner basis cancels", torch.float64) > gram.MAX_ERROR_BOUND).all()
+    assert (bound("six decades in A", torch.float32) > gram.MAX_ERROR_BOUND).all()
+    assert (bound("six decades in A", torch.float64) <= gram.MAX_ERROR_BOUND).all()
 
 
 def test_one_bad_module_marks_itself_and_spares_the_batch():

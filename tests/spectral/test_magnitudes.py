@@ -9,7 +9,7 @@ from s3lora_serve.spectral import (
     Factors,
     Scorer,
     gram,
-    ladder,
+    precision,
     reference,
     relative_sharpness,
     score_modules,
@@ -25,20 +25,20 @@ ACCURACY = 1e-6
 """Of the index, the spec's; of a spectrum relative to its sum; of norms relative to themselves.
 float32 sums err by 2e-7 of a norm at most (measured over 1,500 modules), the others by 1e-14."""
 
-ROUTES = ["float32 Grams", "float64 Grams", "QR", "ladder"]
+ROUTES = ["float32 Grams", "float64 Grams", "QR", "precision"]
 
 
 def solved(route, B, A, normalization):
     """The solution by one route, or None where it does not vouch for its index."""
-    if route == "ladder":
-        return ladder.solve([(B, A)], normalization)
+    if route == "precision":
+        return precision.solve([(B, A)], normalization)
     if route == "QR":
-        return ladder._qr([(B, A)], normalization, lambda: None)
+        return precision._solve_by_qr([(B, A)], normalization, lambda: None)
     dtype = torch.float32 if route == "float32 Grams" else torch.float64
     if dtype == torch.float32 and B.shape[1] < FLOAT32_RANK:
         return None
     solution = gram.solve(*HostModules([(B, A)]).sides([0], dtype), normalization)
-    return solution if bool((solution.doubt <= gram.DOUBT).all()) else None
+    return solution if bool((solution.error_bound <= gram.MAX_ERROR_BOUND).all()) else None
 
 
 def assert_same_spectrum(found, expected):
@@ -76,7 +76,7 @@ def test_spectrum_and_norms_are_those_of_the_dense_update(route, data):
 def test_hard_modules_have_the_dense_updates_spectrum_too(case, normalization):
     B, A = HARD[case]()
     for one in range(len(B)):
-        solution = ladder.solve([(B[one], A[one])], normalization)
+        solution = precision.solve([(B[one], A[one])], normalization)
         s = torch.ones(1, dtype=torch.float64)
         expected = reference.mas_svd(B[[one]], A[[one]], s, normalization=normalization)
         count = expected.singular_values.shape[1]

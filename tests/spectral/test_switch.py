@@ -1,11 +1,11 @@
-"""The switch between arithmetics is safe: no error seen is larger than the doubt it comes with."""
+"""The switch between arithmetics is safe: no error is larger than its error bound."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3lora_serve.spectral import gram, orthogonal, spectral_sharpness
+from s3lora_serve.spectral import gram, qr, spectral_sharpness
 from s3lora_serve.spectral._checks import NORMALIZATIONS
 from s3lora_serve.spectral.panels import FLOAT32_RANK, LONGEST_SUM, HostModules
 from tests.support.factors import HARD, gaussian
@@ -80,9 +80,10 @@ def test_no_error_exceeds_its_doubt(family, decades, seed, m, n, dtype, normaliz
     arithmetic, r = arithmetic
     B, A = (X.to(dtype) for X in family(*gaussian(m, n, r, k=2, seed=seed), decades))
     found = solve(list(zip(B, A, strict=True)), normalization, arithmetic)
-    exact = orthogonal.solve(B.double(), A.double(), normalization)
+    exact = qr.solve(B.double(), A.double(), normalization)
     error = (spectral_sharpness(found.normalised) - spectral_sharpness(exact.normalised)).abs()
-    assert (error.nan_to_num() <= found.doubt + 1e-12).all(), (error / found.doubt, found.doubt)
+    bound = found.error_bound
+    assert (error.nan_to_num() <= bound + 1e-12).all(), (error / bound, bound)
 
 
 @pytest.mark.parametrize("case", HARD)
@@ -90,11 +91,11 @@ def test_hard_cases_are_doubted_wherever_they_are_wrong(case):
     B, A = HARD[case]()
     if not len(B):
         return
-    exact = spectral_sharpness(orthogonal.solve(B, A, "two_sided").normalised)
+    exact = spectral_sharpness(qr.solve(B, A, "two_sided").normalised)
     for arithmetic in (torch.float32, torch.float64)[B.shape[-1] < FLOAT32_RANK :]:
         found = solve(list(zip(B, A, strict=True)), "two_sided", arithmetic)
         error = (spectral_sharpness(found.normalised) - exact).abs().nan_to_num()
-        assert (error <= found.doubt + 1e-12).all()
+        assert (error <= found.error_bound + 1e-12).all()
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
@@ -112,14 +113,14 @@ def test_a_gram_matrix_errs_by_less_than_its_unit(rank, dtype):
 
 def test_well_conditioned_modules_take_the_fast_arithmetic():
     modules = list(zip(*gaussian(1000, 1000, 16, k=3), strict=True))
-    assert (solve(modules, "two_sided", torch.float32).doubt <= gram.DOUBT).all()
+    assert (solve(modules, "two_sided", torch.float32).error_bound <= gram.MAX_ERROR_BOUND).all()
 
 
 def test_backends_rank_alike_wherever_the_gap_exceeds_their_accuracy():
     B, A = gaussian(400, 300, 16, k=40)
     B[:, :, 0] *= torch.linspace(1.0, 3.0, 40, dtype=torch.float64)[:, None]
     modules = list(zip(B, A, strict=True))
-    exact = spectral_sharpness(orthogonal.solve(B, A, "two_sided").normalised)
+    exact = spectral_sharpness(qr.solve(B, A, "two_sided").normalised)
     order = exact.argsort()
     for arithmetic in (torch.float32, torch.float64):
         found = solve(modules, "two_sided", arithmetic).normalised

@@ -87,7 +87,7 @@ def main():
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper import punica_gpu
 
-    from s3lora_serve.vllm_plugin.skipping import Skipping
+    from s3lora_serve.vllm_plugin.engine.skipping import Skipping
 
     model, number = sys.argv[1], int(sys.argv[2])
     eager = EngineArgs(model, dtype="float16", max_model_len=64, enforce_eager=True)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from s3lora_serve.launcher import EXTENSION, GUARDED_WORKER, environment
+from s3lora_serve.launcher.vllm_command import EXTENSION, GUARDED_WORKER, environment
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ EXPONENTS = {torch.bfloat16: 100, torch.float16: 4, torch.float32: 100, torch.fl
 
 
 @st.composite
-def modules(draw, route="ladder", largest=220):
+def modules(draw, route="precision", largest=220):
     """A module (B, A, scaling) of any shape, with dead rows, rows of any length, at any scale.
 
     For routes by Grams, of ranks that they vouch for. `largest` is the largest power of two in it.

@@ -43,6 +43,11 @@ def base_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | CPU
 
 
+def _default_hangup() -> None:
+    """Tests may run under nohup, whose children ignore SIGHUP; servers of these tests do not."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @dataclass
 class Server:
     """One server process. Use as a context manager; it is gone afterwards."""
@@ -93,7 +98,7 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=base_environment() | self.environment,
-                start_new_session=True, cwd=self.folder,
+                start_new_session=True, cwd=self.folder, preexec_fn=_default_hangup,
             )  # fmt: skip
 
     def wait(self) -> None:

@@ -1,0 +1,157 @@
+"""Adapters in storage that fsspec opens (s3://, gs://, hf://, https://, memory://).
+
+Whose they are and where the storage is, fsspec and its backends take from their own settings.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import has_magic, url_to_fs
+
+from s3lora_serve.adapter.private_copy import (
+    ADAPTER_FILES,
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    OTHER_FORMATS,
+    WEIGHTS_NAME,
+    PrivateCopy,
+)
+from s3lora_serve.errors import (
+    ChangedWhileCopying,
+    DeadlinePassed,
+    FormatNotAllowed,
+    NotAnAdapter,
+    OutsideRoots,
+    OverLimit,
+    StorageFailed,
+)
+from s3lora_serve.policy.schema import Limits
+
+BLOCK_BYTES = 16 * 2**20
+"""Asked for at a time: few requests for an adapter, and little memory beside its own."""
+
+VERSION_KEYS = frozenset(
+    {"size", "etag", "mtime", "lastmodified", "last_modified", "md5hash", "generation", "created"}
+)
+"""What the backends say of an object that another version of it would have otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFolder:
+    """An adapter's folder in such a storage."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    def copy(self, limits: Limits) -> PrivateCopy:
+        """Stream the adapter into memory; nothing larger than allowed is ever asked for.
+
+        Raises:
+            NotAnAdapter, FormatNotAllowed: an object is missing.
+            OverLimit: an object is larger than allowed.
+            OutsideRoots: the policy names roots, which are folders of this machine.
+            ChangedWhileCopying: another object took its place meanwhile.
+            DeadlinePassed: it took longer than downloads may.
+        """
+        if limits.roots:
+            raise OutsideRoots(f"{self.url} lies under none of limits.roots")
+        deadline = time.monotonic() + limits.download_seconds
+
+        def check_deadline() -> None:
+            if time.monotonic() > deadline:
+                raise DeadlinePassed(f"the download took over {limits.download_seconds:g} s")
+
+        fs, folder = url_to_fs(self.url)
+        folder = folder.rstrip("/")
+        config = self._streamed(fs, folder, CONFIG_NAME, MAX_CONFIG_BYTES, check_deadline)
+        weights = self._streamed(fs, folder, WEIGHTS_NAME, limits.max_bytes, check_deadline)
+        if config is None:
+            raise NotAnAdapter(f"{self.url} has no {CONFIG_NAME}")
+        if weights is None:
+            other = [name for name in OTHER_FORMATS if fs.exists(f"{folder}/{name}")]
+            if other:
+                raise FormatNotAllowed(f"{self.url} holds {other[0]} in place of {WEIGHTS_NAME}")
+            raise NotAnAdapter(f"{self.url} has no {WEIGHTS_NAME}")
+        return PrivateCopy(bytes(config[0]), *weights)
+
+    def _streamed(
+        self, fs: Any, folder: str, name: str, most: int, check_deadline: Callable[[], None]
+    ) -> tuple[memoryview, str] | None:
+        """The bytes of an object and their digest, or None if there is none."""
+        path = f"{folder}/{name}"
+        try:
+            before = fs.info(path)
+        except FileNotFoundError:
+            return None
+        size = before.get("size")
+        if before.get("type") != "file" or not isinstance(size, int):
+            raise NotAnAdapter(f"{self.url}/{name} is no object of a known size")
+        if size > most:
+            raise OverLimit(f"{name} has {size} bytes, over the limit of {most}")
+        target, digest, position = memoryview(bytearray(size)), hashlib.sha256(), 0
+        with fs.open(path, "rb", block_size=BLOCK_BYTES) as source:
+            while position < size:
+                check_deadline()
+                block = source.read(min(BLOCK_BYTES, size - position))
+                if not block:
+                    break
+                target[position : position + len(block)] = block
+                digest.update(block)
+                position += len(block)
+        if position != size or _version(before) != _version(fs.info(path)):
+            raise ChangedWhileCopying(f"{self.url}/{name} changed while it was read")
+        return target, "sha256:" + digest.hexdigest()
+
+
+def is_url(given: str) -> bool:
+    """Whether a path is one of a storage, not of this machine."""
+    return "://" in given
+
+
+def folder_name(folder: Path | RemoteFolder) -> str:
+    """What an adapter is called that nobody has named: as its folder is."""
+    return folder.absolute().name if isinstance(folder, Path) else folder.name
+
+
+def remote_adapters(url: str) -> Iterator[RemoteFolder]:
+    """The adapters that a URL leads to, as `walk.adapters` says of paths.
+
+    Raises:
+        StorageFailed: the storage cannot be listed, or there is nothing.
+    """
+    try:
+        fs, path = url_to_fs(url)
+        starts = fs.glob(path) if has_magic(path) else [path]
+        if not starts:
+            raise FileNotFoundError(url)
+        for start in sorted(starts):
+            for found in _under(fs, start):
+                yield RemoteFolder(fs.unstrip_protocol(found))
+    except Exception as error:  # noqa: BLE001 - each backend has its own
+        problem = "nothing is there" if isinstance(error, FileNotFoundError) else str(error)
+        raise StorageFailed(f"{url}: {problem or type(error).__name__}") from None
+
+
+def _under(fs: Any, path: str) -> list[str]:
+    """Folders that hold a file of an adapter; the path itself where there are none."""
+    path = path.rstrip("/")
+    files = (file.rpartition("/") for file in fs.find(path))
+    found = {folder for folder, _, name in files if name in ADAPTER_FILES}
+    if not found and not fs.exists(path):
+        raise FileNotFoundError(path)
+    return sorted(found) or [path]
+
+
+def _version(info: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in info.items() if key.lower() in VERSION_KEYS}

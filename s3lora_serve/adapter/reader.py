@@ -1,0 +1,170 @@
+"""A PEFT LoRA adapter: its modules with their factors, checked before any mathematics."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from s3lora_serve.adapter.peft_config import AdapterConfig, parse_config
+from s3lora_serve.adapter.private_copy import PrivateCopy
+from s3lora_serve.adapter.safetensors_format import Header, read_header, tensors
+from s3lora_serve.errors import (
+    ModuleTwice,
+    NotFinite,
+    OverLimit,
+    PartnerMissing,
+    ShapesDoNotFit,
+    Unscorable,
+)
+from s3lora_serve.policy.schema import Limits
+
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.weight", re.ASCII
+)
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)
+PREFIX = "base_model.model."
+MAX_MODULES = 2**15
+"""The largest mixtures of experts have about 20 000 projections."""
+
+MAX_NAME_LENGTH = 256
+"""Module names go into labels, logs and patterns; the longest in use has about 80 characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One LoRA module, `ΔW = scaling · B · A`; factors as stored."""
+
+    name: str  # PEFT name without prefix: model.layers.3.self_attn.q_proj
+    A: Tensor  # (r, n)
+    B: Tensor  # (m, r)
+    scaling: float
+    keys: tuple[str, str]  # names of the A and B tensors in the file
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of ΔW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def projection(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name: model.layers.3.… is layer 3."""
+        return next((int(p) for p in self.name.split(".") if p.isdecimal() and len(p) < 7), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A whole adapter, in private memory."""
+
+    config: AdapterConfig
+    modules: tuple[Module, ...]  # in natural order of their names
+    header: Header
+    copy: PrivateCopy
+    unscorable: tuple[str, ...] = ()  # names of tensors that the index is not defined for
+
+
+def read_adapter(
+    copy: PrivateCopy,
+    limits: Limits,
+    on_unscorable: str = "reject",
+    between_modules: Callable[[], None] = lambda: None,
+) -> Adapter:
+    """Read and check an adapter from its private copy; tensors are views, nothing is converted.
+
+    What the index is not defined for is refused, or let pass by name: with `admit` all of it, with
+    `strip` what can be taken away and leave the rest as it was trained.
+
+    `between_modules` runs before each module and may raise to stop (deadlines).
+
+    Raises:
+        AdapterRejected: a subclass for each way in which it is not a well-formed plain LoRA.
+    """
+    config = parse_config(copy.config, on_unscorable)
+    unscorable: list[str] = []
+    header = read_header(copy.weights)
+    sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for key, tensor in tensors(header, copy.weights):
+        match = _FACTOR.fullmatch(key)
+        # vLLM takes the prefix out wherever it stands: a name that holds it twice is two names.
+        if match is None or len(key) > MAX_NAME_LENGTH or PREFIX in match["module"]:
+            if not _may_pass(key, on_unscorable):
+                raise Unscorable(
+                    f"tensor {key[:120]!r} is not a lora_A or lora_B of a linear module"
+                )
+            if not tensor.isfinite().all():
+                raise NotFinite(f"tensor {key} holds NaN or Inf")
+            unscorable.append(key)
+            continue
+        factors = sides.setdefault(match["module"], {})
+        if match["side"] in factors:
+            raise ModuleTwice(f"{factors[match['side']][0]} and {key} are one module's")
+        factors[match["side"]] = key, tensor
+    if not sides:
+        raise PartnerMissing("the adapter has no modules")
+    if len(sides) > MAX_MODULES:
+        raise OverLimit(f"the adapter has {len(sides)} modules, over {MAX_MODULES}")
+    for key in unscorable:
+        # vLLM takes an embedding's factors for those of the module of that name.
+        if (stem := key.removeprefix(PREFIX).partition(".lora_embedding")[0]) in sides:
+            raise ModuleTwice(f"{key} and a lora_A or lora_B are one module's, {stem}")
+    modules = []
+    for name in sorted(sides, key=_natural):
+        between_modules()
+        modules.append(_module(name, sides[name], config, limits))
+    return Adapter(config, tuple(modules), header, copy, tuple(sorted(unscorable)))
+
+
+def _may_pass(key: str, on_unscorable: str) -> bool:
+    """Whether the policy lets a tensor pass that the index is not defined for."""
+    if len(key) > MAX_NAME_LENGTH or not _PLAIN.fullmatch(key) or key.count(PREFIX) > 1:
+        return False
+    if on_unscorable == "strip":
+        # Without its magnitudes or biases a module is not what was trained.
+        return not key.endswith(
+            (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".bias")
+        )
+    return on_unscorable == "admit"
+
+
+def _module(
+    name: str, sides: Mapping[str, tuple[str, Tensor]], config: AdapterConfig, limits: Limits
+) -> Module:
+    for side in "AB":
+        if side not in sides:
+            raise PartnerMissing(f"module {name} has no lora_{side}")
+    (key_a, A), (key_b, B) = sides["A"], sides["B"]
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
+        raise ShapesDoNotFit(
+            f"module {name} has lora_A of shape {tuple(A.shape)} and lora_B of {tuple(B.shape)}"
+        )
+    if A.shape[0] < limits.min_rank:
+        raise OverLimit(
+            f"module {name} has rank {A.shape[0]}, under limits.min_rank {limits.min_rank}"
+        )
+    if A.shape[0] > limits.max_rank:
+        raise OverLimit(
+            f"module {name} has rank {A.shape[0]}, over limits.max_rank {limits.max_rank}"
+        )
+    if A.shape[0] != config.rank(name):
+        raise ShapesDoNotFit(
+            f"module {name} has rank {A.shape[0]}, adapter_config.json says {config.rank(name)}"
+        )
+    return Module(name, A, B, config.scaling(name), (key_a, key_b))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key in which layer 10 follows layer 9; total, whatever the name holds."""
+    return [
+        (0, int(part), "")
+        if part.isascii() and part.isdecimal() and len(part) < 19
+        else (1, 0, part)
+        for part in re.split(r"(\d+)", name, flags=re.ASCII)
+    ]

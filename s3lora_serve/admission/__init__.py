@@ -1,0 +1,1 @@
+"""Scores and a policy in, a frozen verdict out."""

@@ -1,0 +1,137 @@
+"""The admission decision: scores and a policy in, an outcome out. Pure: no files, no vLLM."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from s3lora_serve.admission.strip_rules import (
+    max_stripped_count,
+    negligible_modules,
+    select,
+    strip_rule,
+)
+from s3lora_serve.admission.verdict import Decision
+from s3lora_serve.errors import (
+    AdapterRejected,
+    Denied,
+    OverLimit,
+    TooManySharp,
+    Uninformative,
+    Unrankable,
+)
+from s3lora_serve.policy.schema import Policy
+
+if TYPE_CHECKING:  # the command line starts without torch
+    from s3lora_serve.spectral import ModuleScore
+
+UNINFORMATIVE_SPREAD = 1e-3
+"""Spread of relative SSI below which the index does not rank. Spec of MAS-SVD, facts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The decision on one adapter; `stripped` holds module names."""
+
+    decision: Decision
+    refusal: AdapterRejected | None = None
+    stripped: frozenset[str] = frozenset()
+    uninformative: bool = False
+
+
+def decide(
+    scores: Sequence["ModuleScore"], scaling: Mapping[str, float], digest: str, policy: Policy
+) -> Outcome:
+    """Decide on one adapter from the scores of its selected modules.
+
+    Args:
+        scores: finite scores, one for each selected module.
+        scaling: s of every module of the adapter, by name.
+        digest: sha256 of the weights file, as the policy's deny and allow lists name it.
+        policy: the policy for this adapter, rules applied.
+    """
+    if digest in policy.deny:
+        return _rejected(Denied(f"the adapter {digest} is on the policy's deny list"))
+    if excess := _over_limit(scores, scaling, policy):
+        return _rejected(excess)
+    if digest in policy.allow:  # it covers the weights alone; the scaling is checked above
+        return Outcome(Decision.ADMITTED)
+    negligible = negligible_modules(scores, policy.negligible)
+    significant = [score for score in scores if score.name not in negligible]
+    if obstacle := _ranking_obstacle(significant, len(negligible)):
+        uninformative = isinstance(obstacle, Uninformative)
+        if policy.on_uninformative == "reject":
+            return Outcome(Decision.REJECTED, obstacle, uninformative=uninformative)
+        return _admitted(_sharp_negligible(scores, negligible, policy), uninformative)
+
+    sharp = select(scores, significant, policy)
+    max_count = max_stripped_count(significant, policy)
+    if len(sharp.counted) > max_count:
+        return _rejected(
+            TooManySharp(
+                f"{len(sharp.counted)} of {len(significant)} scored modules are sharp, and at most"
+                f" {max_count} may go"
+            )
+        )
+    return _admitted(sharp.counted | sharp.uncounted)
+
+
+def _admitted(stripped: frozenset[str], uninformative: bool = False) -> Outcome:
+    decision = Decision.STRIPPED if stripped else Decision.ADMITTED
+    return Outcome(decision, stripped=stripped, uninformative=uninformative)
+
+
+def _sharp_negligible(
+    scores: Sequence["ModuleScore"], negligible: frozenset[str], policy: Policy
+) -> frozenset[str]:
+    """Negligible modules that the rule picks among all modules; the others cannot be ranked."""
+    if _ranking_obstacle(scores):
+        return frozenset()
+    picks = strip_rule(scores, policy)
+    return frozenset(score.name for score in scores if score.name in negligible and picks(score))
+
+
+def _rejected(refusal: AdapterRejected) -> Outcome:
+    return Outcome(Decision.REJECTED, refusal)
+
+
+def _over_limit(
+    scores: Sequence["ModuleScore"], scaling: Mapping[str, float], policy: Policy
+) -> OverLimit | None:
+    """Checks of the magnitudes that SSI ignores: s, and the norm of a module beside the others."""
+    limits = policy.limits
+    for name, value in scaling.items():
+        if limits.max_scaling is not None and not abs(value) <= limits.max_scaling:
+            return OverLimit(
+                f"module {name} has scaling {value:g},"
+                f" over limits.max_scaling {limits.max_scaling:g}"
+            )
+    if limits.max_norm_ratio is None or not scores:
+        return None
+    typical = median(score.frobenius_norm for score in scores)
+    for score in scores:
+        if score.frobenius_norm > limits.max_norm_ratio * typical:
+            return OverLimit(
+                f"module {score.name} has ‖ΔW‖_F {score.frobenius_norm:g}, over"
+                f" limits.max_norm_ratio {limits.max_norm_ratio:g} times the median {typical:g}"
+            )
+    return None
+
+
+def _ranking_obstacle(
+    scores: Sequence["ModuleScore"], negligible: int = 0
+) -> AdapterRejected | None:
+    """Why the index cannot rank these modules; None if it can."""
+    ranked = [score.relative_ssi for score in scores if score.relative_ssi is not None]
+    if len(ranked) < 2:
+        return Unrankable(
+            f"{len(ranked)} of {len(scores) + negligible} scored modules can be ranked, and ranking"
+            f" takes two: {negligible} are negligible beside the largest, and"
+            f" {len(scores) - len(ranked)} have no relative index (an update of rank 1 has none)"
+        )
+    spread = max(ranked) - min(ranked)
+    if spread < UNINFORMATIVE_SPREAD:
+        return Uninformative(
+            f"the relative index spreads over {spread:.1e} only, under {UNINFORMATIVE_SPREAD:g}"
+        )
+    return None

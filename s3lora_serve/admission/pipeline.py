@@ -1,0 +1,192 @@
+"""The one path of every adapter: private copy, read, score, decide, verdict."""
+
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from s3lora_serve.adapter.fsspec_storage import RemoteFolder
+from s3lora_serve.adapter.private_copy import PrivateCopy, check_roots, copy_adapter
+from s3lora_serve.adapter.reader import Adapter, Module, read_adapter
+from s3lora_serve.admission.decision import Outcome, decide
+from s3lora_serve.admission.scoring import score_adapter
+from s3lora_serve.admission.strip_rules import energy_shares, negligible_modules
+from s3lora_serve.admission.verdict import Decision, ModuleVerdict, Seconds, Verdict
+from s3lora_serve.errors import (
+    AdapterRejected,
+    DeadlinePassed,
+    DoesNotFitModel,
+    GateFailed,
+    Reason,
+)
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.spectral import ModuleScore
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A verdict, with the adapter it is about (None if it could not be read) and its scores."""
+
+    verdict: Verdict
+    adapter: Adapter | None
+    scores: tuple[ModuleScore, ...] = ()
+
+    def under(self, policy: Policy) -> Verdict:
+        """The verdict on the same scores under another policy."""
+        if self.adapter is None or not self.scores or not self.verdict.digest:
+            return self.verdict
+        outcome = decide(self.scores, _scalings(self.adapter), self.verdict.digest, policy)
+        return replace(
+            self.verdict,
+            decision=outcome.decision,
+            reason=Reason.of(outcome.refusal) if outcome.refusal else None,
+            uninformative=outcome.uninformative,
+            policy_digest=policy.digest,
+            modules=_module_verdicts(self.adapter, self.scores, outcome, policy),
+        )
+
+
+def admit(
+    folder: Path | RemoteFolder,
+    name: str,
+    policy: Policy,
+    *,
+    base_model: str | None = None,
+    device: str = "auto",
+    into: Callable[[], Path] | None = None,
+    shapes: Collection[tuple[int, int]] = (),
+    origin: Path | None = None,
+) -> Admission:
+    """Take a private copy of an adapter and decide on it. A bad adapter is a rejected verdict.
+
+    Args:
+        folder: the adapter's folder.
+        name: the adapter's name, which the policy's rules match.
+        policy: the server's policy; its rules are applied here.
+        base_model: the served model, which the policy's rules match.
+        device: where modules are scored.
+        into: creates the folder for the private copy; None keeps the copy in memory.
+        shapes: (m, n) of the served model's modules; an adapter with others is refused before
+            scoring. Empty: any shape.
+        origin: the folder that rules match and the verdict names, if it is not `folder`.
+    """
+    started = time.perf_counter()
+    source = origin or folder
+    real_path = _real_path(source) if isinstance(source, Path) else str(source)
+    effective = policy.for_adapter(name, real_path, base_model)
+    deadline = started + effective.limits.seconds
+    copy: PrivateCopy | None = None
+    adapter: Adapter | None = None
+    scores: list[ModuleScore] = []
+    read = scored = started
+    try:
+        limits = effective.limits
+        if origin is not None:
+            check_roots(Path(real_path), limits.roots)
+            limits = limits.model_copy(update={"roots": ()})
+        if isinstance(folder, RemoteFolder):
+            copy = folder.copy(limits)
+            deadline = time.perf_counter() + limits.seconds  # downloads have their own deadline
+        else:
+            copy = copy_adapter(folder, limits, into() if into else None)
+        check_deadline = partial(_check_deadline, deadline, effective)
+        check_deadline()
+        adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check_deadline)
+        _check_shapes(adapter, shapes)
+        read = time.perf_counter()
+        scores = score_adapter(adapter, effective, device, check_deadline)
+        scored = time.perf_counter()
+        outcome = decide(scores, _scalings(adapter), copy.digest, effective)
+    except AdapterRejected as refusal:
+        outcome = Outcome(Decision.REJECTED, refusal)
+    except Exception as error:  # noqa: BLE001 - fail closed: nothing unscored is admitted
+        outcome = Outcome(Decision.REJECTED, GateFailed(f"{type(error).__name__}: {error}"))
+    ended = time.perf_counter()
+    unscorable = adapter.unscorable if adapter else ()
+    verdict = Verdict(
+        path=str(source),
+        name=name,
+        digest=copy.digest if copy else None,
+        config_digest=adapter.config.digest if adapter else None,
+        decision=outcome.decision,
+        reason=Reason.of(outcome.refusal) if outcome.refusal else None,
+        uninformative=outcome.uninformative,
+        mode=policy.mode,
+        scorer=effective.scorer.as_json(),
+        policy_digest=policy.digest,
+        modules=_module_verdicts(adapter, scores, outcome, effective) if adapter and scores else (),
+        removed=unscorable if effective.on_unscorable == "strip" else (),
+        unscored=unscorable if effective.on_unscorable == "admit" else (),
+        seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
+    )
+    return Admission(verdict, adapter, tuple(scores))
+
+
+def _scalings(adapter: Adapter) -> dict[str, float]:
+    return {module.name: module.scaling for module in adapter.modules}
+
+
+def _check_shapes(adapter: Adapter, shapes: Collection[tuple[int, int]]) -> None:
+    for module in adapter.modules:
+        if shapes and module.shape not in shapes:
+            raise DoesNotFitModel(
+                f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, and"
+                " the served model has no such LoRA module"
+            )
+
+
+def _real_path(folder: Path) -> str:
+    """The path without links and dots, which the policy's rules match."""
+    try:
+        return os.path.realpath(folder)
+    except (OSError, ValueError):  # a null byte: taking the private copy reports the error
+        return str(folder)
+
+
+def _check_deadline(deadline: float, policy: Policy) -> None:
+    if time.perf_counter() > deadline:
+        raise DeadlinePassed(f"reading and scoring took over {policy.limits.seconds:g} s")
+
+
+def _module_verdicts(
+    adapter: Adapter, scores: Sequence[ModuleScore], outcome: Outcome, policy: Policy
+) -> tuple[ModuleVerdict, ...]:
+    shares = energy_shares(scores)
+    scored = {score.name: (score, share) for score, share in zip(scores, shares, strict=True)}
+    negligible = negligible_modules(scores, policy.negligible)
+    return tuple(
+        _module_verdict(
+            module,
+            *scored.get(module.name, (None, None)),
+            stripped=module.name in outcome.stripped,
+            negligible=module.name in negligible,
+        )
+        for module in adapter.modules
+    )
+
+
+def _module_verdict(
+    module: Module,
+    score: ModuleScore | None,
+    energy_share: float | None,
+    *,
+    stripped: bool,
+    negligible: bool,
+) -> ModuleVerdict:
+    return ModuleVerdict(
+        name=module.name,
+        layer=module.layer,
+        projection=module.projection,
+        shape=module.shape,
+        rank=module.rank,
+        ssi=score.ssi if score else None,
+        relative_ssi=score.relative_ssi if score else None,
+        spectrum=score.spectrum if score else (),
+        row_norm_mean=score.row_norm_mean if score else None,
+        column_norm_mean=score.column_norm_mean if score else None,
+        stripped=stripped,
+        energy_share=energy_share,
+        negligible=negligible,
+    )

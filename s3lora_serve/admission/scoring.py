@@ -1,0 +1,68 @@
+"""Scores of an adapter's selected modules, and the checks that a score needs."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.adapter.reader import Adapter, Module
+from s3lora_serve.errors import Cancels, NotFinite, NothingSelected
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.spectral import Factors, ModuleScore, Scorer, score_modules
+
+MAX_CANCELLATION = 1e3
+"""Largest ‖B‖_F·‖A‖_F/‖B·A‖_F scored. Trained factors have about √r. From 2^8 on, products rounded
+to bfloat16 err by as much as the product itself, and the index describes something never served."""
+
+
+def score_adapter(
+    adapter: Adapter, policy: Policy, device: str, check_deadline: Callable[[], None]
+) -> list[ModuleScore]:
+    """Score the modules that the policy selects; check the others for NaN and Inf.
+
+    `check_deadline` runs between batches and may raise to stop.
+
+    Raises:
+        NotFinite: a factor holds NaN or Inf.
+        Cancels: the factors of a module exceed their product by more than MAX_CANCELLATION.
+        NothingSelected: the policy selects no module.
+    """
+    selected = {module.name for module in adapter.modules if policy.selects(module.name)}
+    factors = [
+        Factors(m.name, _as_served(m.B), _as_served(m.A), m.scaling)
+        for m in adapter.modules
+        if m.name in selected
+    ]
+    scorer = Scorer(**policy.scorer.model_dump())
+    scores = score_modules(factors, scorer, device=device, between_batches=check_deadline)
+    not_finite = [score.name for score in scores if not score.finite]
+    for module in adapter.modules:
+        if module.name not in selected:
+            check_deadline()
+            not_finite += [] if _is_finite(module) else [module.name]
+    if not_finite:
+        raise NotFinite(
+            f"module {not_finite[0]} holds NaN or Inf as served (of {len(not_finite)} that do)"
+        )
+    for score in scores:
+        if not score.cancellation <= MAX_CANCELLATION:
+            raise Cancels(
+                f"module {score.name} has factors {score.cancellation:.1e} times its product"
+            )
+    if not scores:
+        raise NothingSelected(
+            f"the policy's modules {list(policy.modules)} match none of its modules"
+        )
+    return scores
+
+
+def _as_served(factor: Tensor) -> Tensor:
+    """A factor in at most float32: no server holds LoRA weights in a wider dtype.
+
+    Values that float32 cannot hold are served as zero or infinity, and are scored as such.
+    """
+    return factor.float() if factor.dtype == torch.float64 else factor
+
+
+def _is_finite(module: Module) -> bool:
+    return all(_as_served(factor).isfinite().all() for factor in (module.A, module.B))

@@ -1,0 +1,181 @@
+"""The verdict: everything decided about one adapter, frozen, with what it was decided by."""
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from s3lora_serve.errors import Reason
+from s3lora_serve.policy.schema import Policy
+
+
+class Decision(StrEnum):
+    """What enforce does with the adapter (audit only says it)."""
+
+    ADMITTED = "admitted"
+    STRIPPED = "stripped"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleVerdict:
+    """One module: its score, and whether its update is taken away."""
+
+    name: str
+    layer: int | None
+    projection: str
+    shape: tuple[int, int]  # (m, n) of ΔW
+    rank: int
+    ssi: float | None  # None: ΔW = 0, or the policy does not select the module
+    relative_ssi: float | None
+    spectrum: tuple[float, ...]
+    row_norm_mean: float | None
+    column_norm_mean: float | None
+    stripped: bool
+    energy_share: float | None = None  # ‖ΔW‖_F² over the sum of all scored modules
+    negligible: bool = False  # too small to be counted by the strip rule
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time of one decision went."""
+
+    read: float = 0.0
+    score: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The decision on one adapter. What was never learnt (unreadable files) is None."""
+
+    path: str
+    name: str
+    digest: str | None  # sha256 of adapter_model.safetensors as it lay in the folder
+    config_digest: str | None  # sha256 of the canonical JSON of adapter_config.json
+    decision: Decision
+    reason: Reason | None
+    uninformative: bool
+    mode: str
+    scorer: dict[str, Any]
+    policy_digest: str
+    modules: tuple[ModuleVerdict, ...] = ()
+    removed: tuple[str, ...] = ()  # unscorable tensors that are taken away (policy: strip)
+    unscored: tuple[str, ...] = ()  # unscorable tensors that are served unscored (policy: admit)
+    seconds: Seconds = field(default_factory=Seconds)
+
+    @property
+    def stripped(self) -> tuple[str, ...]:
+        """PEFT names of the modules that lose their update."""
+        return tuple(module.name for module in self.modules if module.stripped)
+
+    def as_json(self, *, spectra: bool = True) -> dict[str, Any]:
+        """The verdict as plain data, keys as the product's contract names them.
+
+        `spectra=False` leaves out the spectra, which are most of its bytes.
+        """
+        return {
+            "path": self.path,
+            "name": self.name,
+            "digest": self.digest,
+            "config_digest": self.config_digest,
+            "decision": self.decision.value,
+            "reason": self.reason and {"code": self.reason.code, "message": self.reason.message},
+            "uninformative": self.uninformative,
+            "mode": self.mode,
+            "scorer": self.scorer,
+            "policy_digest": self.policy_digest,
+            "modules": [_module_json(module, spectra) for module in self.modules],
+            "removed": list(self.removed),
+            "unscored": list(self.unscored),
+            "seconds": {
+                "read": self.seconds.read,
+                "score": self.seconds.score,
+                "total": self.seconds.total,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Verdict":
+        """The verdict that `as_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: `data` was not written by `as_json`.
+        """
+        return cls(
+            **data
+            | {
+                "decision": Decision(data["decision"]),
+                "reason": Reason.from_json(data["reason"]),
+                "modules": tuple(_module_from_json(module) for module in data["modules"]),
+                "removed": tuple(data["removed"]),
+                "unscored": tuple(data["unscored"]),
+                "seconds": Seconds(**data["seconds"]),
+            }
+        )
+
+
+def is_refused(verdict: Verdict) -> bool:
+    """Whether the adapter may not be served. Audit mode serves what it would reject."""
+    return verdict.decision is Decision.REJECTED and verdict.mode == "enforce"
+
+
+def served_stripped_count(verdict: Verdict) -> int:
+    """How many modules are stripped while the adapter is served; none in audit mode."""
+    return len(verdict.stripped) if verdict.mode == "enforce" else 0
+
+
+def differs(before: Verdict, after: Verdict) -> bool:
+    """Whether two verdicts on one adapter serve different modules or refuse it differently."""
+    return _outcome(before) != _outcome(after)
+
+
+def _outcome(verdict: Verdict) -> tuple[object, ...]:
+    reason = verdict.reason and verdict.reason.code
+    stripped = frozenset(verdict.stripped)
+    return verdict.decision, verdict.mode, reason, stripped, verdict.removed, verdict.unscored
+
+
+def with_rejection(verdict: Verdict, reason: Reason) -> Verdict:
+    """The verdict with a rejection that came after the decision; no module counts as stripped."""
+    kept = tuple(replace(module, stripped=False) for module in verdict.modules)
+    return replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
+
+
+def unread_verdict(name: str, path: str, policy: Policy) -> Verdict:
+    """The verdict on an adapter that could not be read, without a reason yet."""
+    return Verdict(
+        path=path,
+        name=name,
+        digest=None,
+        config_digest=None,
+        decision=Decision.REJECTED,
+        reason=None,
+        uninformative=False,
+        mode=policy.mode,
+        scorer=policy.scorer.as_json(),
+        policy_digest=policy.digest,
+    )
+
+
+def _module_from_json(data: dict[str, Any]) -> ModuleVerdict:
+    m, n = data["shape"]
+    return ModuleVerdict(**data | {"shape": (m, n), "spectrum": tuple(data["spectrum"])})
+
+
+def _module_json(module: ModuleVerdict, spectra: bool) -> dict[str, Any]:
+    spectrum = {"spectrum": list(module.spectrum)} if spectra else {}
+    return {
+        "name": module.name,
+        "layer": module.layer,
+        "projection": module.projection,
+        "shape": list(module.shape),
+        "rank": module.rank,
+        "ssi": module.ssi,
+        "relative_ssi": module.relative_ssi,
+        **spectrum,
+        "row_norm_mean": module.row_norm_mean,
+        "column_norm_mean": module.column_norm_mean,
+        "stripped": module.stripped,
+        "energy_share": module.energy_share,
+        "negligible": module.negligible,
+    }

@@ -1,0 +1,54 @@
+"""Options, exit codes and error exits that the commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeAlias
+
+import typer
+
+REJECTED, USAGE = 1, 2
+"""Exit codes; 0 is the third. See the README."""
+
+
+class Device(StrEnum):
+    """Where to score."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Scorer(StrEnum):
+    """The index to score with; all but the first are slow, and refused by a server."""
+
+    MAS_SVD = "mas-svd"
+    SVD = "svd"
+    SPSVD = "spsvd"
+
+
+PolicyOption: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
+]
+DeviceOption: TypeAlias = Annotated[
+    Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
+]
+
+
+def check_device(device: Device) -> None:
+    """Stop if CUDA is asked for and missing; otherwise every adapter would be rejected."""
+    if device is Device.CUDA:
+        import torch  # takes seconds
+
+        if not torch.cuda.is_available():
+            stop("--device cuda: torch finds no CUDA device here")
+
+
+def stop(problem: str) -> NoReturn:
+    """Print a problem and exit with the code of wrong usage."""
+    typer.echo(f"s3lora: {problem}", err=True)
+    raise typer.Exit(USAGE)
+
+
+def stop_at(error: OSError) -> NoReturn:
+    """Exit as `stop` does, for a file that cannot be read or written."""
+    stop(f"{str(error.filename)[:200]}: {error.strerror}")

@@ -1,0 +1,85 @@
+"""`s3lora report`: writes a page on one adapter or two."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from s3lora_serve.admission.verdict import Decision
+from s3lora_serve.cli.options import (
+    REJECTED,
+    Device,
+    DeviceOption,
+    PolicyOption,
+    Scorer,
+    check_device,
+    stop,
+    stop_at,
+)
+from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.pages.report import Subject, report
+from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.schema import Policy, Strip
+
+COUNTS = (0, 5, 10, 15, 20)
+"""Numbers of stripped modules that the paper compares (its pruning hyperparameter τ)."""
+
+
+def write_report(
+    paths: Annotated[list[Path], typer.Argument(help="An adapter folder, or two to compare.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
+    policy: PolicyOption = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Indices to rank by as well: mas-svd,svd,spsvd.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """Write one self-contained page: heat map, spectra, what is stripped and why.
+
+    Exit code: 0 admitted or stripped, 1 at least one rejected, 2 wrong usage.
+    """
+    check_device(device)
+    if len(paths) > 2:
+        stop(f"a report is on one adapter or on two, not on {len(paths)}")
+    scorers = [name for name in (compare or "").split(",") if name]
+    if unknown := [name for name in scorers if name not in list(Scorer)]:
+        stop(f"--compare knows {', '.join(Scorer)}; got {unknown[0]!r}")
+    try:
+        for path in paths:
+            path.stat()
+        chosen = effective_policy(file=policy)
+        subjects = [_subject(path, chosen, scorers, device.value) for path in paths]
+        output.write_text(report(subjects))
+    except OSError as error:
+        stop_at(error)
+    except S3LoRAError as error:
+        stop(str(error))
+    typer.echo(f"{output}: {', '.join(one.verdict.decision.value for one in subjects)}")
+    if any(one.verdict.decision is Decision.REJECTED for one in subjects):
+        raise typer.Exit(REJECTED)
+
+
+def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Subject:
+    from s3lora_serve.admission.pipeline import admit  # imports torch, which takes seconds
+
+    name = path.absolute().name
+    # The rules for this adapter would replace the counts that are compared.
+    own = policy.for_adapter(name, str(path.resolve()), None).model_copy(update={"rules": ()})
+    admission = admit(path, name, policy, device=device)
+    others = [other for other in scorers if other != policy.scorer.name]
+    return Subject(
+        admission.verdict,
+        {
+            count: admission.under(own.model_copy(update={"strip": Strip(top_k=count)}))
+            for count in COUNTS
+        },
+        {
+            other: admit(path, name, _scored_by(own, other), device=device).verdict
+            for other in others
+        },
+    )
+
+
+def _scored_by(policy: Policy, scorer: str) -> Policy:
+    choice = policy.scorer.model_copy(update={"name": scorer})
+    return policy.model_copy(update={"scorer": choice})

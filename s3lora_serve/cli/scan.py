@@ -1,0 +1,191 @@
+"""`s3lora scan`: verdicts on adapters, one or a hundred thousand."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from s3lora_serve.adapter.discovery import find_adapters
+from s3lora_serve.admission.verdict import Decision, Verdict
+from s3lora_serve.cli.options import (
+    REJECTED,
+    Device,
+    DeviceOption,
+    PolicyOption,
+    Scorer,
+    check_device,
+    stop,
+    stop_at,
+)
+from s3lora_serve.cli.scan_output import Format, output_in
+from s3lora_serve.errors import S3LoRAError, StorageFailed
+from s3lora_serve.offline.sweep import Folder, default_jobs, sweep
+from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.schema import Policy
+
+MANY = 32
+"""Number of adapters from which several processes save time; their start takes seconds."""
+
+
+def scan(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Adapter folders, folders of adapters, patterns, URLs that fsspec opens;"
+            " - for a list on standard input."
+        ),
+    ],
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+    policy: PolicyOption = None,
+    scorer: Annotated[
+        Scorer | None, typer.Option(help="Another index than the policy's, to compare.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Processes; 0: one a core where there are many adapters.")
+    ] = 0,
+    ray: Annotated[
+        str | None, typer.Option(help="Score on a Ray cluster: auto, or its address.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write there, not to standard output.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the jsonl file of --output.")
+    ] = False,
+) -> None:
+    """Say what the gate would do with each adapter; nothing is written.
+
+    Exit code: 0 admitted or stripped, 1 at least one rejected, 2 wrong usage.
+    """
+    check_device(device)
+    if output is not None and form is Format.TABLE:
+        stop("--output takes --format json, jsonl or sarif")
+    if resume and (output is None or form is not Format.JSONL):
+        stop("--resume takes --format jsonl and --output FILE")
+    if ray is not None and jobs:
+        stop("--ray scores on all CPUs of the cluster: leave --jobs out")
+    chosen = _policy(policy, scorer)
+    try:
+        folders = list(find_adapters(_listed(paths)))
+    except OSError as error:
+        stop_at(error)
+    except StorageFailed as error:
+        stop(str(error))
+    known = _known(output, chosen) if resume and output else {}
+    todo = [folder for folder in folders if str(folder) not in known]
+    if ray is None:
+        workers = jobs or (default_jobs() if len(todo) >= MANY else 1)
+        verdicts = sweep(todo, chosen, device.value, workers)
+    else:
+        verdicts = _on_cluster(todo, chosen, device.value, ray)
+    rejected = any(decision == Decision.REJECTED for decision in known.values())
+    with ExitStack() as stack:
+        written = output_in(form, _opened(stack, output, resume))
+        for verdict in _shown(verdicts, len(todo)):
+            written.add(verdict)
+            rejected |= verdict.decision is Decision.REJECTED
+        written.end()
+    raise typer.Exit(REJECTED if rejected else 0)
+
+
+def _policy(file: Path | None, scorer: Scorer | None) -> Policy:
+    try:
+        chosen = effective_policy(file=file)
+    except S3LoRAError as error:
+        stop(str(error))
+    if scorer is None:
+        return chosen
+    choice = chosen.scorer.model_copy(update={"name": scorer.value})
+    return chosen.model_copy(update={"scorer": choice})
+
+
+def _on_cluster(
+    folders: Iterable[Folder], policy: Policy, device: str, address: str
+) -> Iterator[Verdict]:
+    try:
+        from s3lora_serve.offline.ray_sweep import ray_sweep  # an extra
+    except ImportError:
+        stop("--ray needs the extra: pip install 's3lora-serve[ray]'")
+    try:
+        yield from ray_sweep(folders, policy, device, address)
+    except ConnectionError as error:
+        stop(f"--ray {address}: {str(error).splitlines()[0]}")
+
+
+def _listed(paths: Iterable[str]) -> Iterator[str]:
+    for path in paths:
+        if path == "-":
+            yield from (line for line in sys.stdin.read().splitlines() if line)
+        else:
+            yield path
+
+
+def _known(file: Path, policy: Policy) -> dict[str, str]:
+    """Decisions by path of an earlier run under this policy; cuts off an incomplete last line."""
+    known: dict[str, str] = {}
+    if not file.exists():
+        return known
+    with file.open("r+b") as lines:
+        whole = 0
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                verdict = json.loads(line)
+                path, decision = verdict["path"], verdict["decision"]
+                decided = verdict["policy_digest"], verdict["scorer"]["name"]
+            except (ValueError, KeyError, TypeError):
+                stop(f"{file} is no file of scan --format jsonl: {line[:80]!r}")
+            if decided != (policy.digest, policy.scorer.name):
+                stop(f"{file} was written under another policy: begin a new file")
+            known[path] = decision
+        lines.truncate(whole)
+    return known
+
+
+def _opened(stack: ExitStack, output: Path | None, resume: bool) -> TextIO:
+    if output is None:
+        return sys.stdout
+    try:
+        return stack.enter_context(output.open("a" if resume else "x"))
+    except FileExistsError:
+        stop(f"{output} exists; --resume goes on with a jsonl file")
+    except OSError as error:
+        stop(f"{output}: {error.strerror}")
+
+
+def _shown(verdicts: Iterator[Verdict], total: int) -> Iterator[Verdict]:
+    """The same verdicts, with a progress bar if standard error is a terminal."""
+    console = Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn()
+    watched = sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=not watched) as bar:
+        task = bar.add_task("adapters", total=total)
+        for verdict in verdicts:
+            yield verdict
+            bar.advance(task)
+
+
+class RateColumn(ProgressColumn):
+    """Adapters a second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, as rich shows it for tasks without a total."""
+        return TaskProgressColumn.render_speed(task.finished_speed or task.speed)

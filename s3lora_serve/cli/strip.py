@@ -1,0 +1,51 @@
+"""`s3lora strip`: writes an adapter without its sharp modules."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import s3lora_serve  # imports torch on first use, which takes seconds
+from s3lora_serve.cli.options import (
+    REJECTED,
+    Device,
+    DeviceOption,
+    PolicyOption,
+    check_device,
+    stop,
+    stop_at,
+)
+from s3lora_serve.cli.tables import VerdictTable
+from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.policy.file import effective_policy
+
+
+def strip(
+    source: Annotated[Path, typer.Argument(help="An adapter folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    policy: PolicyOption = None,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """Write an adapter without its sharp modules, whole or not at all; the source is only read.
+
+    Beside it, s3lora-provenance.json says what it was made of and by which policy.
+
+    Exit code: 0 written, 1 rejected or nothing left, 2 wrong usage.
+    """
+    check_device(device)
+    try:
+        source.stat()
+        chosen = effective_policy(file=policy)
+        verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value)
+    except FileExistsError as error:
+        stop(str(error))
+    except OSError as error:
+        stop_at(error)
+    except S3LoRAError as error:
+        stop(str(error))
+    table = VerdictTable()
+    table.add(verdict)
+    table.end()
+    if not target.exists():
+        typer.echo("s3lora: nothing is written", err=True)
+        raise typer.Exit(REJECTED)

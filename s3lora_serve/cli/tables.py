@@ -1,0 +1,130 @@
+"""Tables on the terminal. Names are chosen by adapters' owners and are never markup."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from s3lora_serve.admission.verdict import Decision, ModuleVerdict, Verdict
+from s3lora_serve.launcher.checks import Check
+
+_COLOURS = {Decision.ADMITTED: "green", Decision.STRIPPED: "yellow", Decision.REJECTED: "red"}
+
+
+class VerdictTable:
+    """One line for each adapter, then its stripped modules or its reason of refusal."""
+
+    def __init__(self) -> None:
+        self._table = Table("adapter", "decision", "modules", "stripped", "highest SSI", "ms")
+        self._told: list[Text | Table] = []
+
+    def add(self, verdict: Verdict) -> None:
+        """Add one adapter."""
+        indices = [module.ssi for module in verdict.modules if module.ssi is not None]
+        self._table.add_row(
+            plain(verdict.name),
+            Text(verdict.decision, _COLOURS[verdict.decision]),
+            str(len(verdict.modules)) if verdict.modules else "-",
+            str(len(verdict.stripped)) if verdict.modules else "-",
+            f"{max(indices):.3f}" if indices else "-",
+            f"{verdict.seconds.total * 1000:.1f}",
+        )
+        if verdict.reason:
+            self._told.append(plain(f"{verdict.name}: {verdict.reason}"))
+        elif verdict.stripped:
+            self._told.append(_stripped(verdict))
+
+    def end(self) -> None:
+        """Print all adapters."""
+        console = Console()
+        for part in (self._table, *self._told):
+            console.print(part)
+
+
+def _stripped(verdict: Verdict) -> Table:
+    table = Table(
+        "stripped module",
+        "SSI",
+        "relative",
+        "σ̃₁",
+        "rank",
+        "‖ΔW‖²",
+        title=plain(verdict.name),
+    )
+    stripped = [module for module in verdict.modules if module.stripped]
+    for module in sorted(stripped, key=lambda module: -(module.relative_ssi or 0)):
+        table.add_row(
+            plain(module.name),
+            _number(module.ssi),
+            _number(module.relative_ssi),
+            f"{module.spectrum[0]:.3g}" if module.spectrum else "-",
+            str(module.rank),
+            _share(module),
+        )
+    return table
+
+
+def print_recheck(adapters: Sequence[dict[str, Any]]) -> None:
+    """One line for each served adapter that the policy in force would decide otherwise."""
+    changed = [each for each in adapters if each["differs"]]
+    console = Console()
+    console.print(f"{len(adapters)} served, {len(changed)} would be decided otherwise now")
+    if not changed:
+        return
+    table = Table("adapter", "served as", "would be now", "why")
+    for each in changed:
+        table.add_row(
+            plain(each["name"]),
+            plain(_outcome(each["before"])),
+            plain(_outcome(each["after"])),
+            plain(_change(each["before"], each["after"])),
+        )
+    console.print(table)
+
+
+def _outcome(verdict: dict[str, Any]) -> str:
+    stripped = sum(module["stripped"] for module in verdict["modules"])
+    return f"{verdict['decision']} ({stripped} of {len(verdict['modules'])} modules stripped)"
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    if after["reason"]:
+        return f"{after['reason']['code']}: {after['reason']['message']}"
+    if before["mode"] != after["mode"]:
+        return f"mode {after['mode']}"
+    names = [{m["name"] for m in v["modules"] if m["stripped"]} for v in (before, after)]
+    signs = [f"-{name}" for name in names[1] - names[0]] + [f"+{n}" for n in names[0] - names[1]]
+    return ", ".join(sorted(signs)[:4]) + (" …" if len(signs) > 4 else "")
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """One line for each check."""
+    table = Table("check", "", "finding")
+    for check in checks:
+        mark = (
+            ("ok", "green")
+            if check.passed
+            else ("no", "red")
+            if check.essential
+            else ("!", "yellow")
+        )
+        table.add_row(plain(check.name), Text(*mark), plain(check.detail))
+    Console().print(table)
+
+
+def plain(text: str) -> Text:
+    """Text without markup, and without control characters that a terminal would obey."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _share(module: ModuleVerdict) -> str:
+    """A module's share of the adapter's ‖ΔW‖², short: tables are 80 columns wide."""
+    if module.energy_share is None:
+        return "-"
+    return "negl." if module.negligible else f"{module.energy_share:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

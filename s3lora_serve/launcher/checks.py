@@ -1,0 +1,121 @@
+"""Checks whether a server started in this environment would be guarded; vLLM is not imported.
+
+`doctor` prints them. `serve` does not start a server if an essential check fails.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.policy.file import serving_policy
+from s3lora_serve.settings import load_settings
+from s3lora_serve.store.adapter_store import AdapterStore
+from s3lora_serve.vllm_plugin.release import installed_vllm, is_supported
+
+PLUGIN = "s3lora"
+"""Name of both entry points of the plugin: VLLM_PLUGINS is one list for all groups."""
+
+GENERAL_GROUP = "vllm.general_plugins"
+ENDPOINT_GROUP = "vllm.endpoint_plugins"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The result of one check; the environment is guarded if all essential checks pass."""
+
+    name: str
+    passed: bool
+    detail: str
+    essential: bool = True  # if it fails, `serve` does not start
+
+    @property
+    def guards(self) -> bool:
+        """Whether a server that fails this check is unguarded, on purpose or not."""
+        return self.essential or self.name == "policy"
+
+
+def checks() -> Iterator[Check]:
+    """The checks, in the order in which failures should be fixed."""
+    yield _vllm_release()
+    yield from _plugin()
+    yield _policy()
+    yield _state_dir()
+    yield _metrics_dir()
+
+
+def _vllm_release() -> Check:
+    """Whether the gate was checked against the installed vLLM."""
+    found = installed_vllm()
+    if found is None:
+        return Check("vLLM", False, "not installed: pip install 's3lora-serve[vllm]'")
+    name, release = found
+    if is_supported(release):
+        return Check("vLLM", True, f"{name} {release}")
+    return Check("vLLM", False, f"{name} {release} was never checked", essential=False)
+
+
+def _plugin() -> Iterator[Check]:
+    for group in (GENERAL_GROUP, ENDPOINT_GROUP):
+        found = entry_points(group=group, name=PLUGIN)
+        try:
+            for entry in found:
+                entry.load()
+            passed, detail = bool(found), "installed" if found else "no entry point: reinstall"
+        except Exception as error:  # noqa: BLE001 - vLLM would log this and serve unguarded
+            passed, detail = False, f"does not import: {type(error).__name__}: {error}"
+        yield Check(f"entry point {group}", passed, detail)
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None:
+        detail = (
+            "unset: the gate loads; its HTTP routes do not, and /adapters asks for no key"
+            f" (s3lora serve adds {PLUGIN})"
+        )
+        yield Check("VLLM_PLUGINS", True, detail)
+    else:
+        yield Check("VLLM_PLUGINS", PLUGIN in allowed.split(","), f"{allowed!r} must list {PLUGIN}")
+
+
+def _policy() -> Check:
+    try:
+        policy = serving_policy()
+    except S3LoRAError as error:
+        return Check("policy", False, str(error))
+    if policy.mode == "off":
+        return Check("policy", False, "mode is off: nothing is looked at", essential=False)
+    name, value = policy.strip.rule
+    return Check("policy", True, f"{policy.mode}, strip {name} {value:g}, {policy.digest[:19]}…")
+
+
+def _state_dir() -> Check:
+    try:
+        store = AdapterStore(load_settings().state_dir)
+        store.prepare()
+    except S3LoRAError as error:
+        return Check("state folder", False, str(error))
+    return Check("state folder", os.access(store.root, os.W_OK | os.X_OK), str(store.root))
+
+
+def _metrics_dir() -> Check:
+    name = "PROMETHEUS_MULTIPROC_DIR"
+    folder = os.environ.get(name)
+    if folder is None:
+        return Check("metrics", True, f"{name} unset: s3lora serve sets it, vllm serve does not")
+    if not Path(folder).is_dir():
+        return Check("metrics", False, f"{name}={folder} is not a folder", essential=False)
+    stale = any(Path(folder).iterdir())
+    detail = f"{folder} holds files of an earlier run: wipe it" if stale else folder
+    return Check("metrics", not stale, detail, essential=False)
+
+
+def device() -> Check:
+    """The device that scores modules; for `doctor` only, since torch takes seconds to import."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    detail = (
+        torch.cuda.get_device_name(0) if cuda else "no CUDA device: modules are scored on the CPU"
+    )
+    return Check("device", True, detail)

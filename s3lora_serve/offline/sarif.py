@@ -1,0 +1,110 @@
+"""Verdicts as SARIF 2.1.0, for code-scanning pages.
+
+Source: OASIS, Static Analysis Results Interchange Format Version 2.1.0.
+"""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from s3lora_serve.adapter.fsspec_storage import is_url
+from s3lora_serve.adapter.private_copy import WEIGHTS_NAME
+from s3lora_serve.admission.verdict import Decision, Verdict
+from s3lora_serve.errors import meanings, rejections
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+SHARP = "S3LORA-SHARP"
+"""Rule of adapters that are served without some of their modules; refusals have their codes."""
+
+WHOLE_FILE = {"startLine": 1, "startColumn": 1, "endLine": 1, "endColumn": 1}
+"""Code-scanning pages ask for a line; weights have none."""
+
+
+class SarifLog:
+    """Results of one run; an admitted adapter has none."""
+
+    def __init__(self) -> None:
+        self._results: list[dict[str, Any]] = []
+        self._rules = {rule["id"]: rule for rule in _rules()}
+        self._places = {id_: place for place, id_ in enumerate(self._rules)}
+
+    def add(self, verdict: Verdict) -> None:
+        """Keep what is to be said about one adapter."""
+        if verdict.decision is Decision.REJECTED and verdict.reason:
+            self._add(verdict, verdict.reason.code, "error", verdict.reason.message)
+        elif verdict.decision is Decision.STRIPPED:
+            names = ", ".join(verdict.stripped)
+            count = f"{len(verdict.stripped)} of {len(verdict.modules)} modules are sharp"
+            self._add(verdict, SHARP, "warning", f"{count} and are stripped: {names}")
+
+    def _add(self, verdict: Verdict, rule: str, level: str, message: str) -> None:
+        place = {
+            "artifactLocation": {"uri": _uri(verdict.path)},
+            "region": WHOLE_FILE,
+        }
+        digest = {"adapter/v1": verdict.digest} if verdict.digest else {}
+        self._results.append(
+            {
+                "ruleId": rule,
+                "ruleIndex": self._places[rule],
+                "level": level,
+                "message": {"text": message},
+                "locations": [{"physicalLocation": place}],
+                "partialFingerprints": digest,
+                "properties": {"adapter": verdict.name, "policyDigest": verdict.policy_digest},
+            }
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole log as plain data."""
+        driver = {
+            "name": "s3lora",
+            "semanticVersion": version("s3lora-serve"),
+            "rules": list(self._rules.values()),
+        }
+        run = {"tool": {"driver": driver}, "results": self._results}
+        return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def _rules() -> Iterator[dict[str, Any]]:
+    yield _rule(
+        SHARP,
+        "SharpModules",
+        "warning",
+        "Sharp modules.",
+        "The policy's strip rule picks modules whose updates concentrate in few directions (high"
+        " Spectral Sharpness Index); the adapter is served without them.",
+        "Look at the modules with `s3lora scan`, or `s3lora report` for their spectra. If they are"
+        " wanted, change strip in the policy or add the adapter's digest to allow.",
+    )
+    short = meanings()
+    for cause in rejections():
+        meaning = f"{short[cause.code].capitalize()}."
+        why = cause.__doc__ or meaning
+        yield _rule(cause.code, cause.__name__, "error", meaning, why, cause.remedy)
+
+
+def _rule(id_: str, name: str, level: str, meaning: str, why: str, remedy: str) -> dict[str, Any]:
+    """A reporting descriptor, with what code-scanning pages show of it."""
+    markdown = f"**What it means.** {why}\n\n**What to do.** {remedy}"
+    return {
+        "id": id_,
+        "name": name,
+        "shortDescription": {"text": meaning},
+        "fullDescription": {"text": why},
+        "help": {"text": f"{why} {remedy}", "markdown": markdown},
+        "defaultConfiguration": {"level": level},
+        "properties": {"tags": ["security", "lora"], "problem.severity": level},
+    }
+
+
+def _uri(folder: str) -> str:
+    """Relative to the working folder where it can be: a checkout's pages know no other paths."""
+    if is_url(folder):
+        return quote(f"{folder}/{WEIGHTS_NAME}", safe=":/")
+    absolute = Path.cwd() / folder / WEIGHTS_NAME
+    if absolute.is_relative_to(Path.cwd()):
+        return quote(str(absolute.relative_to(Path.cwd())))
+    return absolute.as_uri()

@@ -1,0 +1,1 @@
+"""The operator's policy: its schema, its file, and its reload in a running server."""

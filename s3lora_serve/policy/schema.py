@@ -1,0 +1,197 @@
+"""The operator's policy: what is stripped, what is refused, within which limits. Unknown keys are
+refused, and every default says where it comes from."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from s3lora_serve.errors import PolicyInvalid
+from s3lora_serve.policy.globs import glob_matches
+from s3lora_serve.settings import Mode
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ScorerChoice(_Section):
+    """Which index, with all parameters that influence it."""
+
+    name: Literal["mas-svd", "svd", "spsvd", "dense"] = "mas-svd"  # arXiv 2508.15068
+    rank: Annotated[int, Field(ge=1)] | None = None  # M; None: min(r, m, n)
+    normalization: Literal["two_sided", "row", "column", "equilibrated"] = "two_sided"
+
+    def as_json(self) -> dict[str, Any]:
+        """Name and parameters, as verdicts carry them."""
+        return {"name": self.name, "parameters": self.model_dump(exclude={"name"})}
+
+
+class Strip(_Section):
+    """How sharp modules are chosen: exactly one of the four."""
+
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    fraction: Fraction | None = None
+    threshold: Fraction | None = None
+    outliers: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.model_fields_set) != 1 or self.rule[1] is None:
+            raise ValueError("expected exactly one of top_k, fraction, threshold, outliers")
+        return self
+
+    @property
+    def rule(self) -> tuple[str, float]:
+        """The chosen rule's name and its value."""
+        [name] = self.model_fields_set
+        return name, getattr(self, name)
+
+
+class Limits(_Section):
+    """Bounds on what is read and admitted."""
+
+    max_stripped_fraction: Fraction = 0.5  # more than half stripped is another adapter [ours]
+    max_scaling: Annotated[float, Field(gt=0)] | None = 64  # alpha 64 at r = 1 [ours]
+    max_norm_ratio: Annotated[float, Field(gt=0)] | None = None
+    seconds: Annotated[float, Field(gt=0)] = 30  # far over any measured admission
+    download_seconds: Annotated[float, Field(gt=0)] = 600  # hub ids: the largest adapter at 4 MB/s
+    max_bytes: Annotated[int, Field(gt=0)] = 2 * 2**30  # r = 64 on a 70B model is 1.7 GB in bf16
+    min_rank: Annotated[int, Field(ge=1)] = 1  # 2 refuses what cannot be ranked: rank-1 modules
+    max_rank: Annotated[int, Field(ge=1)] = 256  # the largest rank in common use; vLLM stops at 512
+    formats: tuple[Literal["safetensors"], ...] = ("safetensors",)  # the others run code to load
+    roots: tuple[Path, ...] = ()
+
+
+class Audit(_Section):
+    """Where decisions are written down."""
+
+    path: Path | None = None
+    max_bytes: Annotated[int, Field(gt=0)] = 100 * 2**20  # a day's decisions of a busy server
+    keep: Annotated[int, Field(ge=0)] = 5
+    required: bool = False
+
+
+class Store(_Section):
+    """The bound on admitted copies kept on disk."""
+
+    max_bytes: Annotated[int, Field(gt=0)] = 20 * 2**30  # ten adapters of the largest size
+
+
+class Match(_Section):
+    """Globs a rule applies to; those left out match everything."""
+
+    adapter: str | None = None
+    path: str | None = None
+    base_model: str | None = None
+
+
+class Rule(BaseModel):
+    """A match, and the policy keys it overrides (checked against the policy's own schema)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    match: Match
+
+
+class Policy(_Section):
+    """The effective policy. Immutable; identified by the digest of its canonical JSON."""
+
+    mode: Mode = "enforce"
+    scorer: ScorerChoice = ScorerChoice()
+    modules: tuple[str, ...] = ("*",)
+    strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
+    # Share of Σ‖ΔW‖_F². Rounding factors to float16 changes 9e-8 of it: tests/test_evasion.py
+    negligible: Annotated[float, Field(ge=0, lt=1)] = 1e-7
+    limits: Limits = Limits()
+    deny: frozenset[Digest] = frozenset()
+    allow: frozenset[Digest] = frozenset()
+    on_uninformative: Literal["reject", "admit"] = "reject"
+    on_unscorable: Literal["reject", "admit", "strip"] = "reject"
+    audit: Audit = Audit()
+    store: Store = Store()
+    required: bool = False
+    rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _rules_are_policies(self) -> Self:
+        for place, rule in enumerate(self.rules):
+            try:
+                self._overridden(rule)
+            except ValidationError as error:
+                raise ValueError(f"rules.{place}: {_explain(error.errors())}") from None
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON."""
+        canonical = json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """The effective policy as plain data; sets are sorted, so equal policies print equally."""
+        data = self.model_dump(mode="json", exclude={"strip"})
+        data["strip"] = dict([self.strip.rule])
+        data["deny"], data["allow"] = sorted(self.deny), sorted(self.allow)
+        return data
+
+    def for_adapter(self, name: str, path: str, base_model: str | None) -> "Policy":
+        """The policy with the first matching rule applied: `strip` whole, other keys merged."""
+        facts = {"adapter": name, "path": path, "base_model": base_model or ""}
+        for rule in self.rules:
+            globs = rule.match.model_dump(exclude_none=True)
+            if all(glob_matches(pattern, facts[key]) for key, pattern in globs.items()):
+                return self._overridden(rule)
+        return self
+
+    def variants(self) -> list["Policy"]:
+        """What each rule makes of the policy."""
+        return [self._overridden(rule) for rule in self.rules]
+
+    def selects(self, module: str) -> bool:
+        """Whether `modules` asks for this one, by its projection or its full name."""
+        projection = module.rpartition(".")[2]
+        return any(
+            glob_matches(pattern, projection) or glob_matches(pattern, module)
+            for pattern in self.modules
+        )
+
+    def _overridden(self, rule: Rule) -> "Policy":
+        overrides = rule.model_extra or {}
+        if unfit := sorted({"rules", "mode", "audit", "store", "required"} & set(overrides)):
+            raise ValueError(f"{', '.join(unfit)} cannot be set by a rule: they are the server's")
+        data = self.as_json() | {"rules": ()}
+        for key, value in overrides.items():
+            merge = key != "strip" and isinstance(value, dict) and isinstance(data.get(key), dict)
+            data[key] = data[key] | value if merge else value
+        return Policy.model_validate(data)
+
+
+def parse_policy(data: object, source: str) -> Policy:
+    """Check plain data (from YAML or JSON) against the schema.
+
+    Raises:
+        PolicyInvalid: a key is unknown or a value not allowed; all of them are named.
+    """
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise PolicyInvalid(f"{source}: expected a mapping, got {type(data).__name__}")
+    try:
+        return Policy.model_validate(data)
+    except ValidationError as error:
+        raise PolicyInvalid(f"{source}: {_explain(error.errors())}") from None
+
+
+def _explain(problems: Sequence[Any]) -> str:
+    lines = []
+    for problem in problems:
+        where = ".".join(str(part) for part in problem["loc"]) or "policy"
+        shown = repr(problem["input"])
+        lines.append(f"{where}: {problem['msg']} (got {shown[:80]})")
+    return "; ".join(lines)

@@ -1,0 +1,122 @@
+"""Choice of precision: each module gets the fastest arithmetic whose error bound is small enough.
+
+The arithmetics are float32 Grams, float64 Grams, and QR in float64, tried in this order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.spectral import device as devices
+from s3lora_serve.spectral import gram, qr
+from s3lora_serve.spectral._checks import in_range
+from s3lora_serve.spectral.gram import MAX_ERROR_BOUND, Modules, Solution
+from s3lora_serve.spectral.panels import Factors, HostModules
+
+GRAM_BYTES = 2**25
+"""Gram matrices held at a time; four of r×r float64 a module, and as much again in passing."""
+
+
+def solve(
+    modules: Sequence[Factors],
+    normalization: str,
+    between_batches: Callable[[], None] = lambda: None,
+    device: str = "cpu",
+) -> Solution:
+    """Solve modules of one rank and any shapes and dtypes, in the order given.
+
+    A module whose factors are not finite comes back as NaN. Extra memory does not grow with the
+    adapter. A device without memory to spare hands its work to the host.
+
+    Shape: B (m, r), A (r, n) each -> fields of k = len(modules) rows, float64, on the host.
+    """
+    parts = list(_parts(modules))
+    if device != "cpu":
+        try:
+            resident = devices.upload(parts, device, between_batches)
+            return _cat(
+                [_solve_chunk(*chunk, normalization, between_batches) for chunk in resident]
+            )
+        except torch.OutOfMemoryError:
+            pass  # the engine needs its memory more than a score needs speed
+    on_host = ((part, HostModules(part, between_batches)) for part in parts)
+    return _cat([_solve_chunk(*chunk, normalization, between_batches) for chunk in on_host])
+
+
+def _parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
+    rank = modules[0][0].shape[1]
+    size = max(1, GRAM_BYTES // (32 * rank * rank))
+    for at in range(0, len(modules), size):
+        yield modules[at : at + size]
+
+
+def _solve_chunk(
+    modules: Sequence[Factors],
+    resident: Modules,
+    normalization: str,
+    between_batches: Callable[[], None],
+) -> Solution:
+    def grams(chosen: Sequence[int], dtype: torch.dtype) -> Solution:
+        return _to_host(gram.solve(*resident.sides(chosen, dtype), normalization))
+
+    def by_qr(chosen: Sequence[int]) -> Solution:
+        return _solve_by_qr([modules[i] for i in chosen], normalization, between_batches)
+
+    fastest, *slower = resident.arithmetics
+    solution = grams(range(len(modules)), fastest)
+    steps: list[Callable[[Sequence[int]], Solution]] = [partial(grams, dtype=d) for d in slower]
+    for again in (*steps, by_qr):
+        inexact = (~(solution.error_bound <= MAX_ERROR_BOUND)).nonzero().flatten().tolist()
+        if inexact:
+            for kept, value in zip(solution, again(inexact), strict=True):
+                kept[inexact] = value
+    return solution
+
+
+def _to_host(solution: Solution) -> Solution:
+    """One download for all that is known."""
+    if solution.error_bound.device.type == "cpu":
+        return solution
+    packed = torch.cat([column.reshape(len(column), -1) for column in solution], 1).cpu()
+    rank = solution.normalised.shape[1]
+    return Solution(packed[:, :rank].clone(), *packed[:, rank:].T.clone())
+
+
+def _solve_by_qr(
+    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+) -> Solution:
+    """One by one on the CPU: what is left is rare, and zero, not finite, or nearly singular."""
+    solved = []
+    for B, A in modules:
+        between_batches()
+        solved.append(_one(B[None].double(), A[None].double(), normalization))
+    return _cat(solved)
+
+
+def _one(B: Tensor, A: Tensor, normalization: str) -> Solution:
+    if not (B.isfinite().all() and A.isfinite().all()):
+        return _constant(B.shape[-1], torch.nan)
+    if not (B.any() and A.any()):
+        return _constant(B.shape[-1], 0.0)
+    (B, b), (A, a) = in_range(B), in_range(A)
+    solution = qr.solve(B, A, normalization)
+    # Two-sided alone, X is over one norm of ΔW too many: σ(X) goes with 1/(b·a).
+    over = b * a if normalization == "two_sided" else 1.0
+    return solution._replace(
+        normalised=solution.normalised / over,
+        row_mean=solution.row_mean * b * a,
+        column_mean=solution.column_mean * b * a,
+        frobenius=solution.frobenius * b * a,
+        factors=solution.factors * b * a,
+    )
+
+
+def _constant(rank: int, value: float) -> Solution:
+    one = torch.full((1,), value, dtype=torch.float64)
+    return Solution(one.expand(1, rank), one, one, one, one, torch.zeros_like(one))
+
+
+def _cat(parts: Sequence[Solution]) -> Solution:
+    return Solution(*(torch.cat(values) for values in zip(*parts, strict=True)))

@@ -1,0 +1,1 @@
+"""Stored copies of admitted adapters: content addressing, pins of living processes, eviction."""

@@ -1,0 +1,206 @@
+"""The store of admitted adapters: stored copies, each in a folder named by its digest.
+
+The name is the digest of content and verdict together. The process that decided hands the name to
+the workers, and a worker trusts no file in the folder that does not hash to it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+
+from s3lora_serve.adapter.private_copy import WEIGHTS_NAME, PrivateFolder
+from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.errors import GateFailed, StoreDamaged
+from s3lora_serve.store.eviction import Candidate, choose_evicted, folder_size, move_aside
+from s3lora_serve.store.process_pins import ProcessPins
+from s3lora_serve.store.stored_copy import (
+    VERDICT_NAME,
+    is_servable,
+    open_stored_copy,
+    store_key,
+)
+
+_NAME = re.compile(r"([0-9a-f]{64})(-\d{1,9})?")
+_QUARANTINED = ".quarantined"
+
+
+class AdapterStore:
+    """One user's stored copies, shared by the processes of that user's servers."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.root = state_dir / f"s3lora-{os.getuid()}"
+        self._pins = ProcessPins(self.root)
+
+    def prepare(self) -> None:
+        """Create the folder, or check that it belongs to this user alone and can be locked.
+
+        Raises:
+            GateFailed: no space, no permission, or the folder belongs to another user.
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise GateFailed(f"no store in {self.root}: {error.strerror}") from None
+        self._check_owner()
+        with self._pins.store_lock():
+            pass
+
+    def process_folder(self) -> Path:
+        """The folder of this process; other processes remove it after this one has ended.
+
+        Raises:
+            GateFailed: as `prepare`.
+        """
+        try:
+            self.prepare()
+            return self._pins.folder()
+        except GateFailed:
+            if self.root.is_dir():
+                raise
+        self.prepare()  # a server that ended removed the store at that moment
+        return self._pins.folder()
+
+    def _check_owner(self) -> None:
+        try:
+            status = self.root.lstat()
+        except OSError as error:
+            raise GateFailed(f"no store in {self.root}: {error.strerror}") from None
+        private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+        if not private or status.st_uid != os.getuid():
+            raise GateFailed(f"the store {self.root} can be entered by others than this user")
+
+    def new_private_folder(self) -> PrivateFolder:
+        """A folder for a private copy, on the same file system as the stored copies."""
+        return PrivateFolder(self.process_folder)
+
+    def close(self, *, clear: bool) -> None:
+        """Drop the pins of this process and remove what ended processes left.
+
+        `clear` also removes all stored copies, unless a living process may serve them.
+
+        Raises:
+            GateFailed: the store cannot be locked.
+        """
+        self._pins.close()
+        if not self.root.exists():
+            return
+        self._check_owner()
+        with self._pins.store_lock():
+            if not self._pins.living_processes() and clear:
+                shutil.rmtree(self.root, ignore_errors=True)
+
+    def add(self, private: PrivateFolder, verdict: Verdict, max_bytes: int) -> Path:
+        """Store a decided private copy, pin it, and return its path.
+
+        For an adapter that may not be served only the verdict is stored. Least recently used
+        copies that no process serves are evicted to make room.
+
+        Raises:
+            StoreFull: there is no room beside the copies that are served.
+            GateFailed: the copy cannot be written.
+        """
+        folder = private.make()
+        evicted: list[Path] = []
+        try:
+            if not is_servable(verdict):
+                (folder / WEIGHTS_NAME).unlink(missing_ok=True)
+            (folder / VERDICT_NAME).write_text(json.dumps(verdict.as_json()))
+            with self._pins.store_lock():
+                target = self._free_or_intact_path(store_key(verdict))
+                if target.is_dir():
+                    os.utime(target)
+                else:
+                    evicted = self._make_room(folder_size(folder), max_bytes)
+                    folder.rename(target)
+                self._pins.pin(target.name)
+        except OSError as error:
+            raise GateFailed(f"no room in the store {self.root}: {error.strerror}") from None
+        finally:
+            for old in evicted:
+                shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def unpin(self, path: Path) -> None:
+        """Drop one pin of this process; other processes may still hold theirs."""
+        self._pins.unpin(path.name)
+
+    def _free_or_intact_path(self, name: str) -> Path:
+        """The path for content of this name. A quarantined path is never used again."""
+        for generation in count():
+            target = self.root / (f"{name}-{generation}" if generation else name)
+            if self.is_quarantined(target):
+                continue
+            if target.is_dir():
+                try:
+                    open_stored_copy(target)
+                except StoreDamaged:
+                    shutil.rmtree(target, ignore_errors=True)
+            break
+        return target
+
+    def _make_room(self, size: int, max_bytes: int) -> list[Path]:
+        """Move least recently used copies aside until `size` more bytes fit; return them."""
+        served = self._pins.pinned()
+        for mark in self.root.glob(f"*{_QUARANTINED}"):
+            if mark.name.removesuffix(_QUARANTINED) not in served:
+                mark.unlink(missing_ok=True)
+        stored = [path for path in self.root.iterdir() if _NAME.fullmatch(path.name)]
+        candidates = [Candidate.of(path) for path in stored]
+        evicted = choose_evicted(candidates, served, size, max_bytes)
+        return move_aside(evicted, self._pins.folder())
+
+    def agree_on(self, topic: str, proposal: Path) -> Path:
+        """The first proposal on a topic, for all processes; later proposals are unpinned.
+
+        Raises:
+            GateFailed: the agreement cannot be written.
+        """
+        name = self.root / f"ruling-{hashlib.sha256(topic.encode()).hexdigest()}"
+        for _ in range(2):
+            try:
+                name.symlink_to(proposal.name)
+            except FileExistsError:
+                first = self.root / name.readlink()
+                if first == proposal:
+                    return proposal
+                if first.is_dir() and not self.is_quarantined(first):
+                    self._pins.pin(first.name)
+                    self.unpin(proposal)
+                    return first
+                name.unlink(missing_ok=True)  # the copy that it names no longer exists
+            except OSError as error:
+                raise GateFailed(f"no room in the store {self.root}: {error.strerror}") from None
+            else:
+                break
+        return proposal
+
+    def find(self, path: str) -> Path | None:
+        """The path itself if it is a stored copy's, else None."""
+        return _stored_path(self.root, path)
+
+    def quarantine(self, path: Path) -> None:
+        """Mark a stored copy as quarantined, for every process, until no process serves it.
+
+        Raises:
+            GateFailed: the mark cannot be written.
+        """
+        try:
+            path.with_name(path.name + _QUARANTINED).touch(mode=0o600)
+        except OSError as error:
+            raise GateFailed(f"no room in the store {self.root}: {error.strerror}") from None
+
+    def is_quarantined(self, path: Path) -> bool:
+        """Whether any process has quarantined the stored copy at this path."""
+        return os.path.exists(f"{path}{_QUARANTINED}")  # noqa: PTH110 - called for every block of tokens
+
+
+@lru_cache(maxsize=4096)
+def _stored_path(root: Path, path: str) -> Path | None:
+    found = Path(path)
+    return found if found.parent == root and _NAME.fullmatch(found.name) else None

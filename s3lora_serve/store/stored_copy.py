@@ -1,0 +1,76 @@
+"""A stored copy: the files of one decided adapter, in a folder named by their digest."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from s3lora_serve.adapter.peft_config import parse_config
+from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME, PrivateCopy, mapped
+from s3lora_serve.admission.verdict import Verdict, is_refused
+from s3lora_serve.errors import ConfigInvalid, StoreDamaged
+
+VERDICT_NAME = "verdict.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCopy:
+    """One decided adapter in the store; `copy` is None if no part of it may be served."""
+
+    path: Path
+    verdict: Verdict
+    copy: PrivateCopy | None
+
+
+def is_servable(verdict: Verdict) -> bool:
+    """Whether the adapter may be loaded: it has scores and is not refused."""
+    return bool(verdict.modules) and not is_refused(verdict)
+
+
+def store_key(verdict: Verdict) -> str:
+    """sha256, as hex, of the content and of every part of the verdict that enforcement obeys."""
+    obeyed = [
+        verdict.digest,
+        verdict.config_digest,
+        verdict.policy_digest,
+        verdict.mode,
+        verdict.decision.value,
+        verdict.reason and verdict.reason.code,
+        sorted(verdict.stripped),
+        sorted(verdict.removed),
+        sorted(verdict.unscored),
+    ]
+    return hashlib.sha256(json.dumps(obeyed, separators=(",", ":")).encode()).hexdigest()
+
+
+def open_stored_copy(path: Path) -> StoredCopy:
+    """Read a stored copy and check every byte against the name of its folder.
+
+    Raises:
+        StoreDamaged: it is missing, unreadable, or not what was admitted.
+    """
+    try:
+        verdict = Verdict.from_json(json.loads((path / VERDICT_NAME).read_bytes()))
+        copy = _read_copy(path) if is_servable(verdict) else None
+        named = path.name.partition("-")[0] == store_key(verdict)
+        intact = named and (copy is None or _matches(copy, verdict))
+        os.utime(path)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, ConfigInvalid) as error:
+        raise StoreDamaged(f"{path}: {type(error).__name__}") from None
+    except OSError as error:  # this process cannot read it; the copy itself may be intact
+        raise StoreDamaged(f"{path}: {error.strerror}") from None
+    if not intact:
+        raise StoreDamaged(f"{path} does not hold what it is named after")
+    return StoredCopy(path, verdict, copy)
+
+
+def _read_copy(path: Path) -> PrivateCopy:
+    weights = mapped(path / WEIGHTS_NAME)
+    digest = "sha256:" + hashlib.sha256(weights).hexdigest()
+    return PrivateCopy((path / CONFIG_NAME).read_bytes(), weights, digest)
+
+
+def _matches(copy: PrivateCopy, verdict: Verdict) -> bool:
+    config_digest = parse_config(copy.config, on_unscorable="admit").digest
+    return (copy.digest, config_digest) == (verdict.digest, verdict.config_digest)

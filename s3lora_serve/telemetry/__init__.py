@@ -1,0 +1,1 @@
+"""Metrics, log and audit log: they record decisions and change none."""

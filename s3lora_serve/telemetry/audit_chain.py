@@ -1,0 +1,199 @@
+"""The chain of an audit log: every line carries the digest of the line before it.
+
+The chain has no key. It shows what was changed inside the log; whoever rewrites all that follows,
+or cuts off the end, is found out by a digest that was noted elsewhere.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+MAX_LINE_BYTES = 64 * 2**20
+"""The names in the largest header that is read, escaped, take 48 MB; nothing longer is a line."""
+
+MAX_BREAKS = 100
+"""Breaks told apart and named; those beyond are counted."""
+
+_BLOCK = 8192
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", re.ASCII)
+_ABSENT = object()
+
+Files = Sequence[tuple[str, BinaryIO, int]]
+"""Name, stream and size of each file, oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is to say about one line."""
+
+    place: str  # file:line
+    text: str
+
+
+@dataclass(slots=True)
+class Chain:
+    """What walking the files showed."""
+
+    files: int
+    lines: int = 0
+    first: str | None = None  # times
+    last: str | None = None
+    begins: str | None = None  # digest of the line that the first kept one follows
+    ends: str | None = None  # digest of the last line
+    expected: bool = False  # whether the digest looked for is one of a line, or `begins`
+    breaks: list[Finding] = field(default_factory=list)
+    broken: int = 0  # number of breaks, those not named too
+    notes: list[Finding] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    place: str
+    text: bytes
+    ended: bool
+    digest: str
+    entry: dict[str, Any] | None  # None: not a JSON object
+
+
+def digest_of(line: bytes) -> str:
+    """sha256 of a line without its newline."""
+    return "sha256:" + hashlib.sha256(line).hexdigest()
+
+
+def last_line(descriptor: int) -> tuple[bytes | None, bool]:
+    """The last line of a file without its newline, and whether the file ends with one; read from
+    the end. An empty file has no line.
+
+    Raises:
+        OSError: the file cannot be read, or has no line that this log could have written.
+    """
+    size = os.fstat(descriptor).st_size
+    if size == 0:
+        return None, True
+    ended = os.pread(descriptor, 1, size - 1) == b"\n"
+    start, block, held = size - ended, _BLOCK, b""
+    while start > 0:
+        if len(held) > MAX_LINE_BYTES:
+            raise OSError(errno.EINVAL, f"no audit log: no line in the last {len(held)} bytes")
+        step = min(block, start)
+        start, block = start - step, block * 2
+        held = os.pread(descriptor, step, start) + held
+        if (newline := held.rfind(b"\n")) >= 0:
+            return held[newline + 1 :], ended
+    return held, ended
+
+
+def walk(files: Files, expected: str | None = None) -> Chain:
+    """Follow the chain through all files.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    chain = Chain(files=len(files))
+    wanted: list[tuple[_Line, _Line]] = []
+    before: _Line | None = None
+    for line in _lines(files):
+        _count(chain, line, expected)
+        if before is not None:
+            if _follows(line, before):
+                _note(chain, before, line)
+            else:
+                chain.broken += 1
+                if len(wanted) < MAX_BREAKS:
+                    wanted.append((before, line))
+        before = line
+    if before is not None:
+        chain.ends = before.digest
+        if before.entry is None and before.ended:
+            chain.broken += 1
+            chain.breaks.append(Finding(before.place, "is no entry: edited"))
+        else:
+            _note(chain, before, None)
+    if wanted:
+        places = _places(files, {str(_claim(line)) for _, line in wanted})
+        chain.breaks[:0] = [_told_apart(before, line, places) for before, line in wanted]
+    return chain
+
+
+def _lines(files: Files) -> Iterator[_Line]:
+    for name, stream, size in files:
+        stream.seek(0)
+        number = 0
+        while size > 0 and (data := stream.readline(min(size, MAX_LINE_BYTES))):
+            size -= len(data)
+            number += 1
+            text = data.removesuffix(b"\n")
+            place = f"{name}:{number}"
+            yield _Line(place, text, text != data, digest_of(text), _entry(text))
+
+
+def _entry(text: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _count(chain: Chain, line: _Line, expected: str | None) -> None:
+    if not chain.lines and isinstance(claim := _claim(line), str):
+        chain.begins = claim
+        chain.expected = claim == expected
+    chain.lines += 1
+    chain.expected |= line.digest == expected
+    time = line.entry.get("time") if line.entry else None
+    if isinstance(time, str) and _TIME.fullmatch(time):
+        chain.first = chain.first or time
+        chain.last = time
+
+
+def _claim(line: _Line) -> object:
+    return line.entry.get("previous", _ABSENT) if line.entry else _ABSENT
+
+
+def _follows(line: _Line, before: _Line) -> bool:
+    if line.entry is not None:
+        return _claim(line) == before.digest
+    # Cut off while being written: as much as there is of it must be what would have been written.
+    start = _start(before)
+    return start.startswith(line.text) or line.text.startswith(start)
+
+
+def _start(before: _Line) -> bytes:
+    return f'{{"previous":"{before.digest}"'.encode()
+
+
+def _note(chain: Chain, line: _Line, after: _Line | None) -> None:
+    """A crash is not tampering: it is told, and the chain over the bytes that it left holds."""
+    if line.entry is not None and line.ended:
+        return
+    text = "torn: cut off while being written"
+    if len(line.text) < len(_start(line)):
+        text += ", too short to vouch for the line before it"
+    elif after is None:
+        text += ", and nothing was written since"
+    chain.notes.append(Finding(line.place, text))
+
+
+def _places(files: Files, digests: set[str]) -> dict[str, str]:
+    return {line.digest: line.place for line in _lines(files) if line.digest in digests}
+
+
+def _told_apart(before: _Line, line: _Line, places: dict[str, str]) -> Finding:
+    claim = _claim(line)
+    if line.entry is None:
+        return Finding(line.place, f"is no entry that follows {before.place}: edited")
+    if not isinstance(claim, str):
+        return Finding(line.place, "carries no digest of the line before it: put in, or edited")
+    if claim in places:
+        return Finding(line.place, f"follows {places[claim]}, not {before.place}: lines moved")
+    if before.entry is None:
+        return Finding(before.place, f"is no entry, and {line.place} follows another line: edited")
+    return Finding(
+        line.place, f"does not follow {before.place}: that was edited, or lines between removed"
+    )

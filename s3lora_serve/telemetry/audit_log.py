@@ -1,0 +1,97 @@
+"""The audit log: one JSON line per decision, appended whole, so that processes can share it. Each
+line carries the digest of the line before it; `audit_chain.py` reads them back."""
+
+import json
+import os
+from dataclasses import KW_ONLY, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.telemetry.audit_chain import digest_of, last_line
+from s3lora_serve.telemetry.audit_files import append, locked, numbered, opened, real, rotate
+
+MAX_TEXT = 4096
+"""Characters kept of a name or path, which tenants choose: Linux opens no longer path. With the
+bounds on what is read of an adapter, it keeps lines below `audit_chain.MAX_LINE_BYTES`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLog:
+    """Appends decisions to a file, and rotates it when it grows over `max_bytes`."""
+
+    path: Path
+    vllm_version: str
+    _: KW_ONLY
+    max_bytes: int
+    keep: int
+
+    def record(self, verdict: Verdict, door: str) -> None:
+        """Append one line with a single write.
+
+        Raises:
+            OSError: the line could not be written.
+        """
+        path = real(self.path)
+        with locked(path):
+            with opened(path) as file:
+                # Read back every time: another process may have written, and remembering the
+                # digest by inode and size saves 9 µs and errs where inode numbers come again.
+                size = os.fstat(file).st_size
+                previous, ended = last_line(file)
+                line = self._line(verdict, door, previous if size else _last_rotated(path))
+                if not size or size + len(line) <= self.max_bytes:
+                    # What a killed writer left is evidence, so it stays, on a line of its own.
+                    append(file, line if ended else b"\n" + line)
+                    return
+            rotate(path, self.keep)
+            # By its name again: the descriptor above is that of a file rotated away.
+            with opened(path) as file:
+                append(file, line)
+
+    def check(self) -> None:
+        """See whether a line could be written.
+
+        Raises:
+            OSError: the lock cannot be had, or the file cannot be opened.
+        """
+        path = real(self.path)
+        with locked(path), opened(path):
+            pass
+
+    def _line(self, verdict: Verdict, door: str, previous: bytes | None) -> bytes:
+        # First, so that a line which is cut off still vouches for the one before it.
+        linked = {"previous": None if previous is None else digest_of(previous)}
+        entry = linked | self._entry(verdict, door)
+        # ASCII only: lone surrogates in a name are escaped like any other.
+        return json.dumps(entry, separators=(",", ":")).encode("ascii") + b"\n"
+
+    def _entry(self, verdict: Verdict, door: str) -> dict[str, object]:
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "adapter": _bounded(verdict.name),
+            "path": _bounded(verdict.path),
+            "digest": verdict.digest,
+            "door": door,
+            "decision": verdict.decision.value,
+            "reason": verdict.reason and verdict.reason.code,
+            "mode": verdict.mode,
+            "scorer": verdict.scorer,
+            "policy_digest": verdict.policy_digest,
+            "vllm_version": self.vllm_version,
+            "stripped": list(verdict.stripped),
+            "seconds": verdict.seconds.total,
+        }
+
+
+def _last_rotated(path: Path) -> bytes | None:
+    """The line that the first one of a new file follows; None where the log begins."""
+    try:
+        with opened(numbered(path, 1), os.O_RDONLY) as file:
+            return last_line(file)[0]
+    except FileNotFoundError:
+        return None
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"

@@ -1,0 +1,108 @@
+"""Events of one process, written to log, metrics and audit log. No event changes a decision."""
+
+from logging import Logger
+
+from s3lora_serve.admission.verdict import Decision, Verdict, with_rejection
+from s3lora_serve.errors import (
+    AuditFailed,
+    DeadlinePassed,
+    GateFailed,
+    Reason,
+    StoreDamaged,
+    StoreFull,
+)
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.spectral import resolve_device
+from s3lora_serve.telemetry.audit_log import AuditLog
+from s3lora_serve.telemetry.metrics import Metrics
+
+_FAILURES = {
+    GateFailed.code: "score",
+    DeadlinePassed.code: "deadline",
+    StoreDamaged.code: "store",
+    StoreFull.code: "store",
+}
+
+
+class AdmissionEvents:
+    """What one process reports. Created where metrics can be registered, never at import."""
+
+    def __init__(self, policy: Policy, device: str, logger: Logger, vllm_version: str) -> None:
+        self.metrics = Metrics()
+        self._device = resolve_device(device)
+        self._logger = logger
+        audit = policy.audit
+        self._audit: AuditLog | None = None
+        if audit.path is not None:
+            self._audit = AuditLog(
+                audit.path, vllm_version, max_bytes=audit.max_bytes, keep=audit.keep
+            )
+
+    def require_audit(self, policy: Policy) -> None:
+        """Check that the audit log can be written, if the policy requires one.
+
+        Raises:
+            AuditFailed: the audit log is required and cannot be written.
+        """
+        if not (policy.audit.required and policy.mode == "enforce"):
+            return
+        if self._audit is None:
+            raise AuditFailed("there is no audit log: audit.path and S3LORA_AUDIT_LOG are unset")
+        try:
+            self._audit.check()
+        except OSError as problem:  # counted when the refusal itself cannot be written
+            raise AuditFailed(f"audit log {self._audit.path}: {problem.strerror}") from None
+
+    def decided(self, verdict: Verdict, door: str) -> bool:
+        """Report a decision; return False if it could not be written to the audit log."""
+        report = (
+            self._logger.warning if verdict.decision is Decision.REJECTED else self._logger.info
+        )
+        report("s3lora: adapter %r %s", verdict.name, _summary(verdict))
+        self.metrics.record(verdict, self._device)
+        self._count_failure(verdict.reason)
+        return self._write(verdict, door)
+
+    def reloaded(self, verdict: Verdict, source: str) -> None:
+        """Report an evicted adapter that was loaded again, from the `store` or from its `path`."""
+        self.metrics.reloads.labels(source).inc()
+        if source == "store":
+            self._write(verdict, "reload")
+
+    def policy_kept(self, problem: str, policy: Policy) -> None:
+        """Report a changed policy file that is invalid; `policy` stays in force."""
+        self._logger.error("s3lora: policy %s stays in force: %s", policy.digest, problem)
+        self.metrics.failures.labels("policy").inc()
+
+    def quarantined(self, verdict: Verdict, reason: Reason) -> None:
+        """Report an adapter that is served without effect."""
+        self._logger.error(
+            "s3lora: adapter %r is quarantined, it answers as the base: %s", verdict.name, reason
+        )
+        self.metrics.quarantined.labels(reason.code).inc()
+        self._count_failure(reason)
+        self._write(with_rejection(verdict, reason), "quarantine")
+
+    def _count_failure(self, reason: Reason | None) -> None:
+        if reason and reason.code in _FAILURES:
+            self.metrics.failures.labels(_FAILURES[reason.code]).inc()
+
+    def _write(self, verdict: Verdict, door: str) -> bool:
+        if self._audit is None:
+            return True
+        try:
+            self._audit.record(verdict, door)
+        except OSError as problem:
+            self._logger.error("s3lora: audit log %s: %s", self._audit.path, problem)
+            self.metrics.failures.labels("audit").inc()
+            return False
+        return True
+
+
+def _summary(verdict: Verdict) -> str:
+    if verdict.reason:
+        return f"{verdict.decision.value}: {verdict.reason}"
+    return (
+        f"{verdict.decision.value}: {len(verdict.stripped)} of {len(verdict.modules)} modules sharp"
+        f" {list(verdict.stripped)}, {verdict.seconds.total * 1000:.1f} ms"
+    )

@@ -1,0 +1,158 @@
+"""The gate's metrics: one table. Names are `s3lora_<noun>_<unit or total>`, base units.
+
+Closed label sets exist at 0 from the start. Workers are other processes than the API server, so
+everything here also works in prometheus_client's multiprocess mode, where only counters,
+histograms and gauges with a mode exist.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from s3lora_serve.admission.verdict import Decision, Verdict, served_stripped_count
+from s3lora_serve.errors import rejection_codes
+from s3lora_serve.telemetry.adapter_gauge import OTHER, AdapterGauge
+
+MODES = ("enforce", "audit")
+PHASES = ("read", "score", "strip", "total")
+DEVICES = ("cpu", "cuda")
+FAILURES = ("audit", "score", "deadline", "store", "policy")
+SOURCES = ("store", "path")
+
+SSI_BUCKETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+"""SSI lies in [1/M, 1]; isotropic updates of common ranks crowd at its low end."""
+
+SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+"""From one small module to the default deadline."""
+
+
+class Metrics:
+    """The gate's collectors in one registry; made once per process, never at import."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+            return Counter(f"s3lora_{name}", text, tuple(labels), registry=registry)
+
+        def histogram(name: str, text: str, label: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"s3lora_{name}", text, (label,), buckets=buckets, registry=registry)
+
+        self.admissions = counter(
+            "admissions_total", "Decisions on adapters.", ("decision", "mode")
+        )
+        self.modules_scored = counter(
+            "modules_scored_total", "LoRA modules scored.", ("projection",)
+        )
+        self.modules_stripped = counter(
+            "modules_stripped_total", "LoRA modules stripped.", ("layer", "projection")
+        )
+        self.failures = counter("failures_total", "Things the gate failed to do.", ("reason",))
+        self.quarantined = counter(
+            "quarantined_total", "Adapters served without effect.", ("reason",)
+        )
+        self.reloads = counter(
+            "reloads_total", "Adapters that the engine loaded again.", ("source",)
+        )
+        self.module_ssi = histogram(
+            "module_ssi", "Spectral Sharpness Index of scored modules.", "projection", SSI_BUCKETS
+        )
+        self.admission_seconds = histogram(
+            "admission_seconds", "Time to decide on an adapter.", "phase", SECONDS_BUCKETS
+        )
+        self.scoring_seconds = histogram(
+            "scoring_seconds", "Time to score an adapter.", "device", SECONDS_BUCKETS
+        )
+        self._registry = registry
+        self._worker: tuple[Gauge, Gauge] | None = None
+        self._policy: tuple[str, str, str] | None = None
+        self._served: AdapterGauge | None = None
+        self._places: frozenset[tuple[str, str]] = frozenset()
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        for mode in MODES:
+            for decision in Decision:
+                self.admissions.labels(decision.value, mode)
+        for phase in PHASES:
+            self.admission_seconds.labels(phase)
+        for device in DEVICES:
+            self.scoring_seconds.labels(device)
+        for source in SOURCES:
+            self.reloads.labels(source)
+        for reason in FAILURES:
+            self.failures.labels(reason)
+        for code in rejection_codes():
+            self.quarantined.labels(code)
+
+    def set_model_modules(self, places: Iterable[tuple[str, str]]) -> None:
+        """Take (layer, projection) of the base model's modules as the closed label sets."""
+        self._places = frozenset(places) | {(OTHER, OTHER)}
+        for layer, projection in self._places:
+            self.modules_stripped.labels(layer, projection)
+            self.modules_scored.labels(projection)
+            self.module_ssi.labels(projection)
+
+    def activate(self, policy_digest: str, mode: str, version: str) -> None:
+        """Say which policy is in force, and whether this worker is guarded by it.
+
+        Only a worker has these gauges: elsewhere even their 0 would read as a worker unguarded.
+        """
+        if self._worker is None:
+            active = Gauge(
+                "s3lora_gate_active",
+                "1 in a worker whose adapters all pass the gate.",
+                registry=self._registry,
+                multiprocess_mode="liveall",
+            )
+            info = Gauge(
+                "s3lora_policy_info",
+                "The policy in force, always 1.",
+                ("policy_digest", "mode", "version"),
+                registry=self._registry,
+                multiprocess_mode="livemax",
+            )
+            self._worker = active, info
+        active, info = self._worker
+        active.set(0 if mode == "off" else 1)
+        if self._policy is not None:
+            info.labels(*self._policy).set(0)
+        self._policy = policy_digest, mode, version
+        info.labels(*self._policy).set(1)
+
+    def serve(self, verdict: Verdict) -> None:
+        """An adapter is served from now on. Only an API server serves under names."""
+        if self._served is None:
+            self._served = AdapterGauge(self._registry)
+        self._served.serve(verdict.name, served_stripped_count(verdict))
+
+    def withdraw(self, name: str) -> None:
+        """An adapter is no longer served."""
+        if self._served is not None:
+            self._served.withdraw(name)
+
+    def record(self, verdict: Verdict, device: str) -> None:
+        """Count one decision."""
+        self.admissions.labels(verdict.decision.value, verdict.mode).inc()
+        self._observe("read", verdict.seconds.read)
+        self._observe("total", verdict.seconds.total)
+        if verdict.modules:
+            self._observe("score", verdict.seconds.score)
+            self.scoring_seconds.labels(device).observe(verdict.seconds.score)
+        for module in verdict.modules:
+            layer, projection = self._place(module.layer, module.projection)
+            if module.ssi is not None:
+                self.modules_scored.labels(projection).inc()
+                self.module_ssi.labels(projection).observe(module.ssi)
+            if module.stripped and verdict.mode == "enforce":
+                self.modules_stripped.labels(layer, projection).inc()
+
+    def observe_strip(self, seconds: float) -> None:
+        """Time from the verdict to an adapter that vLLM may take."""
+        self._observe("strip", seconds)
+
+    def _observe(self, phase: str, seconds: float) -> None:
+        self.admission_seconds.labels(phase).observe(seconds)
+
+    def _place(self, layer: int | None, projection: str) -> tuple[str, str]:
+        place: Any = (OTHER if layer is None else str(layer), projection)
+        return place if place in self._places else (OTHER, OTHER)

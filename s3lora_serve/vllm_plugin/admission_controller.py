@@ -1,0 +1,111 @@
+"""The admission controller of one process: policy, store and telemetry, and decisions made by them.
+
+The API server, `LLM.generate` and the workers each have one.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
+from s3lora_serve.errors import AdapterRejected, PolicyInvalid, Reason
+from s3lora_serve.policy.reload import ReloadablePolicy
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.settings import Settings
+from s3lora_serve.store.adapter_store import AdapterStore
+from s3lora_serve.store.stored_copy import open_stored_copy
+from s3lora_serve.telemetry.events import AdmissionEvents
+from s3lora_serve.vllm_plugin import compat
+
+
+class AdmissionController:
+    """Decides on adapters in one process and stores the copies that may be loaded."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read the policy.
+
+        Raises:
+            PolicyInvalid, SettingInvalid: it is not valid.
+        """
+        self.settings = settings
+        self.store = AdapterStore(settings.state_dir)
+        self._policy = ReloadablePolicy(settings)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._policy.current
+
+    @cached_property
+    def events(self) -> AdmissionEvents:
+        """Created on first use: a process that registers metrics shows them, even at 0."""
+        return AdmissionEvents(
+            self.policy, self.settings.device, compat.logger, compat.installed_version()
+        )
+
+    def reload_policy(self) -> Policy:
+        """The policy in force after a look at its file; an invalid file changes nothing."""
+        try:
+            return self._policy.reload()
+        except PolicyInvalid as error:
+            self.events.policy_kept(str(error), self.policy)
+            return self.policy
+
+    def admit(
+        self,
+        folder: Path,
+        name: str,
+        base_model: str | None,
+        shapes: Collection[tuple[int, int]],
+        *,
+        store_refused: bool,
+    ) -> tuple[Verdict, Path | None]:
+        """The verdict on an adapter, and the path of its stored copy, pinned.
+
+        Without `store_refused` the path of a refused adapter is None.
+
+        Raises:
+            AuditFailed: the policy requires an audit log, and it cannot be written.
+            GateFailed, StoreFull: the store cannot take the copy.
+        """
+        policy = self.reload_policy()
+        self.events.require_audit(policy)
+        with self.store.new_private_folder() as private:
+            verdict = admit(
+                folder,
+                name,
+                policy,
+                base_model=base_model,
+                device=self.settings.device,
+                into=private.make,
+                shapes=shapes,
+            ).verdict
+            if is_refused(verdict) and not store_refused:
+                return verdict, None
+            return verdict, self.store.add(private, verdict, policy.store.max_bytes)
+
+    def recheck(
+        self,
+        before: Verdict,
+        stored: Path,
+        base_model: str | None,
+        shapes: Collection[tuple[int, int]],
+    ) -> Verdict:
+        """The verdict of the policy in force on a stored copy; nothing is changed."""
+        policy = self.reload_policy()
+        try:
+            open_stored_copy(stored)
+        except AdapterRejected as damage:
+            now = replace(before, policy_digest=policy.digest, mode=policy.mode)
+            return with_rejection(now, Reason.of(damage))
+        return admit(
+            stored,
+            before.name,
+            policy,
+            base_model=base_model,
+            device=self.settings.device,
+            shapes=shapes,
+            origin=Path(before.path),
+        ).verdict

@@ -1,0 +1,178 @@
+"""HTTP routes in vLLM's API server: status, served adapters, policy, scan, load."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from s3lora_serve.admission.verdict import differs
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.api import openapi
+from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
+from s3lora_serve.vllm_plugin.api.page import one_adapter, overview
+from s3lora_serve.vllm_plugin.api.registration import Registration
+from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
+
+DECISION_HEADER = "X-S3LoRA-Decision"
+PAGE = 100
+"""Default number of adapters in one answer; a verdict without spectra has about 50 KB."""
+
+
+class GateRoutes:
+    """vLLM's EndpointPlugin protocol."""
+
+    name = "s3lora"
+    required_tasks = None
+
+    def __init__(self, registration: Callable[[], Registration | None]) -> None:
+        """Take what returns the registration of this process, None while the mode is off."""
+        self._registration = registration
+        self._engine: Any | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the gate's routes; those that read folders only if run-time loading is enabled."""
+        app.add_middleware(ApiKeyGate, keys=compat.api_keys(app.state.args))
+        html = {"response_class": HTMLResponse}
+        _add(app, "GET", "/s3lora/status", self.status, openapi.STATUS)
+        _add(app, "GET", "/s3lora/", self.page, openapi.PAGE, **html)
+        _add(app, "GET", "/s3lora/policy", self.policy, openapi.POLICY)
+        _add(app, "GET", "/s3lora/adapters", self.adapters, openapi.ADAPTERS)
+        _add(app, "GET", "/s3lora/adapters/{name:path}", self.adapter, openapi.VERDICT)
+        _add(app, "POST", "/s3lora/recheck", self.recheck, openapi.RECHECK)
+        if compat.runtime_loading_open():
+            json_only = {"dependencies": compat.json_only()}
+            _add(app, "POST", "/s3lora/scan", self.scan, openapi.VERDICT, **json_only)
+            load = "/v1/load_lora_adapter"
+            compat.drop_route(app, load, "POST")
+            _add(app, "POST", load, self._load_route(), openapi.LOADED, **json_only)
+
+    async def init_state(
+        self,
+        engine_client: Any | None,
+        state: Any,  # noqa: ARG002 - vLLM's protocol
+        args: Any,  # noqa: ARG002
+    ) -> None:
+        """Keep the engine client, by which workers are called."""
+        self._engine = engine_client
+
+    async def status(self) -> JSONResponse:
+        """200 if every worker is guarded, else 503. Open, and says nothing else."""
+        guarded = False
+        if self._engine is not None:
+            try:
+                answers = await call_workers(self._engine, "s3lora_status")
+                guarded = bool(answers) and all(answer["active"] for answer in answers)
+            except Exception:  # noqa: BLE001 - a dead or unguarded engine is not guarded, whatever the error
+                guarded = False
+        return JSONResponse({"guarded": guarded}, status_code=200 if guarded else 503)
+
+    async def page(
+        self,
+        adapter: Annotated[str | None, Query(max_length=4096)] = None,
+        module: Annotated[str | None, Query(max_length=4096)] = None,
+        q: Annotated[str, Query(max_length=256)] = "",
+        page: Annotated[int, Query(ge=1)] = 1,
+    ) -> Response:
+        """For people: the adapters, or one adapter with its heat map and a module's spectrum."""
+        gate = self._registration()
+        if gate is None:
+            return _off()
+        if adapter is None:
+            return overview(gate, q, page)
+        found = one_adapter(gate, adapter, module)
+        return found or JSONResponse({"error": f"no adapter {adapter!r} is served"}, 404)
+
+    async def policy(self) -> JSONResponse:
+        """The policy in force, and its digest."""
+        gate = self._registration()
+        if gate is None:
+            return _off()
+        policy = gate.controller.policy
+        return JSONResponse({"digest": policy.digest, "policy": policy.as_json()})
+
+    async def adapters(
+        self,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=1000)] = PAGE,
+    ) -> JSONResponse:
+        """Verdicts on the served adapters in the order of registration, without spectra."""
+        gate = self._registration()
+        if gate is None:
+            return _off()
+        served = gate.served.all()
+        page = [one.verdict.as_json(spectra=False) for one in served[offset : offset + limit]]
+        return JSONResponse({"adapters": page, "offset": offset, "total": len(served)})
+
+    async def adapter(self, name: str) -> JSONResponse:
+        """The verdict on one served adapter."""
+        gate = self._registration()
+        if gate is None:
+            return _off()
+        found = gate.served.get(name)
+        if found is None:
+            return JSONResponse({"error": f"no adapter {name!r} is served"}, 404)
+        return JSONResponse(found.verdict.as_json())
+
+    async def recheck(self) -> JSONResponse:
+        """Which served adapters would be decided otherwise under the policy in force now."""
+        gate = self._registration()
+        if gate is None:
+            return _off()
+        pairs = await gate.recheck(self._engine)
+        found = [
+            {
+                "name": before.name,
+                "differs": differs(before, after),
+                "before": before.as_json(spectra=False),
+                "after": after.as_json(spectra=False),
+            }
+            for before, after in pairs
+        ]
+        return JSONResponse({"policy_digest": gate.controller.policy.digest, "adapters": found})
+
+    async def scan(
+        self,
+        lora_name: Annotated[str, Body(min_length=1)],
+        lora_path: Annotated[str, Body(min_length=1)],
+    ) -> JSONResponse:
+        """The verdict that registering an adapter would get; nothing is registered."""
+        gate = self._registration()
+        if gate is None:
+            return _off()
+        try:
+            verdict = await gate.dry_run(self._engine, lora_name, lora_path)
+        except compat.LoRAAdapterNotFoundError as error:
+            return JSONResponse({"error": str(error)}, 404)
+        return JSONResponse(verdict.as_json())
+
+    def _load_route(self) -> Any:
+        request_model = compat.load_request_model()
+
+        async def load_lora_adapter(request: request_model, raw_request: Request) -> Response:  # type: ignore[valid-type]
+            """Load an adapter through the gate."""
+            result = await compat.served_models(raw_request).load_lora_adapter(request)
+            if isinstance(result, str):
+                return Response(result, headers=_decision(self._registration(), request.lora_name))  # type: ignore[attr-defined]
+            error = result.error
+            ours = error.type == "AdapterRejected"
+            return JSONResponse(
+                result.model_dump(), error.code, {DECISION_HEADER: "rejected"} if ours else None
+            )
+
+        return load_lora_adapter
+
+
+def _add(
+    app: FastAPI, method: str, path: str, handler: Any, answers: openapi.Answers, **more: Any
+) -> None:
+    app.add_api_route(path, handler, methods=[method], responses=answers, tags=["s3lora"], **more)
+
+
+def _off() -> JSONResponse:
+    return JSONResponse({"error": "the gate is off: nothing is looked at"}, 404)
+
+
+def _decision(gate: Registration | None, name: str) -> dict[str, str] | None:
+    decided = gate.recent_decisions.last(name) if gate else None
+    return {DECISION_HEADER: decided.decision.value} if decided else None

@@ -1,0 +1,80 @@
+"""The adapters that one API server serves: name, id, stored copy and verdict of each."""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+
+POLL_SECONDS = 1.0
+"""Interval between checks for running requests of an adapter that is to be unloaded. A request that
+the server has just received is in the engine after one interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """One registered adapter."""
+
+    adapter_id: int  # vLLM's lora_int_id
+    path: Path  # of the stored copy
+    origin: str  # the path that it was registered with
+    verdict: Verdict
+    time: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+class ServedAdapters:
+    """The registered adapters by name, as vLLM's registry has them."""
+
+    def __init__(self, controller: AdmissionController) -> None:
+        self._controller = controller
+        self._adapters: OrderedDict[str, ServedAdapter] = OrderedDict()
+        self._unloading: set[asyncio.Task[None]] = set()
+
+    def get(self, name: str) -> ServedAdapter | None:
+        """The adapter that is served under a name."""
+        return self._adapters.get(name)
+
+    def origin(self, name: str) -> str | None:
+        """The path that the adapter of this name was registered with."""
+        adapter = self._adapters.get(name)
+        return adapter.origin if adapter else None
+
+    def all(self) -> list[ServedAdapter]:
+        """All served adapters, in the order of registration."""
+        return list(self._adapters.values())
+
+    def add(self, engine: Any, adapter: ServedAdapter) -> None:
+        """Serve an adapter; it replaces the one that had its name."""
+        name = adapter.verdict.name
+        before = self._adapters.pop(name, None)
+        self._adapters[name] = adapter
+        self._controller.events.metrics.serve(adapter.verdict)
+        if before is not None:
+            self._unload(engine, before)
+
+    def remove(self, engine: Any, name: str) -> None:
+        """Stop serving an adapter: remove it from metrics and engine, and unpin its copy."""
+        adapter = self._adapters.pop(name, None)
+        if adapter is not None:
+            self._controller.events.metrics.withdraw(name)
+            self._unload(engine, adapter)
+
+    def _unload(self, engine: Any, adapter: ServedAdapter) -> None:
+        task = asyncio.get_running_loop().create_task(self._unload_when_idle(engine, adapter))
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+
+    async def _unload_when_idle(self, engine: Any, adapter: ServedAdapter) -> None:
+        """Remove an adapter from the engine after its last request, and unpin its copy."""
+        current = self._adapters.get(adapter.verdict.name)
+        if current is None or current.adapter_id != adapter.adapter_id:
+            await asyncio.sleep(POLL_SECONDS)
+            while compat.has_requests_under_way(engine, adapter.adapter_id):
+                await asyncio.sleep(POLL_SECONDS)
+            await engine.remove_lora(adapter.adapter_id)
+        self._controller.store.unpin(adapter.path)

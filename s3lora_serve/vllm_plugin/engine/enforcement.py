@@ -1,0 +1,45 @@
+"""Enforcement of a verdict: vLLM loads the stored copy, and stripped modules are removed."""
+
+from collections.abc import Callable
+from typing import Any
+
+from s3lora_serve.adapter.reader import read_adapter
+from s3lora_serve.errors import Refused
+from s3lora_serve.policy.schema import Limits
+from s3lora_serve.store.stored_copy import StoredCopy
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.engine.fit import (
+    check_loaded,
+    fitted_names,
+    load_copy,
+    remove_unscorable,
+)
+from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_effect, strip_module
+from s3lora_serve.vllm_plugin.engine.pattern_matching import check_patterns
+
+ADMITTED_LIMITS = Limits(max_scaling=None, max_rank=2**31, max_bytes=2**62)
+"""The digest shows that the copy was admitted, under the limits in force at that time."""
+
+
+def enforce(manager: Any, request: Any, original: Callable[..., Any], stored: StoredCopy) -> Any:
+    """The LoRAModel that vLLM may serve for a stored copy.
+
+    Raises:
+        AdapterRejected: the copy is refused, does not fit the model, or vLLM does not load it.
+    """
+    verdict = stored.verdict
+    if stored.copy is None:
+        raise Refused(str(verdict.reason))
+    on_unscorable = "strip" if verdict.removed else "admit" if verdict.unscored else "reject"
+    adapter = read_adapter(stored.copy, ADMITTED_LIMITS, on_unscorable)
+    check_patterns(adapter)
+    served = fitted_names(manager, adapter)
+    lora = load_copy(manager, compat.with_path(request, stored.path), original)
+    check_loaded(lora, served, adapter)
+    if verdict.mode == "enforce":
+        for name in verdict.stripped:
+            strip_module(lora, served[name])
+        remove_unscorable(lora, served, verdict.removed)
+    if not lora.loras:
+        remove_effect(lora)
+    return lora

@@ -1,0 +1,120 @@
+"""Checks that an adapter fits the served model, and that vLLM loaded what was scored."""
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.adapter.reader import Adapter, Module
+from s3lora_serve.errors import DoesNotFitModel, NotFinite, RefusedByVLLM
+from s3lora_serve.vllm_plugin.engine import lora_modules
+from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_full_modules
+
+
+def fitted_names(manager: Any, adapter: Adapter) -> dict[str, str]:
+    """vLLM's name of each module, after a check of every A and B against the model's LoRA modules.
+
+    Raises:
+        DoesNotFitModel: a module is not one of the model's, or has another shape there.
+        RefusedByVLLM: vLLM cannot map a name.
+    """
+    shapes = lora_modules.module_shapes(manager)
+    names = _served_names(manager, [key for m in adapter.modules for key in m.keys])
+    served: dict[str, str] = {}
+    taken: set[str] = set()
+    for module in adapter.modules:
+        [*targets] = {names[key] for key in module.keys}
+        target = targets[0]
+        if len(targets) > 1 or target in taken:
+            raise DoesNotFitModel(f"module {module.name} does not map to one module of the model")
+        if target in shapes or lora_modules.holds_whole_model(manager):
+            _check_fits(module, target, shapes)
+        served[module.name] = target
+        taken.add(target)
+    return served
+
+
+def _served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:
+    try:
+        return lora_modules.served_names(manager, keys)
+    except ValueError as error:
+        raise RefusedByVLLM(f"vLLM says: {error}") from None
+
+
+def _check_fits(module: Module, target: str, shapes: dict[str, tuple[int, int]]) -> None:
+    if target not in shapes:
+        raise DoesNotFitModel(f"the served model has no LoRA on module {target}")
+    if module.shape != shapes[target]:
+        raise DoesNotFitModel(
+            f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, the"
+            f" model's is {shapes[target][0]} x {shapes[target][1]}"
+        )
+
+
+def load_copy(manager: Any, request: Any, original: Callable[..., Any]) -> Any:
+    """The LoRAModel that vLLM loads from the stored copy.
+
+    Raises:
+        RefusedByVLLM: vLLM does not load it.
+    """
+    try:
+        return original(manager, request)
+    except Exception as error:
+        text = str(error).replace(request.lora_path, "the adapter")
+        raise RefusedByVLLM(f"vLLM says: {text}") from error
+
+
+def check_loaded(lora: Any, served: dict[str, str], adapter: Adapter) -> None:
+    """Check that vLLM loaded what was scored: the same modules, factors and scaling, and finite.
+
+    vLLM casts factors to the engine's dtype and later multiplies B by the scaling. Either can take
+    a finite number out of the dtype's range.
+
+    Raises:
+        DoesNotFitModel: other modules, factors or scaling than were scored.
+        NotFinite: a value leaves the range of the engine's dtype.
+    """
+    scored = set(served.values())
+    unscorable = {lora_modules.module_of(key) for key in adapter.unscorable}
+    for name in lora.loras:
+        if name not in scored and not any(name.endswith(other) for other in unscorable):
+            raise DoesNotFitModel(f"vLLM loaded {name}, which was not scored")
+    for module in adapter.modules:
+        loaded = lora.loras.get(served[module.name])
+        if loaded is None:
+            continue
+        if not math.isclose(loaded.scaling, module.scaling, rel_tol=1e-6):
+            raise DoesNotFitModel(
+                f"vLLM would scale {module.name} by {loaded.scaling:g}, it was scored with"
+                f" {module.scaling:g} (this version may not know rank_pattern and alpha_pattern)"
+            )
+        if not (_same(loaded.lora_a, module.A) and _same(loaded.lora_b, module.B)):
+            raise DoesNotFitModel(f"vLLM loaded other factors for {module.name} than were scored")
+        if not (_within(loaded.lora_a, 1.0) and _within(loaded.lora_b, module.scaling)):
+            raise NotFinite(
+                f"module {module.name} leaves the range of {loaded.lora_b.dtype}, in which this"
+                " server holds adapters"
+            )
+
+
+def remove_unscorable(lora: Any, served: dict[str, str], removed: Collection[str]) -> None:
+    """Remove tensors that the policy does not admit unscored."""
+    if not removed:
+        return
+    scored = set(served.values())
+    for name in [name for name in lora.loras if name not in scored]:
+        del lora.loras[name]
+    remove_full_modules(lora)
+
+
+def _same(loaded: Tensor, scored: Tensor) -> bool:
+    return torch.equal(loaded.cpu(), scored.to(loaded.dtype))
+
+
+def _within(tensor: Tensor, factor: float) -> bool:
+    """Whether the largest entry, times a factor, is a finite number of the tensor's dtype."""
+    least, most = map(float, torch.aminmax(tensor))  # several times faster than a norm
+    largest = max(abs(least), abs(most)) * abs(factor)
+    return largest <= torch.finfo(tensor.dtype).max

@@ -1,0 +1,51 @@
+"""Changes to a loaded adapter (vLLM's LoRAModel), and adapters without effect."""
+
+from typing import Any
+
+import torch
+
+from s3lora_serve.vllm_plugin import compat
+
+INERT = "s3lora.inert"
+"""Name of the only entry of an adapter without effect. No module has it, so every LoRA slot of the
+adapter is reset. Without any entry vLLM's packing step stops the engine."""
+
+
+def strip_module(lora: Any, name: str) -> None:
+    """Remove one module's update.
+
+    Experts are packed together and none may be missing, so an expert gets B = 0 instead.
+    """
+    if ".experts." not in name:
+        lora.loras.pop(name, None)
+    elif name in lora.loras:
+        lora.loras[name].lora_b = torch.zeros_like(lora.loras[name].lora_b)
+
+
+def remove_full_modules(lora: Any) -> None:
+    """Remove the whole layers that an adapter brings (modules_to_save)."""
+    if getattr(lora, "modules_to_save", None):
+        lora.modules_to_save = {}
+
+
+def remove_effect(lora: Any) -> None:
+    """Leave one entry that no module uses: the adapter then serves exactly the base model."""
+    zero = torch.zeros(1, 1)
+    lora.loras[INERT] = compat.LoRALayerWeights(INERT, 1, 1, zero, zero.clone(), scaling=1.0)
+
+
+def adapter_without_effect(request: Any) -> Any:
+    """A new LoRAModel without effect, under the id of the request."""
+    lora = compat.LoRAModel(request.lora_int_id, 1, {})
+    remove_effect(lora)
+    return lora
+
+
+def add_to_slot(manager: Any, lora: Any) -> bool:
+    """Add and activate a loaded adapter, as vLLM's own `add_adapter` does."""
+    adapters = manager._adapter_manager
+    if len(adapters) + 1 > adapters.capacity and hasattr(adapters, "remove_oldest_adapter"):
+        adapters.remove_oldest_adapter()
+    added: bool = adapters.add_adapter(lora)
+    adapters.activate_adapter(lora.id)
+    return added

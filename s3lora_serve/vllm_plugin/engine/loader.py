@@ -1,0 +1,217 @@
+"""The choke point in a worker: it loads admitted stored copies, or adapters without effect.
+
+Nothing here raises. An exception would stop the engine for every tenant, or leave the ranks of a
+tensor-parallel engine out of step.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from s3lora_serve.admission.verdict import Verdict, unread_verdict
+from s3lora_serve.errors import (
+    AdapterRejected,
+    GateFailed,
+    Reason,
+    Refused,
+    RefusedByVLLM,
+    StoreDamaged,
+)
+from s3lora_serve.store.stored_copy import StoredCopy, is_servable, open_stored_copy
+from s3lora_serve.vllm_plugin import compat, patches
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.bounded_map import remember
+from s3lora_serve.vllm_plugin.engine.enforcement import enforce
+from s3lora_serve.vllm_plugin.engine.loaded_adapter import adapter_without_effect, add_to_slot
+from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
+from s3lora_serve.vllm_plugin.engine.preload import Preloader
+from s3lora_serve.vllm_plugin.engine.unregistered import UnregisteredAdapters
+
+logger = compat.logger
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """The result of loading a stored copy."""
+
+    stored: StoredCopy | None
+    result: Any  # vLLM's LoRAModel, or the AdapterRejected that says why there is none
+    seconds: float
+
+
+class AdapterLoader:
+    """Loads adapters in one worker process."""
+
+    def __init__(self, controller: AdmissionController) -> None:
+        self.controller = controller
+        self.model = WorkerModel()
+        self._preloader = Preloader()
+        self._unregistered = UnregisteredAdapters(controller)
+        self._registering = False
+        self._refusals: OrderedDict[int, Reason] = OrderedDict()  # by adapter id
+        self._loaded: OrderedDict[int, str] = OrderedDict()  # store key by adapter id
+
+    def activate(self, manager: Any, vllm_config: Any) -> None:
+        """Read the worker's LoRA modules, and report that its gate is active."""
+        self.model = WorkerModel.of(manager, vllm_config)
+        self.controller.events.metrics.set_model_modules(self.model.places)
+        self.report_policy()
+
+    def report_policy(self) -> None:
+        """Report the policy in force, in metrics and log."""
+        policy, release = self.controller.policy, version("s3lora-serve")
+        self.controller.events.metrics.activate(policy.digest, policy.mode, release)
+        logger.info("s3lora %s: gate in mode %s, policy %s", release, policy.mode, policy.digest)
+
+    @contextmanager
+    def registration(self) -> Iterator[None]:
+        """Within this context the caller asks for the refusal of a load and handles it."""
+        self._registering = True
+        try:
+            yield
+        finally:
+            self._registering = False
+
+    def load(self, manager: Any, request: Any, original: Callable[..., Any]) -> Any:
+        """Load an adapter; replaces vLLM's `_load_adapter`. A refused one has no effect."""
+        adapter_id = request.lora_int_id
+        load = self._preloaded(manager, request, original)
+        verdict = load.stored.verdict if load.stored else None
+        if load.stored is None or isinstance(load.result, Exception):
+            return self._quarantine(request, _reason(load.result, verdict), verdict)
+        stored = load.stored
+        if compat.is_first_rank():
+            events = self.controller.events
+            if self._registering:
+                events.metrics.observe_strip(load.seconds)
+            elif self._loaded.get(adapter_id) == stored.path.name:
+                events.reloaded(replace(stored.verdict, name=request.lora_name), "store")
+        self._refusals.pop(adapter_id, None)
+        remember(self._loaded, adapter_id, stored.path.name)
+        return load.result
+
+    def is_preloaded(self, name: str, path: str, adapter_id: int) -> bool:
+        """Whether a stored copy is ready to be added; the first call starts reading it.
+
+        It is read beside the engine's steps, so that other tenants' tokens do not wait.
+        """
+        request = compat.request_for(name, path, adapter_id)
+        if self.controller.store.find(path) is None:
+            return True
+        work = partial(self._load, self.model.manager, request, patches.load_adapter)
+        return self._preloader.is_done(_key(request), work)
+
+    def _preloaded(self, manager: Any, request: Any, original: Callable[..., Any]) -> _Load:
+        """The load that was preloaded, else one made now."""
+        preloaded: _Load | None = self._preloader.take(_key(request))
+        return preloaded or self._load(manager, request, original)
+
+    def _load(self, manager: Any, request: Any, original: Callable[..., Any]) -> _Load:
+        """Open the stored copy and have vLLM load it. Raises nothing."""
+        started, stored, result = time.perf_counter(), None, None
+        try:
+            stored = open_stored_copy(self._path_to_load(request))
+            result = enforce(manager, request, original, stored)
+        except AdapterRejected as refusal:
+            result = refusal
+        except Exception as error:
+            logger.exception("s3lora: adapter %r", request.lora_name)
+            result = GateFailed(f"{type(error).__name__}: {error}")
+        return _Load(stored, result, time.perf_counter() - started)
+
+    def add(self, manager: Any, request: Any, original: Callable[..., bool]) -> bool:
+        """Add an adapter to the engine, never half; replaces `add_adapter`.
+
+        vLLM marks an adapter active before it fills its slot. After an error in between, later
+        modules would keep the weights of the slot's previous adapter.
+        """
+        loaded = self._loaded.get(request.lora_int_id)
+        path = self._stored_path(request)
+        if loaded and path and (loaded != path.name or self.controller.store.is_quarantined(path)):
+            # The id was another adapter's, or another rank could not load it: no rank serves it.
+            manager.remove_adapter(request.lora_int_id)
+        try:
+            return original(manager, request)
+        except Exception as error:
+            logger.exception("s3lora: adapter %r", request.lora_name)
+            manager.remove_adapter(request.lora_int_id)
+            failed = RefusedByVLLM(f"vLLM says: {type(error).__name__}: {error}")
+            return add_to_slot(manager, self._quarantine(request, Reason.of(failed), None))
+        finally:
+            # vLLM keeps the request for later steps, which must not read the adapter again.
+            request.load_inplace = False
+
+    def is_quarantined(self, path: str) -> bool:
+        """Whether the stored copy at this path is quarantined, on any rank."""
+        stored = self.controller.store.find(path)
+        return stored is not None and self.controller.store.is_quarantined(stored)
+
+    def refusal(self, adapter_id: int) -> Reason | None:
+        """Why this worker loaded an adapter without effect; None if it did not."""
+        return self._refusals.get(adapter_id)
+
+    def loaded_key(self, adapter_id: int) -> str | None:
+        """The store key of the copy that this worker loaded under an id."""
+        return self._loaded.get(adapter_id)
+
+    def trial(self, name: str, path: str, adapter_id: int) -> Reason | None:
+        """Why this worker would not serve a stored copy; None if it would."""
+        request = compat.request_for(name, path, adapter_id)
+        result = self._preloaded(self.model.manager, request, patches.load_adapter).result
+        return Reason.of(result) if isinstance(result, AdapterRejected) else None
+
+    def _stored_path(self, request: Any) -> Path | None:
+        """The stored copy that a request means, if it is known."""
+        return self.controller.store.find(request.lora_path) or self._unregistered.get(request)
+
+    def _path_to_load(self, request: Any) -> Path:
+        """The stored copy that the request names, else one that is admitted here."""
+        path = self.controller.store.find(request.lora_path)
+        if path is None:
+            path = None if request.load_inplace else self._unregistered.get(request)
+            path = path or self._unregistered.admit(request, self.model)
+        if self.controller.store.is_quarantined(path):
+            raise StoreDamaged(f"{path} could not be loaded, here or on another rank")
+        return path
+
+    def _quarantine(self, request: Any, reason: Reason, verdict: Verdict | None) -> Any:
+        """An adapter without effect that replaces a refused one."""
+        remember(self._refusals, request.lora_int_id, reason)
+        self._loaded.pop(request.lora_int_id, None)
+        path = self._stored_path(request)
+        mode = verdict.mode if verdict else self.controller.policy.mode
+        # The registration asks for the refusal, answers its client and removes the adapter.
+        registered = self._registering and self.controller.store.find(request.lora_path) is not None
+        if registered and mode == "enforce":
+            return adapter_without_effect(request)
+        if path is not None and (verdict is None or is_servable(verdict)):
+            self._mark_quarantined(path)
+        if compat.is_first_rank():
+            known = verdict or unread_verdict(
+                request.lora_name, request.lora_path, self.controller.policy
+            )
+            self.controller.events.quarantined(replace(known, name=request.lora_name), reason)
+        return adapter_without_effect(request)
+
+    def _mark_quarantined(self, path: Path) -> None:
+        try:
+            self.controller.store.quarantine(path)
+        except GateFailed as error:  # other ranks cannot learn of it
+            logger.error("s3lora: %s", error)
+
+
+def _key(request: Any) -> tuple[int, str]:
+    return request.lora_int_id, request.lora_path
+
+
+def _reason(refusal: AdapterRejected, verdict: Verdict | None) -> Reason:
+    """The reason of a refusal; a stored verdict has its own."""
+    if isinstance(refusal, Refused) and verdict and verdict.reason:
+        return verdict.reason
+    return Reason.of(refusal)

@@ -1,0 +1,109 @@
+"""The served model's LoRA modules: their names in vLLM, shapes, layers and projections."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from s3lora_serve.telemetry.adapter_gauge import OTHER
+from s3lora_serve.vllm_plugin import compat
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerModel:
+    """The part of the model that one worker serves; empty until its LoRA modules exist."""
+
+    manager: Any = None  # vLLM's WorkerLoRAManager
+    base_model: str | None = None  # as the operator named it
+    places: frozenset[tuple[str, str]] = frozenset()  # (layer, projection)
+    shapes: frozenset[tuple[int, int]] = frozenset()  # (m, n) of ΔW
+    is_whole: bool = False  # False: a pipeline stage, with a part of the layers
+
+    @classmethod
+    def of(cls, manager: Any, vllm_config: Any) -> "WorkerModel":
+        """The model of a worker whose LoRA modules have just been created."""
+        shapes = module_shapes(manager)
+        return cls(
+            manager,
+            compat.base_model(vllm_config),
+            frozenset(_place(name) for name in shapes),
+            frozenset(shapes.values()),
+            holds_whole_model(manager),
+        )
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(layer, projection) of a module of the base model."""
+    parts = name.split(".")
+    return next((part for part in parts if part.isdecimal()), OTHER), parts[-1]
+
+
+def served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:
+    """vLLM's module name for each tensor name of an adapter (models may rename modules).
+
+    Raises:
+        ValueError: vLLM cannot map a name.
+    """
+    mapper = compat.rename_mapper(manager._adapter_manager.model)
+    return {key: compat.parse_fine_tuned_lora_name(key, mapper)[0] for key in keys}
+
+
+def module_shapes(manager: Any) -> dict[str, tuple[int, int]]:
+    """(m, n) of ΔW, unsharded, for every module that can have a LoRA, by vLLM's names.
+
+    Packed layers (qkv_proj) appear as their parts (q_proj, k_proj, v_proj). Layers of unknown shape
+    are left out, so that adapters for them are refused.
+    """
+    adapter_manager = manager._adapter_manager
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in adapter_manager.modules.items():
+        parts = adapter_manager.packed_modules.get(name, [name])
+        if hasattr(layer, "moe_config"):
+            shapes |= _expert_shapes(adapter_manager.model, layer, parts)
+            continue
+        outputs, inputs = _layer_sizes(layer)
+        if len(parts) == 1 and outputs:
+            shapes[name] = sum(outputs), inputs
+        elif len(parts) == len(outputs):
+            shapes |= {part: (m, inputs) for part, m in zip(parts, outputs, strict=True)}
+    return shapes
+
+
+def _expert_shapes(model: Any, layer: Any, parts: list[str]) -> dict[str, tuple[int, int]]:
+    """(m, n) of each expert's projections, for adapters that hold experts one by one."""
+    mapping = compat.get_moe_expert_mapping(model)
+    if len(parts) != len(mapping):
+        return {}  # experts fused into one tensor
+    hidden = layer.hidden_size
+    inner = layer.intermediate_size_per_partition * layer.tp_size
+    shapes = {}
+    for part, (_, _, _, shard) in zip(parts, mapping, strict=True):
+        shapes[part] = (hidden, inner) if shard == "w2" else (inner, hidden)
+    return shapes
+
+
+def holds_whole_model(manager: Any) -> bool:
+    """Whether this worker has every layer; a pipeline stage has a part of them."""
+    parallel = manager._s3lora_vllm_config.parallel_config
+    return bool(parallel.pipeline_parallel_size == 1)
+
+
+def module_of(key: str) -> str:
+    """The last part of the module name that a tensor belongs to, which vLLM never renames."""
+    parts = key.split(".")
+    cut = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts) - 1)
+    return parts[cut - 1] if cut else key
+
+
+def _layer_sizes(layer: Any) -> tuple[list[int], int]:
+    """Unsharded output sizes of a layer's slices, and its input size; ([], 0) if not known."""
+    base = layer.base_layer
+    if hasattr(base, "total_num_heads"):  # QKVParallelLinear; output_sizes repeats shared kv heads
+        values = getattr(base, "v_head_size", base.head_size)
+        heads, kv_heads = base.total_num_heads, base.total_num_kv_heads
+        sizes = [heads * base.head_size, kv_heads * base.head_size, kv_heads * values]
+        return sizes, base.input_size
+    if hasattr(base, "input_size") and hasattr(base, "output_size"):
+        return list(getattr(base, "output_sizes", [base.output_size])), base.input_size
+    if hasattr(layer, "hidden_size") and hasattr(base, "vocab_size"):  # lm_head
+        return [base.vocab_size], layer.hidden_size
+    return [], 0

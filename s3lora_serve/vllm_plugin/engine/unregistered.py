@@ -1,0 +1,59 @@
+"""Admission, in a worker, of adapters that no API server registered (`LLM.generate`)."""
+
+from collections import OrderedDict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from s3lora_serve.errors import NotAnAdapter, Refused
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.bounded_map import remember
+from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
+
+
+class UnregisteredAdapters:
+    """Stored copies of adapters that this worker admitted itself, by id and path of the request."""
+
+    def __init__(self, controller: AdmissionController) -> None:
+        self._controller = controller
+        self._paths: OrderedDict[tuple[int, str], Path] = OrderedDict()
+
+    def get(self, request: Any) -> Path | None:
+        """The stored copy of an adapter that was admitted before."""
+        return self._paths.get((request.lora_int_id, request.lora_path))
+
+    def admit(self, request: Any, model: WorkerModel) -> Path:
+        """Admit an adapter, or admit it anew; the stored copy's path, pinned.
+
+        Raises:
+            AdapterRejected: it cannot be stored.
+        """
+        path = self._admit(request, model)
+        origin = (request.lora_int_id, request.lora_path)
+        before = self._paths.get(origin)
+        for old in (before, remember(self._paths, origin, path)):
+            if old is not None:
+                self._controller.store.unpin(old)
+        return path
+
+    def _admit(self, request: Any, model: WorkerModel) -> Path:
+        folder = compat.adapter_folder(request, download=not self._controller.policy.limits.roots)
+        if folder is None:
+            raise NotAnAdapter(f"{request.lora_path} does not exist")
+        shapes = model.shapes if model.is_whole else ()
+        verdict, path = self._controller.admit(
+            folder, request.lora_name, model.base_model, shapes, store_refused=True
+        )
+        if path is None:
+            raise Refused(str(verdict.reason))
+        transient = verdict.reason and verdict.reason.code.startswith("S3LORA-4")
+        if verdict.digest and not transient:
+            # Each rank scores for itself. If they differ, the first verdict holds for all ranks.
+            content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
+            served = (model.base_model, sorted(shapes))
+            named = (version("s3lora-serve"), request.lora_name, str(folder))
+            path = self._controller.store.agree_on(repr((*named, *served, *content)), path)
+        if compat.is_first_rank():
+            self._controller.events.decided(verdict, "engine")
+        return path

@@ -1,0 +1,55 @@
+"""Methods that the API server may call on each worker, by `collective_rpc("s3lora_…")`."""
+
+from typing import Any
+
+from s3lora_serve.errors import Reason
+from s3lora_serve.vllm_plugin import patches
+from s3lora_serve.vllm_plugin.engine.loader import AdapterLoader
+
+
+class WorkerMethods:
+    """Answers of one worker, as plain data."""
+
+    def __init__(self, loader: AdapterLoader) -> None:
+        self._loader = loader
+
+    def install(self) -> None:
+        """Add the methods to vLLM's worker class.
+
+        Raises:
+            ContractBroken: a name is taken.
+        """
+        for name in ("status", "model", "preloaded", "loaded", "refresh", "trial"):
+            patches.add_worker_method(f"s3lora_{name}", getattr(self, name))
+
+    def status(self) -> dict[str, Any]:
+        """Whether this worker is guarded, and the digest of its policy."""
+        policy, model = self._loader.controller.policy, self._loader.model
+        active = model.manager is not None and policy.mode != "off"
+        return {"active": active, "policy_digest": policy.digest}
+
+    def model(self) -> dict[str, list[tuple[Any, Any]]]:
+        """(layer, projection) and (m, n) of the modules in this worker's part of the model."""
+        model = self._loader.model
+        return {"places": sorted(model.places), "shapes": sorted(model.shapes)}
+
+    def preloaded(self, name: str, path: str, adapter_id: int) -> bool:
+        """Whether this worker has read a stored copy; the first call starts reading it."""
+        return self._loader.is_preloaded(name, path, adapter_id)
+
+    def loaded(self, adapter_id: int) -> tuple[str | None, tuple[str, str] | None]:
+        """The store key of the copy loaded under an id, and why it is without effect, if it is."""
+        return self._loader.loaded_key(adapter_id), _plain(self._loader.refusal(adapter_id))
+
+    def refresh(self) -> None:
+        """Reload a policy file that has changed."""
+        self._loader.controller.reload_policy()
+        self._loader.report_policy()
+
+    def trial(self, name: str, path: str, adapter_id: int) -> tuple[str, str] | None:
+        """Code and message of why this worker would not serve a stored copy; None if it would."""
+        return _plain(self._loader.trial(name, path, adapter_id))
+
+
+def _plain(reason: Reason | None) -> tuple[str, str] | None:
+    return (reason.code, reason.message) if reason else None

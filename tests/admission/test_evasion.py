@@ -1,0 +1,216 @@
+"""What an adapter's owner who knows the rule can try: what is held, and what stays a limit.
+
+Figures of limits are told in docs/threat-model.md; a test that no longer finds one is good news.
+"""
+
+from itertools import count
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.policy.schema import Limits, Strip
+from s3lora_serve.spectral import Factors, Scorer, score_modules
+from tests.support.adapters import copy_with, key, q_proj, rewritten, spike, written
+from tests.support.factors import gaussian
+
+PLANTED = "model.layers.2.self_attn.v_proj"
+EVERY_RULE = [{"top_k": 10}, {"fraction": 0.1}, {"threshold": 0.3}, {"outliers": 3.5}]
+
+
+@pytest.fixture
+def others(trained):
+    return [m.name for m in scan_adapter(trained, Policy()).modules if m.name != PLANTED]
+
+
+@pytest.fixture
+def decoyed(trained, others, tmp_path):
+    """The trained adapter with a module planted and others rewritten to nearly rank 1."""
+    number = count()
+
+    def make(how_many, size, factor=3.0):
+        def change(tensors):
+            spike(PLANTED, factor)(tensors)
+            for module in others[:how_many]:
+                rewritten(module, size)(tensors)
+
+        return copy_with(trained, tmp_path / f"decoyed-{next(number)}", change)
+
+    return make
+
+
+def outcome(folder, **policy):
+    verdict = scan_adapter(folder, Policy(**policy))
+    return verdict.decision.value, frozenset(verdict.stripped)
+
+
+# What is held.
+
+
+@pytest.mark.parametrize("factor", [3.0, 30.0], ids=["of the others' size", "300 times as large"])
+@pytest.mark.parametrize("choice", EVERY_RULE, ids=str)
+def test_twelve_tiny_decoys_do_not_keep_a_planted_module(decoyed, others, choice, factor):
+    strip = Strip(**choice)
+    _, alone = outcome(decoyed(0, 1.0, factor), strip=strip)
+    verdict = scan_adapter(decoyed(12, 1e-4, factor), Policy(strip=strip))
+    assert PLANTED in alone
+    assert PLANTED in verdict.stripped
+    assert {m.name for m in verdict.modules if m.negligible} == set(others[:12])
+    assert set(others[:12]) <= set(verdict.stripped), "as sharp, and uncounted"
+    assert sum(m.energy_share for m in verdict.modules) == pytest.approx(1.0)
+
+
+def test_no_module_of_a_trained_adapter_is_negligible(trained):
+    verdict = scan_adapter(trained, Policy())
+    assert not any(module.negligible for module in verdict.modules)
+    assert min(module.energy_share for module in verdict.modules) > 1e3 * Policy().negligible
+
+
+def test_the_line_lies_where_rounding_to_float16_does():
+    B, A = (factor[0] for factor in gaussian(1024, 1024, 16, k=1))
+    rounded = B.half().double() @ A.half().double()
+    changed = ((rounded - B @ A).norm() / (B @ A).norm()).item() ** 2
+    assert changed == pytest.approx(Policy().negligible, rel=0.3)
+
+
+def test_modules_switched_off_by_their_alpha_are_not_counted(trained, others, tmp_path):
+    """alpha_pattern 0 leaves factors of any size and sharpness without effect."""
+    names = others[:12]
+
+    def change(tensors):
+        for module in names:
+            rewritten(module, 1.0)(tensors)
+
+    folder = copy_with(trained, tmp_path / "off", change, alpha_pattern=dict.fromkeys(names, 0))
+    verdict = scan_adapter(folder, Policy(strip=Strip(top_k=3)))
+    assert {m.name for m in verdict.modules if m.negligible} == set(names)
+    assert all(m.ssi is None for m in verdict.modules if m.name in names)
+    assert len(verdict.stripped) == 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_moving_scale_between_the_factors_and_alpha_changes_no_verdict(tmp_path_factory, data):
+    """B·2^b, A·2^a and alpha·2^-(a+b), module by module, is one update."""
+    folder = tmp_path_factory.mktemp("moved")
+    plain, moved, alphas = {}, {}, {}
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(6)]
+    for i, name in enumerate(names):
+        B, A = (factor[0].float() for factor in gaussian(40, 30, 4, k=1, seed=i))
+        B[:, 0] *= 1 + i
+        b, a = (data.draw(st.integers(-20, 20)) for _ in range(2))
+        plain |= {key(name, "A"): A.clone(), key(name, "B"): B.clone()}
+        moved |= {key(name, "A"): A * 2.0**a, key(name, "B"): B * 2.0**b}
+        alphas[name] = 8 * 2.0 ** -(a + b)
+    policy = Policy(strip=Strip(top_k=2), limits=Limits(max_scaling=None))
+    verdicts = [
+        scan_adapter(written(folder / str(i), tensors, alpha_pattern=pattern), policy)
+        for i, (tensors, pattern) in enumerate(((plain, {}), (moved, alphas)))
+    ]
+    assert verdicts[0].stripped == verdicts[1].stripped
+    for before, after in zip(verdicts[0].modules, verdicts[1].modules, strict=True):
+        assert after.relative_ssi == pytest.approx(before.relative_ssi, abs=1e-6)
+        assert after.energy_share == pytest.approx(before.energy_share, rel=1e-6)
+        assert after.spectrum == pytest.approx(before.spectrum, rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), r=st.integers(2, 16), extra=st.integers(1, 16),
+    sharp=st.floats(1, 20), side=st.sampled_from("AB"),
+)  # fmt: skip
+def test_padding_with_directions_of_zero_never_makes_a_module_look_duller(
+    seed, r, extra, sharp, side
+):
+    """SSI stays; the relative index, of a larger M, rises by at most (1 − SSI)/(r − 1)."""
+    B, A = (factor[0] for factor in gaussian(60, 50, r, k=1, seed=seed))
+    B[:, 0] *= sharp
+    noise_b, noise_a = (factor[0] for factor in gaussian(60, 50, extra, k=1, seed=seed + 1))
+    (noise_a if side == "A" else noise_b).zero_()
+    padded = torch.cat([B, noise_b], 1), torch.cat([A, noise_a], 0)
+    before, after = score_modules(
+        [Factors("before", B, A, 1.0), Factors("after", *padded, 1.0)], device="cpu"
+    )
+    assert after.ssi == pytest.approx(before.ssi, abs=1e-6)
+    assert after.spectrum[:r] == pytest.approx(before.spectrum, rel=1e-5)
+    rise = after.relative_ssi - before.relative_ssi
+    assert -2e-6 <= rise <= (1 - before.ssi) / (r - 1) + 2e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), width=st.integers(1, 4), r=st.integers(5, 16),
+    tiny=st.floats(0, 1e-6),
+)  # fmt: skip
+def test_a_narrow_update_is_sharp_whatever_tiny_directions_pad_it(seed, width, r, tiny):
+    """k equal directions of r have a relative index of (1/k − 1/r)/(1 − 1/r), tiny ones beside."""
+    generator = torch.Generator().manual_seed(seed)
+    B, A = (torch.randn(d, r, generator=generator, dtype=torch.float64) for d in (300, 250))
+    B, A = torch.linalg.qr(B)[0], torch.linalg.qr(A)[0].mT
+    fall = torch.cat([torch.ones(width), torch.full((r - width,), tiny)]).double()
+    [score] = score_modules([Factors("m", B * fall, A, 1.0)], device="cpu")
+    bound = (1 / width - 1 / r) / (1 - 1 / r)
+    # Normalising equalises what the directions themselves do not: a tenth of it at 300 x 250.
+    assert score.relative_ssi >= 0.85 * bound
+
+
+# What stays a limit.
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept"),
+    [({"top_k": 10}, True), ({"fraction": 0.1}, True), ({"outliers": 3.5}, True),
+     ({"threshold": 0.3}, False)],
+    ids=str,
+)  # fmt: skip
+def test_limit_twelve_decoys_at_full_size_keep_a_planted_module(decoyed, others, choice, kept):
+    """They cost the owner what they had learnt: every decoy that spends a strip is stripped."""
+    decision, stripped = outcome(decoyed(12, 1.0), strip=Strip(**choice))
+    assert decision == "stripped"
+    assert (PLANTED not in stripped) == kept
+    if kept:
+        assert stripped <= set(others[:12])
+
+
+def test_limit_where_most_modules_are_decoys_outliers_finds_nothing(decoyed):
+    """And `threshold` refuses the adapter: more than max_stripped_fraction is sharp."""
+    folder = decoyed(16, 1.0)
+    assert outcome(folder, strip=Strip(outliers=3.5)) == ("admitted", frozenset())
+    assert scan_adapter(folder, Policy(strip=Strip(threshold=0.3))).reason.code == "S3LORA-203"
+
+
+def test_limit_two_equal_directions_written_with_rank_two_are_ranked_last(tmp_path):
+    """SSI 0.5, relative index 0: `threshold` strips it, and `limits.min_rank` refuses it."""
+    tensors = {}
+    for i in range(12):
+        B, A = (factor[0].float() for factor in gaussian(64, 64, 16, k=1, seed=i))
+        tensors |= q_proj(i, B, A)
+    hadamard = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).repeat(32, 1)
+    tensors |= q_proj(12, hadamard, hadamard.mT)
+    narrow = "model.layers.12.self_attn.q_proj"
+    folder = written(tmp_path / "narrow", tensors, r=16, rank_pattern={narrow: 2})
+    found = {m.name: m for m in scan_adapter(folder, Policy()).modules}[narrow]
+    assert (found.ssi, found.relative_ssi) == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-6))
+    assert narrow not in outcome(folder, strip=Strip(top_k=6))[1]
+    assert narrow in outcome(folder, strip=Strip(threshold=0.3))[1]
+    refused = scan_adapter(folder, Policy(limits=Limits(min_rank=8)))
+    assert refused.reason.code == "S3LORA-201"
+
+
+def test_limit_a_spike_on_few_rows_and_columns_hides_in_noise_on_the_others():
+    """Plain singular values find it, offline: `scan --scorer svd`."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(d, generator=generator).double() for d in (512, 384))
+    u[51:], v[38:] = 0, 0  # a tenth of each
+    noise_b, noise_a = (factor[0] for factor in gaussian(512, 384, 15, k=1))
+    size = 0.01 * torch.outer(u, v).norm() / (noise_b @ noise_a).norm()
+    B = torch.cat([u[:, None], noise_b * size], 1)
+    module = Factors("m", B, torch.cat([v[None], noise_a], 0), 1.0)
+    ssi = {
+        name: score_modules([module], Scorer(name=name), device="cpu")[0].ssi
+        for name in ("mas-svd", "svd")
+    }
+    assert ssi["svd"] > 0.9
+    assert ssi["mas-svd"] < 0.1

@@ -1,0 +1,127 @@
+"""What a server wrote goes when it ends; what a killed one left goes when the next one starts."""
+
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests.store.test_adapter_store import keep, kept
+
+from s3lora_serve.errors import GateFailed
+from s3lora_serve.launcher.server_files import ServerFiles
+from s3lora_serve.settings import Settings
+from s3lora_serve.store.adapter_store import AdapterStore
+
+SERVER = """
+import sys
+from pathlib import Path
+from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.launcher.server_files import ServerFiles
+from s3lora_serve.settings import Settings
+from s3lora_serve.store.adapter_store import AdapterStore
+adapter, state = map(Path, sys.argv[1:])
+with ServerFiles(Settings(state_dir=state)) as files:
+    (files.metrics() / "counter_1.db").write_text("metrics")
+    store = AdapterStore(state)
+    with store.new_private_folder() as private:
+        verdict = admit(adapter, "tenant", Policy(), device="cpu", into=private.make).verdict
+        store.add(private, verdict, 2**30)
+    with store.new_private_folder() as private:
+        (private.make() / "half").write_text("a copy")
+        print("up", flush=True)
+        sys.stdin.read()
+    store.close(clear=False)  # as its workers' end does
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A temporary folder of the test's own."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+@contextmanager
+def server(place, adapter, state=None):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, adapter, state or place],
+        env={"TMPDIR": str(place), "PATH": ""}, cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"up\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+def end(process, number=None):
+    if number is None:
+        process.stdin.close()
+    else:
+        process.send_signal(number)
+    process.wait(20)
+
+
+def test_nothing_stays_of_a_server_that_ended(place, trained):
+    with server(place, trained) as process:
+        assert list(place.rglob("counter_1.db"))
+        assert list(place.rglob("adapter_model.safetensors"))
+        end(process)
+    assert list(place.iterdir()) == []
+
+
+def test_what_a_killed_server_left_goes_when_the_next_one_starts(place, trained):
+    with server(place, trained) as process:
+        end(process, signal.SIGKILL)
+    assert list(place.rglob("counter_1.db"))
+    with ServerFiles(Settings(state_dir=place)) as files:
+        assert list(place.rglob("*.db")) == list(place.rglob("*.safetensors")) == []
+        assert list(files.metrics().iterdir()) == []
+    assert list(place.iterdir()) == []
+
+
+def test_a_server_that_ends_takes_nothing_from_one_that_lives(place, trained):
+    with server(place, trained) as living:
+        found = {path for path in place.rglob("*") if path.is_file()}
+        with ServerFiles(Settings(state_dir=place)) as files:
+            files.metrics()
+        assert {path for path in place.rglob("*") if path.is_file()} == found
+        end(living)
+    assert list(place.iterdir()) == []
+
+
+def test_an_operators_state_folder_keeps_its_copies_and_nothing_else(place, trained):
+    state = place / "state"
+    for number in (None, signal.SIGKILL):
+        with server(place, trained, state) as process:
+            end(process, number)
+    with ServerFiles(Settings(state_dir=state)):
+        assert not list(state.rglob("process-*"))
+        assert len(kept(AdapterStore(state))) == 1
+    assert list(place.iterdir()) == [state]
+
+
+def test_a_store_that_was_removed_meanwhile_is_made_again(place, trained):
+    store = AdapterStore(place)
+    store.prepare()
+    AdapterStore(place).close(clear=True)
+    assert not store.root.exists()
+    path, _ = keep(store, trained)
+    assert path.is_dir()
+    AdapterStore(place).close(clear=True)
+    assert path.is_dir(), "this process lives"
+    store.close(clear=True)
+    assert not store.root.exists()
+
+
+def test_files_of_somebody_else_are_left_alone(place):
+    (place / "elsewhere").mkdir()
+    AdapterStore(place).root.symlink_to(place / "elsewhere")
+    with pytest.raises(GateFailed, match="others"), ServerFiles(Settings(state_dir=place)):
+        pass
+    assert (place / "elsewhere").is_dir()

@@ -1,0 +1,107 @@
+"""`s3lora scan --ray` on a real Ray cluster of several nodes, some of which die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from s3lora_serve import Policy
+from s3lora_serve.cli import app
+from s3lora_serve.offline.sweep import sweep
+from s3lora_serve.policy.schema import Strip
+from tests.support.adapters import WEIGHTS, copy_with
+
+cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs the extra ray")
+
+ADAPTERS = 200
+POLICY = Policy(strip=Strip(top_k=2))
+
+
+@pytest.fixture
+def cluster():
+    """A head and two more nodes, each with a core and processes of its own."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def hub(trained, tmp_path_factory) -> Path:
+    """Adapters of which one is broken."""
+    root = tmp_path_factory.mktemp("hub")
+    for i in range(ADAPTERS):
+        copy_with(trained, root / f"a{i:03}")
+    (root / "a150" / WEIGHTS).write_bytes(b"nothing")
+    return root
+
+
+def scan(hub, address, output) -> subprocess.Popen:
+    policy = hub.parent / "policy.yaml"
+    policy.write_text("strip: {top_k: 2}\n")
+    command = [sys.executable, "-m", "s3lora_serve", "scan", hub, "--ray", address,
+               "--policy", policy, "--format", "jsonl", "-o", output]  # fmt: skip
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+def workers() -> list[int]:
+    """Processes of Ray that are scoring."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if (folder / "cmdline").read_bytes().startswith(b"ray::scan_on_one"):
+                found.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def wait_for(claim, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (held := claim()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return held
+
+
+def written(output: Path) -> int:
+    return len(output.read_bytes().splitlines()) if output.exists() else 0
+
+
+def test_no_adapter_is_lost_or_counted_twice_when_a_worker_and_a_node_die(cluster, hub, tmp_path):
+    output = tmp_path / "verdicts.jsonl"
+    doomed = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    run = scan(hub, cluster.address, output)
+    wait_for(lambda: written(output) >= 3)
+    [victim, *_] = wait_for(workers)
+    os.kill(victim, signal.SIGKILL)
+    cluster.remove_node(doomed, allow_graceful=False)
+    at_death = written(output)
+    assert run.wait(300) == 1, run.stderr.read()
+    assert at_death < ADAPTERS, "they died in the middle"
+
+    def told(verdicts):
+        return [{k: v for k, v in verdict.items() if k != "seconds"} for verdict in verdicts]
+
+    here = [v.as_json() for v in sweep(sorted(hub.iterdir()), POLICY)]
+    assert told(map(json.loads, output.read_text().splitlines())) == told(here)
+
+
+def test_without_a_cluster_the_command_says_so(trained):
+    done = CliRunner().invoke(app, ["scan", str(trained), "--ray", "auto"])
+    assert done.exit_code == 2
+    assert "--ray auto: Could not find any running Ray instance" in done.stderr
+
+
+def test_processes_of_this_machine_and_a_cluster_are_not_mixed(trained):
+    done = CliRunner().invoke(app, ["scan", str(trained), "--ray", "auto", "--jobs", "2"])
+    assert done.exit_code == 2
+    assert "leave --jobs out" in done.stderr

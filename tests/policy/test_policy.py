@@ -1,0 +1,195 @@
+"""Policies: what is accepted, what is refused, what is effective."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s3lora_serve.errors import PolicyInvalid, SettingInvalid
+from s3lora_serve.policy.file import effective_policy, read_policy, serving_policy
+from s3lora_serve.policy.globs import glob_matches
+from s3lora_serve.policy.schema import Policy, parse_policy
+from s3lora_serve.settings import load_settings
+
+WHOLE = """
+mode: enforce
+scorer: {name: mas-svd, rank: null, normalization: two_sided}
+modules: ["*"]
+strip: {top_k: 10}
+limits:
+  max_stripped_fraction: 0.5
+  max_scaling: 64
+  max_norm_ratio: null
+  seconds: 30
+  max_bytes: 2147483648
+  max_rank: 256
+  formats: [safetensors]
+  roots: []
+deny: []
+allow: []
+on_uninformative: reject
+on_unscorable: reject
+audit: {path: null, max_bytes: 104857600, keep: 5, required: false}
+store: {max_bytes: 21474836480}
+required: false
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "policy.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_the_contract_written_out_is_the_default(tmp_path):
+    assert read_policy(write(tmp_path, WHOLE)) == Policy()
+    assert read_policy(write(tmp_path, "")) == Policy()
+
+
+def test_off_is_a_mode_and_no_boolean(tmp_path):
+    assert read_policy(write(tmp_path, "mode: off")).mode == "off"
+    assert read_policy(write(tmp_path, "required: true")).required is True
+
+
+def test_json_is_accepted_too(tmp_path):
+    assert read_policy(write(tmp_path, json.dumps({"strip": {"top_k": 3}}))).strip.top_k == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stirp: {top_k: 3}", "stirp"),
+        ("limits: {max_bites: 3}", "max_bites"),
+        ("strip: {top_k: 3, fraction: 0.1}", "exactly one"),
+        ("strip: {}", "exactly one"),
+        ("strip: {top_k: null}", "exactly one"),
+        ("strip: {threshold: 1.5}", "threshold"),
+        ("strip: {top_k: -1}", "top_k"),
+        ("strip: {outliers: .nan}", "outliers"),
+        ("mode: sometimes", "mode"),
+        ("deny: [abc]", "deny"),
+        ("limits: {formats: [pickle]}", "formats"),
+        ("- a list", "expected a mapping"),
+        ("mode: audit\nmode: off", "given twice"),
+        ("a: [1", "not YAML"),
+        ("rules: [{match: {adapter: x}, strip: {}}]", r"rules\.0: strip"),
+        ("rules: [{match: {adapter: x}, mode: off}]", "server's"),
+        ("rules: [{match: {tenant: x}}]", "tenant"),
+        ("scorer: {name: magic}", "scorer"),
+    ],
+)
+def test_a_bad_policy_is_refused_by_name(tmp_path, text, words):
+    with pytest.raises(PolicyInvalid, match=words) as caught:
+        read_policy(write(tmp_path, text))
+    assert str(caught.value).startswith("S3LORA-901: ")
+
+
+def test_a_missing_or_huge_policy_file_is_refused(tmp_path):
+    with pytest.raises(PolicyInvalid, match="No such file"):
+        read_policy(tmp_path / "nope.yaml")
+    with pytest.raises(PolicyInvalid, match="larger than"):
+        read_policy(write(tmp_path, "#" * (2**20 + 1)))
+
+
+def test_digest_names_the_meaning_and_not_the_spelling(tmp_path):
+    a = "sha256:" + "a" * 64
+    b = "sha256:" + "b" * 64
+    one = read_policy(write(tmp_path, yaml.safe_dump({"deny": [a, b], "mode": "audit"})))
+    two = read_policy(write(tmp_path, json.dumps({"mode": "audit", "deny": [b, a]})))
+    assert one.digest == two.digest
+    assert one.digest != Policy().digest
+
+
+def test_environment_beats_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("S3LORA_POLICY", str(write(tmp_path, "mode: audit\nstrip: {top_k: 1}")))
+    assert effective_policy().mode == "audit"
+    monkeypatch.setenv("S3LORA_MODE", "enforced")
+    monkeypatch.setenv("S3LORA_AUDIT_LOG", "/var/log/s3lora.jsonl")
+    policy = effective_policy()
+    assert (policy.mode, policy.strip.top_k) == ("enforce", 1)
+    assert policy.audit.path == Path("/var/log/s3lora.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text", ["scorer: {name: spsvd}", "rules: [{match: {adapter: x}, scorer: {name: svd}}]"]
+)
+def test_a_slow_scorer_is_for_offline_use_only(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("S3LORA_POLICY", str(write(tmp_path, text)))
+    assert effective_policy()
+    with pytest.raises(PolicyInvalid, match="offline"):
+        serving_policy()
+
+
+def test_a_bad_setting_names_itself_and_its_value(monkeypatch):
+    monkeypatch.setenv("S3LORA_MODE", "enforced")
+    with pytest.raises(SettingInvalid, match="S3LORA_MODE='enforced'"):
+        load_settings()
+
+
+RULES = {
+    "strip": {"top_k": 10},
+    "limits": {"max_rank": 64},
+    "rules": [
+        {"match": {"adapter": "acme/*"}, "strip": {"threshold": 0.3}, "limits": {"seconds": 5}},
+        {"match": {"path": "/tenants/**", "base_model": "llama*"}, "on_uninformative": "admit"},
+        {"match": {"adapter": "acme/vip"}, "strip": {"top_k": 1}},
+    ],
+}
+
+
+def test_first_matching_rule_replaces_strip_whole_and_merges_the_rest():
+    policy = parse_policy(RULES, "test")
+    acme = policy.for_adapter("acme/vip", "/x", None)
+    assert acme.strip.rule == ("threshold", 0.3)
+    assert (acme.limits.seconds, acme.limits.max_rank) == (5, 64)
+    tenant = policy.for_adapter("other", "/tenants/a/b", "llama-8b")
+    assert tenant.on_uninformative == "admit"
+    assert policy.for_adapter("other", "/tenants/a/b", None).on_uninformative == "reject"
+    assert policy.for_adapter("acme/eu/vip", "/x", None).strip.rule == ("top_k", 10)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "matches"),
+    [
+        ("*", "q_proj", True), ("q_*", "q_proj", True), ("*q_proj", "model.0.q_proj", True),
+        ("a/*", "a/b", True), ("a/*", "a/b/c", False), ("a/**", "a/b/c", True),
+        ("a?c", "abc", True), ("a?c", "a/c", False), ("[ab]", "a", False), ("[ab]", "[ab]", True),
+        ("a.c", "abc", False), ("", "", True), ("", "a", False), ("*", "a\nb", True),
+    ],
+)  # fmt: skip
+def test_globs(pattern, text, matches):
+    assert glob_matches(pattern, text) is matches
+
+
+def test_modules_are_selected_by_projection_or_full_name():
+    policy = Policy(modules=("q_proj", "model.layers.0.*"))
+    assert policy.selects("model.layers.7.self_attn.q_proj")
+    assert policy.selects("model.layers.0.mlp.up_proj")
+    assert not policy.selects("model.layers.7.mlp.up_proj")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=9) | st.integers(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from([*Policy.model_fields, "top_k", "match", "seconds", "x"]),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_any_data_is_a_policy_or_a_named_refusal(data):
+    try:
+        policy = parse_policy(data, "test")
+    except PolicyInvalid as error:
+        refusal = str(error)
+        assert refusal.startswith("S3LORA-901: test: ")
+    else:
+        assert parse_policy(policy.as_json(), "again").digest == policy.digest

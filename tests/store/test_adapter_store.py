@@ -1,0 +1,286 @@
+"""The admitted store: what lies in it is believed by its digest alone."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
+from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.errors import GateFailed, StoreDamaged, StoreFull
+from s3lora_serve.policy.schema import Limits, Policy, Strip
+from s3lora_serve.store.adapter_store import AdapterStore
+from s3lora_serve.store.stored_copy import VERDICT_NAME, open_stored_copy
+
+THREE = Policy(strip=Strip(top_k=3))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return AdapterStore(tmp_path / "state")
+
+
+def keep(store, folder, policy=THREE, most=2**30):
+    with store.new_private_folder() as private:
+        verdict = admit(folder, "tenant", policy, device="cpu", into=private.make).verdict
+        return store.add(private, verdict, most), verdict
+
+
+def kept(store):
+    return {entry.name for entry in store.root.iterdir() if len(entry.name) >= 64}
+
+
+def test_what_was_kept_comes_back_byte_for_byte(store, trained):
+    path, verdict = keep(store, trained)
+    found = open_stored_copy(path)
+    assert found.verdict == verdict
+    assert bytes(found.copy.weights) == (trained / WEIGHTS_NAME).read_bytes()
+    assert found.copy.config == (trained / CONFIG_NAME).read_bytes()
+    assert store.find(str(path)) == path
+
+
+def test_only_this_user_can_enter(store, trained):
+    path, _ = keep(store, trained)
+    for folder in (store.root, path):
+        assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_one_content_and_ruling_is_kept_once_and_another_ruling_apart(store, trained):
+    first, _ = keep(store, trained)
+    again, _ = keep(store, trained)
+    other, _ = keep(store, trained, Policy(strip=Strip(top_k=2)))
+    assert first == again != other
+    assert kept(store) == {first.name, other.name}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, CONFIG_NAME, VERDICT_NAME])
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+def test_damage_is_noticed_and_the_next_registration_mends_it(store, trained, name, how):
+    path, _ = keep(store, trained)
+    file = path / name
+    data = bytearray(file.read_bytes())
+    if how == "gone":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(data[:-1])
+    else:
+        wanted = {CONFIG_NAME: b'"r": 8', VERDICT_NAME: b'"sha256:'}.get(name)
+        place = data.index(wanted) + len(wanted) - 1 if wanted else len(data) // 2
+        data[place] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(StoreDamaged):
+        open_stored_copy(path)
+    again, _ = keep(store, trained)
+    assert again == path
+    assert open_stored_copy(again).copy is not None
+
+
+def test_a_verdict_somebody_rewrote_is_not_believed(store, trained):
+    path, verdict = keep(store, trained)
+    data = json.loads((path / VERDICT_NAME).read_text())
+    for module in data["modules"]:
+        module["stripped"] = False
+    data["decision"] = "admitted"
+    (path / VERDICT_NAME).write_text(json.dumps(data))
+    with pytest.raises(StoreDamaged):
+        open_stored_copy(path)
+    assert verdict.stripped
+
+
+def test_of_what_may_not_be_served_only_the_verdict_is_kept(store, trained):
+    path, verdict = keep(store, trained, Policy(limits=Limits(max_scaling=1)))
+    assert verdict.decision == "rejected"
+    found = open_stored_copy(path)
+    assert (found.verdict, found.copy) == (verdict, None)
+    assert not (path / WEIGHTS_NAME).exists()
+
+
+def test_the_first_of_several_rulings_stands(store, trained):
+    first, _ = keep(store, trained)
+    second, _ = keep(store, trained, Policy(strip=Strip(top_k=2)))
+    assert store.agree_on("one adapter", first) == first
+    assert store.agree_on("one adapter", second) == first
+    assert store.agree_on("another", second) == second
+
+
+@pytest.mark.parametrize("how", ["gone", "condemned"])
+def test_a_ruling_whose_copy_is_lost_no_longer_stands(store, trained, how):
+    first, _ = keep(store, trained)
+    store.agree_on("one adapter", first)
+    if how == "gone":
+        shutil.rmtree(first)
+    else:
+        store.quarantine(first)
+    second, _ = keep(store, trained, Policy(strip=Strip(top_k=2)))
+    assert store.agree_on("one adapter", second) == second
+
+
+@pytest.mark.parametrize("path", ["/etc", "relative", "", "..", "\0"])
+def test_paths_of_tenants_are_not_taken_for_the_stores(store, path):
+    assert store.find(path) is None
+
+
+def test_a_path_that_climbs_out_of_the_store_is_not_the_stores(store, trained):
+    path, _ = keep(store, trained)
+    assert store.find(f"{store.root}/../{store.root.name}/{path.name}") is None
+    assert store.find(f"{path}/..") is None
+
+
+def test_a_store_that_others_can_enter_is_not_used(store):
+    store.root.mkdir(parents=True)
+    store.root.chmod(0o755)
+    with pytest.raises(GateFailed, match="entered by others"):
+        store.prepare()
+
+
+def test_a_store_that_is_a_link_is_not_used(store, tmp_path):
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    store.root.parent.mkdir()
+    store.root.symlink_to(tmp_path / "theirs")
+    with pytest.raises(GateFailed):
+        store.prepare()
+
+
+def test_verdicts_survive_json(trained):
+    verdict = admit(trained, "tenant", THREE, device="cpu").verdict
+    assert Verdict.from_json(json.loads(json.dumps(verdict.as_json()))) == verdict
+
+
+def test_a_condemned_path_never_comes_back_and_the_content_may_under_another(store, trained):
+    path, _ = keep(store, trained)
+    store.quarantine(path)
+    again, _ = keep(store, trained)
+    assert again != path
+    assert store.find(str(again)) == again
+    assert open_stored_copy(again).copy is not None
+    assert store.is_quarantined(path)
+    assert not store.is_quarantined(again)
+
+
+def rulings(store, folder, count, most=2**30):
+    """One content under several rulings: each is kept apart."""
+    return [keep(store, folder, Policy(strip=Strip(top_k=k)), most)[0] for k in range(1, count + 1)]
+
+
+def test_the_least_recently_used_makes_room_and_what_is_served_never_goes(store, trained):
+    served, old, used = rulings(store, trained, 3)
+    store.unpin(old)
+    store.unpin(used)
+    open_stored_copy(used)
+    size = sum(file.stat().st_size for file in served.iterdir())
+    new, _ = keep(store, trained, Policy(strip=Strip(top_k=4)), most=3 * size + size // 2)
+    assert kept(store) == {served.name, used.name, new.name}
+
+
+def test_what_does_not_fit_beside_what_is_served_is_refused_and_nothing_goes(store, trained):
+    paths = rulings(store, trained, 2)
+    store.unpin(paths[1])
+    size = sum(file.stat().st_size for file in paths[0].iterdir())
+    with pytest.raises(StoreFull, match="S3LORA-405"):
+        keep(store, trained, Policy(strip=Strip(top_k=4)), most=size + size // 2)
+    assert kept(store) == {path.name for path in paths}
+
+
+def test_what_is_served_under_two_names_goes_when_neither_serves_it(store, trained):
+    first, _ = keep(store, trained)
+    keep(store, trained)
+    store.unpin(first)
+    with pytest.raises(StoreFull):
+        keep(store, trained, Policy(strip=Strip(top_k=4)), most=100_000)
+    store.unpin(first)
+    size = sum(file.stat().st_size for file in first.iterdir())
+    new, _ = keep(store, trained, Policy(strip=Strip(top_k=4)), most=size + size // 2)
+    assert kept(store) == {new.name}
+
+
+OTHER_PROCESS = """
+import sys, time
+from pathlib import Path
+from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.policy.schema import Policy, Strip
+from s3lora_serve.store.adapter_store import AdapterStore
+store, policy = AdapterStore(Path(sys.argv[1])), Policy(strip=Strip(top_k=int(sys.argv[3])))
+private = store.new_private_folder().__enter__()
+verdict = admit(Path(sys.argv[2]), "x", policy, device="cpu", into=private.make).verdict
+print(store.add(private, verdict, 2**30), flush=True)
+unfinished = store.new_private_folder().__enter__().make()
+(unfinished / "adapter_model.safetensors").write_bytes(bytes(1000))
+print(unfinished, flush=True)
+time.sleep(600)
+"""
+
+
+def test_other_processes_keep_what_they_serve_until_they_are_killed(store, trained):
+    command = [sys.executable, "-c", OTHER_PROCESS, str(store.root.parent), str(trained), "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        theirs, unfinished = (Path(process.stdout.readline().strip()) for _ in range(2))
+        size = sum(file.stat().st_size for file in theirs.iterdir())
+        with pytest.raises(StoreFull):
+            keep(store, trained, most=size + size // 2)
+        assert unfinished.exists()
+        process.send_signal(signal.SIGKILL)
+    mine, _ = keep(store, trained, most=size + size // 2)
+    assert kept(store) == {mine.name}
+    assert not unfinished.exists()
+
+
+def test_processes_that_keep_the_same_at_once_all_find_it_whole(store, trained):
+    command = [sys.executable, "-c", OTHER_PROCESS, str(store.root.parent), str(trained), "3"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        paths = {process.stdout.readline().strip() for process in processes}
+        [path] = paths
+        assert open_stored_copy(Path(path)).copy is not None
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.errors import AdapterRejected
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.store.adapter_store import AdapterStore
+store = AdapterStore(Path(sys.argv[1]))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), -1))
+with store.new_private_folder() as private:
+    verdict = admit(Path(sys.argv[2]), "x", Policy(), device="cpu", into=private.make).verdict
+    print(verdict.reason or "none")
+    if verdict.reason is None:
+        try:
+            store.add(private, verdict, 2**30)
+        except AdapterRejected as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize("bytes_left", [0, 1000, 100_000, "all but the verdict"])
+def test_a_disk_that_is_full_refuses_and_leaves_nothing_behind(store, trained, bytes_left):
+    weights = (trained / WEIGHTS_NAME).stat().st_size
+    assert weights > 100_000
+    if bytes_left == "all but the verdict":
+        bytes_left = None
+    limit = 2**40 if bytes_left is None else bytes_left
+    program = FULL_DISK
+    if bytes_left is None:  # room for the copy, none for what is written after it
+        program = program.replace(
+            "        try:\n",
+            "        resource.setrlimit(resource.RLIMIT_FSIZE, (10, -1))\n        try:\n",
+        )
+    command = [sys.executable, "-c", program, str(store.root.parent), str(trained), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "S3LORA-401" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+    assert kept(store) == set()
+    keep(store, trained)
+    left = {entry.name.partition("-")[0] for entry in store.root.iterdir()} - kept(store)
+    assert left == {"lock", "process"}
