@@ -220,7 +220,7 @@ class PolicyInvalid(S3LoRAError):
 
 class SettingInvalid(S3LoRAError):
     code = "S3LORA-902"
-    remedy = "Fix or unset the variable; the README lists them."
+    remedy = "Fix or unset the variable; docs/reference.md lists them."
 
 
 class StorageFailed(S3LoRAError):

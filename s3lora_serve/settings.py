@@ -1,4 +1,4 @@
-"""Settings from the environment, prefix `S3LORA_`; a bad value stops the process by name."""
+"""Settings from `S3LORA_` environment variables. The error for a bad value names its variable."""
 
 import tempfile
 from pathlib import Path
@@ -14,7 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class Settings(BaseSettings):
-    """What the environment says; every variable is listed in the README."""
+    """The values of the environment variables. The README lists every variable."""
 
     model_config = SettingsConfigDict(env_prefix="S3LORA_", frozen=True)
 
@@ -23,16 +23,16 @@ class Settings(BaseSettings):
     device: Device = Field("auto", description="where modules are scored")
     state_dir: Path = Field(
         Path(tempfile.gettempdir()),
-        description="where private copies are made, each in a folder only the server can enter",
+        description="parent of the user-only folder that holds private and stored copies",
     )
     skip_stripped: bool = Field(
-        True, description="whether modules without weights cost nothing where they can"
+        True, description="skip the operations of modules without weights where possible"
     )
     audit_log: Path | None = Field(None, description="overrides the policy's audit.path")
 
 
 def load_settings() -> Settings:
-    """Read the environment.
+    """Read the environment variables.
 
     Raises:
         SettingInvalid: a variable has a value that is not allowed.

@@ -1,1 +1,1 @@
-"""From a folder or URL to a checked adapter in memory: copy, container, configuration, names."""
+"""Find adapters, copy them into private memory, and check container, configuration and names."""

@@ -1,4 +1,4 @@
-"""Find adapters: folders, folders of folders, patterns, URLs."""
+"""Find the adapters that folders, parent folders, patterns and URLs lead to."""
 
 import glob
 import os
@@ -10,14 +10,14 @@ from s3lora_serve.adapter.private_copy import ADAPTER_FILES
 
 
 def find_adapters(paths: Iterable[str]) -> Iterator[Path | RemoteFolder]:
-    """The adapter folders that the paths lead to, in their order.
+    """The adapter folders that the paths lead to, in the order of the paths.
 
-    A file of an adapter stands for its folder. A path that does not exist is taken for a pattern,
-    with `**` for any depth.
+    A path to a file of an adapter stands for its folder. A path that does not exist is treated as a
+    pattern, in which `**` matches any depth.
 
     Raises:
         OSError: a path does not exist and matches nothing, or a folder cannot be read.
-        StorageFailed: a URL leads to nothing that can be listed.
+        StorageFailed: a URL cannot be listed or leads to nothing.
     """
     for given in paths:
         if is_url(given):
@@ -27,7 +27,7 @@ def find_adapters(paths: Iterable[str]) -> Iterator[Path | RemoteFolder]:
         if not os.path.lexists(path) and glob.has_magic(given):
             found = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - may be absolute
             if not found:
-                path.stat()  # raises what is to be said
+                path.stat()  # raises the error to report
             for match in map(Path, found):
                 if match.is_dir() or match.name in ADAPTER_FILES:
                     yield from _under(match)
@@ -37,7 +37,7 @@ def find_adapters(paths: Iterable[str]) -> Iterator[Path | RemoteFolder]:
 
 
 def _under(path: Path) -> Iterator[Path]:
-    """The adapter folders under `path`; itself if it is one, or if there are none."""
+    """The adapter folders under `path`, or `path` itself if it is one or has none under it."""
     if path.name in ADAPTER_FILES and path.is_file():
         path = path.parent
     if not path.is_dir() or any((path / mark).exists() for mark in ADAPTER_FILES):
@@ -48,7 +48,7 @@ def _under(path: Path) -> Iterator[Path]:
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """Folders that hold one of the files, links followed, each real folder once."""
+    """Folders that hold an adapter file. Links are followed; each real folder is visited once."""
 
     def unreadable(error: OSError) -> None:
         raise error

@@ -1,6 +1,6 @@
-"""Adapters in storage that fsspec opens (s3://, gs://, hf://, https://, memory://).
+"""Read adapters from storage that fsspec opens (s3://, gs://, hf://, https://, memory://).
 
-Whose they are and where the storage is, fsspec and its backends take from their own settings.
+Credentials and endpoints come from the settings of fsspec and its backends.
 """
 
 import hashlib
@@ -32,17 +32,17 @@ from s3lora_serve.errors import (
 from s3lora_serve.policy.schema import Limits
 
 BLOCK_BYTES = 16 * 2**20
-"""Asked for at a time: few requests for an adapter, and little memory beside its own."""
+"""Bytes in one read: few requests for an adapter, and little memory besides the adapter's own."""
 
 VERSION_KEYS = frozenset(
     {"size", "etag", "mtime", "lastmodified", "last_modified", "md5hash", "generation", "created"}
 )
-"""What the backends say of an object that another version of it would have otherwise."""
+"""Keys of a backend's object information whose values differ between versions of an object."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFolder:
-    """An adapter's folder in such a storage."""
+    """An adapter folder in such storage."""
 
     url: str
 
@@ -55,14 +55,14 @@ class RemoteFolder:
         return self.url.rstrip("/").rpartition("/")[2]
 
     def copy(self, limits: Limits) -> PrivateCopy:
-        """Stream the adapter into memory; nothing larger than allowed is ever asked for.
+        """Stream the adapter into memory. An object over its size limit is not requested.
 
         Raises:
-            NotAnAdapter, FormatNotAllowed: an object is missing.
+            NotAnAdapter, FormatNotAllowed: an object is missing, or is not one of a known size.
             OverLimit: an object is larger than allowed.
-            OutsideRoots: the policy names roots, which are folders of this machine.
-            ChangedWhileCopying: another object took its place meanwhile.
-            DeadlinePassed: it took longer than downloads may.
+            OutsideRoots: the policy sets limits.roots, which are folders of this machine.
+            ChangedWhileCopying: an object was replaced during the copy.
+            DeadlinePassed: the copy took longer than limits.download_seconds.
         """
         if limits.roots:
             raise OutsideRoots(f"{self.url} lies under none of limits.roots")
@@ -88,7 +88,7 @@ class RemoteFolder:
     def _streamed(
         self, fs: Any, folder: str, name: str, most: int, check_deadline: Callable[[], None]
     ) -> tuple[memoryview, str] | None:
-        """The bytes of an object and their digest, or None if there is none."""
+        """The bytes of an object and their digest, or None if the object does not exist."""
         path = f"{folder}/{name}"
         try:
             before = fs.info(path)
@@ -115,20 +115,20 @@ class RemoteFolder:
 
 
 def is_url(given: str) -> bool:
-    """Whether a path is one of a storage, not of this machine."""
+    """Whether a path is a URL, not a path of this machine."""
     return "://" in given
 
 
 def folder_name(folder: Path | RemoteFolder) -> str:
-    """What an adapter is called that nobody has named: as its folder is."""
+    """The name of an adapter that has no other name: its folder's."""
     return folder.absolute().name if isinstance(folder, Path) else folder.name
 
 
 def remote_adapters(url: str) -> Iterator[RemoteFolder]:
-    """The adapters that a URL leads to, as `walk.adapters` says of paths.
+    """The adapter folders that a URL leads to, by the rules of `find_adapters`.
 
     Raises:
-        StorageFailed: the storage cannot be listed, or there is nothing.
+        StorageFailed: the storage cannot be listed, or the URL leads to nothing.
     """
     try:
         fs, path = url_to_fs(url)
@@ -138,13 +138,13 @@ def remote_adapters(url: str) -> Iterator[RemoteFolder]:
         for start in sorted(starts):
             for found in _under(fs, start):
                 yield RemoteFolder(fs.unstrip_protocol(found))
-    except Exception as error:  # noqa: BLE001 - each backend has its own
+    except Exception as error:  # noqa: BLE001 - each backend raises its own exceptions
         problem = "nothing is there" if isinstance(error, FileNotFoundError) else str(error)
         raise StorageFailed(f"{url}: {problem or type(error).__name__}") from None
 
 
 def _under(fs: Any, path: str) -> list[str]:
-    """Folders that hold a file of an adapter; the path itself where there are none."""
+    """The folders that hold a file of an adapter, or the path itself if there are none."""
     path = path.rstrip("/")
     files = (file.rpartition("/") for file in fs.find(path))
     found = {folder for folder, _, name in files if name in ADAPTER_FILES}

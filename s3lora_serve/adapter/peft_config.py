@@ -1,4 +1,4 @@
-"""adapter_config.json: what the gate needs of it, checked. Meaning as in PEFT's LoraConfig."""
+"""Parse adapter_config.json and check the fields that the gate needs, as PEFT defines them."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ from s3lora_serve.adapter.module_patterns import ModulePatterns
 from s3lora_serve.errors import ConfigInvalid, Unscorable
 
 MAX_ALPHA = 1e30
-"""Keeps scalings finite; limits.max_scaling is what bounds them."""
+"""Keeps scalings finite; limits.max_scaling is the bound that operators set."""
 
 MAX_RANK_CLAIMED = 2**16
-"""No projection is wider; keeps a hostile integer out of the arithmetic."""
+"""No projection is wider. The bound keeps a hostile integer out of the arithmetic."""
 
 T = TypeVar("T", int, float)
 
@@ -53,7 +53,7 @@ class AdapterConfig:
     alphas: ModulePatterns[float]
 
     def rank(self, module: str) -> int:
-        """The rank the configuration gives a module (PEFT name, without prefix)."""
+        """The configured rank of a module (PEFT name, without prefix)."""
         rank = self.ranks.get(module)
         return self.fields.r if rank is None else rank
 
@@ -68,11 +68,11 @@ class AdapterConfig:
 def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
     """Parse and check adapter_config.json.
 
-    `on_unscorable` is the policy's word on parts that the index is not defined for.
+    `on_unscorable` is the policy's setting for parts that the index is not defined for.
 
     Raises:
-        ConfigInvalid: not JSON, a field of the wrong type, or not a LoRA.
-        Unscorable: it asks for parts the index is not defined for.
+        ConfigInvalid: it is not JSON, a field has a wrong type or value, or it is not a LoRA.
+        Unscorable: it uses parts that the index is not defined for, and the policy refuses them.
     """
     try:
         raw = json.loads(text)
@@ -81,7 +81,7 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "adapter_config.json"
-        # Of a missing field the input is the whole file, which may be a link to somebody's secret.
+        # A missing field's input is the whole file, which may be a link to another user's secret.
         whole = problem["type"] == "missing" or not problem["loc"]
         shown = "" if whole else f" (got {str(problem['input'])[:40]!r})"
         raise ConfigInvalid(f"{where}: {problem['msg']}{shown}") from None
@@ -117,7 +117,7 @@ def _check_scorable(fields: PeftConfig, on_unscorable: str) -> None:
         "use_bdlora": fields.use_bdlora,
     }
     if on_unscorable == "strip":
-        del asked["modules_to_save"]  # its tensors can be taken away; the others' meaning cannot
+        del asked["modules_to_save"]  # its tensors can be removed; the others change the modules
     for name, value in asked.items():
         if value:
             raise Unscorable(f"adapter_config.json sets {name} to {str(value)[:80]}")

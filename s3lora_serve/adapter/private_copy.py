@@ -1,7 +1,7 @@
-"""Take a private copy of an adapter, out of its owner's reach, before anything looks at it.
+"""Take a private copy of an adapter, which its owner cannot change, before any check reads it.
 
-Whatever happens to the folder afterwards (edits, truncation, deletion), the bytes that are checked,
-scored and served are the bytes of this copy.
+The bytes of this copy are checked, scored and served. Later changes to the adapter folder (edits,
+truncation, deletion) have no effect on them.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 OTHER_FORMATS = ("adapter_model.bin", "adapter_model.pt")
 
 ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, *OTHER_FORMATS})
-"""A folder that holds one of these is taken for an adapter, if only to say what it lacks."""
+"""A folder that holds one of these is treated as an adapter, so that missing files are reported."""
 
 MAX_CONFIG_BYTES = 2**20
-"""PEFT writes a few kilobytes; target_modules of the largest models stay far below this."""
+"""PEFT writes a few kilobytes, and target_modules of the largest models stay far below this."""
 
 CHUNK_BYTES = 4 * 2**20
-"""Copied and hashed at a time: larger than any read-ahead, smaller than the last-level cache."""
+"""Bytes copied and hashed at a time: more than any read-ahead, less than the last-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ class PrivateCopy:
 
 
 class PrivateFolder:
-    """A folder that only this user can enter, made when asked for, gone at the end of the block.
+    """A folder that only this user can enter. `make` creates it; the `with` block's end deletes it.
 
-    What vLLM has mapped from it stays readable: the mapping holds the file.
+    A file that vLLM has mapped from it stays readable, because the mapping keeps the file.
     """
 
     def __init__(self, parent: Callable[[], Path]) -> None:
-        """Plan a folder; under which one is asked when it is made."""
+        """Keep `parent`, which `make` calls to get the parent folder."""
         self._parent = parent
         self.path: Path | None = None
 
@@ -69,10 +69,10 @@ class PrivateFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def make(self) -> Path:
-        """Make the folder now, unless it has been made.
+        """Create the folder if it does not exist yet, and return its path.
 
         Raises:
-            GateFailed: there is no room or no right to.
+            GateFailed: no space or no permission.
         """
         if self.path is None:
             parent = self._parent()
@@ -84,13 +84,13 @@ class PrivateFolder:
 
 
 def copy_adapter(folder: Path, limits: Limits, into: Path | None = None) -> PrivateCopy:
-    """Copy an adapter into memory, or into the folder `into` (mapped privately from there).
+    """Copy an adapter into memory, or into the folder `into`, from which it is mapped privately.
 
     Raises:
         NotAnAdapter, FormatNotAllowed: a file is missing or is not a regular file.
-        OverLimit: a file is larger than allowed; nothing larger is ever read.
-        OutsideRoots: the policy names roots and a file lies under none of them, links resolved.
-        ChangedWhileCopying: the file was written to meanwhile.
+        OverLimit: a file is larger than allowed; it is not read.
+        OutsideRoots: limits.roots is set and a file, links resolved, lies under none of them.
+        ChangedWhileCopying: a file was written to during the copy.
     """
     if not folder.is_dir():
         raise NotAnAdapter(f"{folder} is not a folder")
@@ -123,9 +123,9 @@ def _read_config(path: Path, roots: Sequence[Path]) -> bytes:
 
 @contextmanager
 def _opened(path: Path, roots: Sequence[Path]) -> Iterator[int]:
-    """A descriptor of a regular file that lies under one of the roots, if there are any."""
+    """Open a regular file that lies under one of the roots, if there are any."""
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
+        # Without O_NONBLOCK, opening a named pipe can wait for a writer forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
@@ -141,17 +141,17 @@ def _opened(path: Path, roots: Sequence[Path]) -> Iterator[int]:
 
 
 def check_roots(real: Path, roots: Sequence[Path]) -> None:
-    """Check where something really lies, links resolved.
+    """Check that a path, whose links are resolved, lies under one of the roots.
 
     Raises:
-        OutsideRoots: there are roots, and it lies under none of them.
+        OutsideRoots: there are roots, and the path lies under none of them.
     """
     if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
         raise OutsideRoots(f"{real} lies under none of limits.roots")
 
 
 def _real_path(descriptor: int, path: Path) -> Path:
-    """Where the opened file really lies; asked of the descriptor, a link cannot be swapped."""
+    """The real path of the opened file, from its descriptor, so a swapped link has no effect."""
     try:
         return Path(f"/proc/self/fd/{descriptor}").readlink()
     except OSError:  # not Linux
@@ -166,7 +166,7 @@ def _size_within(descriptor: int, most: int) -> int:
 
 
 def _copy(source: int, target: memoryview) -> str:
-    """Fill `target` from the file and return the digest of what was read."""
+    """Fill `target` from the file and return the digest of the bytes read."""
     before, digest, position = os.fstat(source), hashlib.sha256(), 0
     while position < len(target):
         chunk = target[position : position + CHUNK_BYTES]
@@ -196,13 +196,13 @@ def _copy_to_file(source: int, path: Path, config: bytes, most: int) -> PrivateC
 
 
 def _write_whole(target: RawIOBase, data: memoryview) -> None:
-    """Write all of it, or raise: a disk that fills up takes a part first."""
+    """Write all of `data`, or raise. When a disk fills up, one write may store only a part."""
     while data:
         data = data[target.write(data) or 0 :]
 
 
 def mapped(path: Path) -> memoryview:
-    """A private, copy-on-write mapping: what is done to it never reaches the file."""
+    """A private, copy-on-write mapping of a file. Writes to it never reach the file."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             return memoryview(bytearray())

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter: its modules with their factors, checked before any mathematics."""
+"""Read a PEFT LoRA adapter: its modules and their factors, checked before any computation."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -28,14 +28,14 @@ MAX_MODULES = 2**15
 """The largest mixtures of experts have about 20 000 projections."""
 
 MAX_NAME_LENGTH = 256
-"""Module names go into labels, logs and patterns; the longest in use has about 80 characters."""
+"""Module names appear in labels, logs and patterns. The longest in use has about 80 characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One LoRA module, `ΔW = scaling · B · A`; factors as stored."""
+    """One LoRA module, `ΔW = scaling · B · A`. The factors keep their stored dtype."""
 
-    name: str  # PEFT name without prefix: model.layers.3.self_attn.q_proj
+    name: str  # PEFT name without prefix, as in model.layers.3.self_attn.q_proj
     A: Tensor  # (r, n)
     B: Tensor  # (m, r)
     scaling: float
@@ -56,13 +56,13 @@ class Module:
 
     @property
     def layer(self) -> int | None:
-        """The first number in the name: model.layers.3.… is layer 3."""
+        """The first number in the name, such as 3 in model.layers.3.…; None if there is none."""
         return next((int(p) for p in self.name.split(".") if p.isdecimal() and len(p) < 7), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A whole adapter, in private memory."""
+    """A whole adapter in private memory."""
 
     config: AdapterConfig
     modules: tuple[Module, ...]  # in natural order of their names
@@ -77,15 +77,16 @@ def read_adapter(
     on_unscorable: str = "reject",
     between_modules: Callable[[], None] = lambda: None,
 ) -> Adapter:
-    """Read and check an adapter from its private copy; tensors are views, nothing is converted.
+    """Read and check an adapter from its private copy. Tensors keep their stored dtype.
 
-    What the index is not defined for is refused, or let pass by name: with `admit` all of it, with
-    `strip` what can be taken away and leave the rest as it was trained.
+    `on_unscorable` decides about tensors that the index is not defined for. `admit` accepts all of
+    them. `strip` accepts those whose removal leaves the other tensors as they were trained. All
+    others are refused; `Adapter.unscorable` lists the accepted ones by name.
 
-    `between_modules` runs before each module and may raise to stop (deadlines).
+    `between_modules` runs before each module and may raise to stop, for example at a deadline.
 
     Raises:
-        AdapterRejected: a subclass for each way in which it is not a well-formed plain LoRA.
+        AdapterRejected: it is not a well-formed plain LoRA; there is one subclass for each cause.
     """
     config = parse_config(copy.config, on_unscorable)
     unscorable: list[str] = []
@@ -93,7 +94,7 @@ def read_adapter(
     sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, tensor in tensors(header, copy.weights):
         match = _FACTOR.fullmatch(key)
-        # vLLM takes the prefix out wherever it stands: a name that holds it twice is two names.
+        # vLLM removes every occurrence of the prefix, so a second one makes the name ambiguous.
         if match is None or len(key) > MAX_NAME_LENGTH or PREFIX in match["module"]:
             if not _may_pass(key, on_unscorable):
                 raise Unscorable(
@@ -112,7 +113,7 @@ def read_adapter(
     if len(sides) > MAX_MODULES:
         raise OverLimit(f"the adapter has {len(sides)} modules, over {MAX_MODULES}")
     for key in unscorable:
-        # vLLM takes an embedding's factors for those of the module of that name.
+        # vLLM loads an embedding's factors into the module of the same name.
         if (stem := key.removeprefix(PREFIX).partition(".lora_embedding")[0]) in sides:
             raise ModuleTwice(f"{key} and a lora_A or lora_B are one module's, {stem}")
     modules = []
@@ -123,11 +124,11 @@ def read_adapter(
 
 
 def _may_pass(key: str, on_unscorable: str) -> bool:
-    """Whether the policy lets a tensor pass that the index is not defined for."""
+    """Whether the policy accepts a tensor that the index is not defined for."""
     if len(key) > MAX_NAME_LENGTH or not _PLAIN.fullmatch(key) or key.count(PREFIX) > 1:
         return False
     if on_unscorable == "strip":
-        # Without its magnitudes or biases a module is not what was trained.
+        # Without its magnitudes or biases, a module is not the one that was trained.
         return not key.endswith(
             (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".bias")
         )
@@ -161,7 +162,7 @@ def _module(
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key in which layer 10 follows layer 9; total, whatever the name holds."""
+    """Sort key that puts layer 10 after layer 9. It orders any two names."""
     return [
         (0, int(part), "")
         if part.isascii() and part.isdecimal() and len(part) < 19

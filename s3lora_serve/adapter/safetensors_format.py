@@ -1,7 +1,7 @@
-"""The safetensors container, read strictly: a header that lies about its tensors is refused.
+"""Read the safetensors container strictly: a header that does not fit its tensors is refused.
 
-The library's own reader maps a file that its owner can still change; this one reads bytes that are
-already ours, and refuses a name given twice, which JSON would let the second win.
+The library's own reader maps a file that its owner can still change. This reader takes bytes that
+are already private, and refuses a name given twice, where Python's JSON parser keeps the second.
 Layout: 8 bytes little-endian N, N bytes of JSON, then the tensors back to back.
 """
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from s3lora_serve.errors import WeightsUnreadable
 
 MAX_HEADER_BYTES = 16 * 2**20
-"""An entry takes about 150 bytes: room for 100 000 tensors. The format allows 100 MB, which take
-seconds to parse, while nothing else in the process runs."""
+"""An entry takes about 150 bytes, so this allows 100 000 tensors. The format allows 100 MB, which
+take seconds to parse, and no other thread of the process runs meanwhile."""
 
 MAX_DIMENSIONS = 8
-"""No tensor of an adapter has more; multiplying out a long hostile shape would take hours."""
+"""No tensor of an adapter has more. The product of a long, hostile shape would take hours."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,7 +29,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""What a LoRA factor may be stored as."""
+"""Dtypes in which a LoRA factor may be stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Header:
 
 
 def read_header(data: memoryview) -> Header:
-    """Parse and check the header: sizes add up, tensors neither overlap nor leave gaps.
+    """Parse and check the header. Tensors cover the rest of the file, without overlaps or gaps.
 
     Raises:
         WeightsUnreadable: the file is not a well-formed safetensors file.
@@ -81,10 +81,14 @@ def read_header(data: memoryview) -> Header:
 
 
 def tensors(header: Header, data: memoryview) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor as a view into `data` (writable memory of ours), in the order of the file.
+    """Each tensor, in the order of the header.
+
+    A tensor is a view into `data`, or a copy if its offset does not suit its dtype. `data` is
+    writable private memory.
 
     Raises:
-        WeightsUnreadable: a tensor's dtype is not a floating type, or its bytes do not fit it.
+        WeightsUnreadable: a tensor's dtype is not one of `DTYPES`, or its size is not that of its
+            shape.
     """
     for entry in header.entries:
         dtype = DTYPES.get(entry.dtype)
@@ -103,7 +107,10 @@ def tensors(header: Header, data: memoryview) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_header(entries: Iterator[tuple[Entry, int]], metadata: Mapping[str, str]) -> bytes:
-    """The length and header of a file whose tensors start at the given offsets, padded to 8."""
+    """The length and header of a file with tensors at the given offsets.
+
+    Spaces pad the header to a multiple of 8 bytes.
+    """
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for entry, start in entries:
         offsets = [start, start + entry.end - entry.start]

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn, TypeAlias
 import typer
 
 REJECTED, USAGE = 1, 2
-"""Exit codes; 0 is the third. See the README."""
+"""Exit codes; 0 is the third. docs/reference.md lists them."""
 
 
 class Device(StrEnum):

@@ -1,4 +1,4 @@
-"""Where the effective policy comes from: a YAML or JSON file, then the environment over it."""
+"""Load the effective policy from a YAML or JSON file, then apply environment variables."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,14 +10,16 @@ from s3lora_serve.policy.schema import Policy, ScorerChoice, parse_policy
 from s3lora_serve.settings import Settings, load_settings
 
 SERVING = ScorerChoice().name
-"""The one scorer that serves is the default."""
+"""The default scorer is the only one that a server uses."""
 
 MAX_POLICY_BYTES = 2**20
-"""A policy is written by hand; a larger file is the wrong file."""
+"""A policy is written by hand. A larger file is the wrong file."""
 
 
 def effective_policy(settings: Settings | None = None, file: Path | None = None) -> Policy:
-    """The policy in force: `file`, else `S3LORA_POLICY`, else the default; environment over it.
+    """The policy in force, from `file`, else `S3LORA_POLICY`, else the default.
+
+    Environment variables override the mode and the audit path.
 
     Raises:
         PolicyInvalid: the file cannot be read or is not a valid policy.
@@ -35,10 +37,10 @@ def effective_policy(settings: Settings | None = None, file: Path | None = None)
 
 
 def serving_policy(settings: Settings | None = None) -> Policy:
-    """The effective policy of a server, which scores with nothing slow.
+    """The effective policy of a server. Slow scorers, which are for offline use only, are refused.
 
     Raises:
-        PolicyInvalid, SettingInvalid: as `effective_policy`; the scorer is for offline use only.
+        PolicyInvalid, SettingInvalid: as `effective_policy`, or a scorer is for offline use only.
     """
     policy = effective_policy(settings)
     used = {policy.scorer.name, *(each.scorer.name for each in policy.variants())}
@@ -57,7 +59,7 @@ def read_policy(file: Path) -> Policy:
     """
     text = policy_bytes(file)
     try:
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader, see below
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise PolicyInvalid(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     return parse_policy(data, str(file))
@@ -67,7 +69,7 @@ def policy_bytes(file: Path) -> bytes:
     """The contents of a policy file.
 
     Raises:
-        PolicyInvalid: it cannot be read, or is too large to be one.
+        PolicyInvalid: the file cannot be read, or is larger than a policy may be.
     """
     try:
         with file.open("rb") as stream:
@@ -80,8 +82,11 @@ def policy_bytes(file: Path) -> bytes:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (the second would silently win), and to which
-    `off` is a word: YAML 1.1 makes a boolean of it, and `mode: off` is a policy."""
+    """SafeLoader that refuses duplicate keys and reads yes, no, on and off as text.
+
+    SafeLoader itself keeps the last of duplicate keys, without a warning. YAML 1.1 makes `off` a
+    boolean, but it is a value of `mode`.
+    """
 
     yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
         first: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool") or first in "tTfF"]

@@ -1,4 +1,4 @@
-"""Globs as the policy writes them: `*` and `?` stop at `/`, `**` does not."""
+"""Match the policy's globs: `*` and `?` do not match `/`, `**` does."""
 
 import re
 from functools import lru_cache

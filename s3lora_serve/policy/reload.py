@@ -1,4 +1,4 @@
-"""The policy of a running server: read again whenever the bytes of its file have changed."""
+"""Reload the policy of a running server when the bytes of its file have changed."""
 
 import hashlib
 import threading
@@ -12,13 +12,13 @@ _AT_START_ONLY = ("audit", "required")
 
 
 class ReloadablePolicy:
-    """The policy in force; a changed file takes its place if it is valid."""
+    """The policy in force. A changed file replaces it if it is valid."""
 
     def __init__(self, settings: Settings) -> None:
         """Read the policy.
 
         Raises:
-            PolicyInvalid, SettingInvalid: it is not valid, and nothing may start.
+            PolicyInvalid, SettingInvalid: the policy is not valid, so the server must not start.
         """
         self._settings = settings
         self._mutex = threading.Lock()
@@ -26,10 +26,10 @@ class ReloadablePolicy:
         self.current: Policy = serving_policy(settings)
 
     def reload(self) -> Policy:
-        """The policy in force now, after a look at its file.
+        """Read the file again if it has changed, and return the policy in force.
 
         Raises:
-            PolicyInvalid: the file has changed and is not valid; the policy before stays in force.
+            PolicyInvalid: the changed file is not valid; the previous policy stays in force.
         """
         with self._mutex:
             digest = self._file_digest()
@@ -44,7 +44,13 @@ class ReloadablePolicy:
         return hashlib.sha256(policy_bytes(file)).digest() if file else None
 
     def _check_change(self, changed: Policy) -> None:
-        """What processes, log files and patched methods depend on is settled at start."""
+        """Refuse to change keys that take effect only at start.
+
+        Processes, log files and patched methods depend on them.
+
+        Raises:
+            PolicyInvalid: such a key differs from the policy in force.
+        """
         fixed = [
             key for key in _AT_START_ONLY if getattr(changed, key) != getattr(self.current, key)
         ]

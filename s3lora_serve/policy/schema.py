@@ -1,5 +1,8 @@
-"""The operator's policy: what is stripped, what is refused, within which limits. Unknown keys are
-refused, and every default says where it comes from."""
+"""The schema of the operator's policy: what is stripped, what is refused, and the limits.
+
+Unknown keys are refused. Comments on the defaults give their origin; "ours" means that this project
+chose the value.
+"""
 
 import hashlib
 import json
@@ -22,19 +25,19 @@ class _Section(BaseModel):
 
 
 class ScorerChoice(_Section):
-    """Which index, with all parameters that influence it."""
+    """The index, with all parameters that influence it."""
 
     name: Literal["mas-svd", "svd", "spsvd", "dense"] = "mas-svd"  # arXiv 2508.15068
     rank: Annotated[int, Field(ge=1)] | None = None  # M; None: min(r, m, n)
     normalization: Literal["two_sided", "row", "column", "equilibrated"] = "two_sided"
 
     def as_json(self) -> dict[str, Any]:
-        """Name and parameters, as verdicts carry them."""
+        """Name and parameters, in the form used in verdicts."""
         return {"name": self.name, "parameters": self.model_dump(exclude={"name"})}
 
 
 class Strip(_Section):
-    """How sharp modules are chosen: exactly one of the four."""
+    """The rule that picks the modules to strip: exactly one of the four."""
 
     top_k: Annotated[int, Field(ge=0)] | None = None
     fraction: Fraction | None = None
@@ -57,35 +60,35 @@ class Strip(_Section):
 class Limits(_Section):
     """Bounds on what is read and admitted."""
 
-    max_stripped_fraction: Fraction = 0.5  # more than half stripped is another adapter [ours]
-    max_scaling: Annotated[float, Field(gt=0)] | None = 64  # alpha 64 at r = 1 [ours]
+    max_stripped_fraction: Fraction = 0.5  # ours: with more stripped, it is another adapter
+    max_scaling: Annotated[float, Field(gt=0)] | None = 64  # ours: alpha 64 at r = 1
     max_norm_ratio: Annotated[float, Field(gt=0)] | None = None
-    seconds: Annotated[float, Field(gt=0)] = 30  # far over any measured admission
-    download_seconds: Annotated[float, Field(gt=0)] = 600  # hub ids: the largest adapter at 4 MB/s
+    seconds: Annotated[float, Field(gt=0)] = 30  # far above any measured admission
+    download_seconds: Annotated[float, Field(gt=0)] = 600  # hub ids, URLs: the largest at 4 MB/s
     max_bytes: Annotated[int, Field(gt=0)] = 2 * 2**30  # r = 64 on a 70B model is 1.7 GB in bf16
-    min_rank: Annotated[int, Field(ge=1)] = 1  # 2 refuses what cannot be ranked: rank-1 modules
-    max_rank: Annotated[int, Field(ge=1)] = 256  # the largest rank in common use; vLLM stops at 512
-    formats: tuple[Literal["safetensors"], ...] = ("safetensors",)  # the others run code to load
+    min_rank: Annotated[int, Field(ge=1)] = 1  # 2 refuses rank-1 modules, which cannot be ranked
+    max_rank: Annotated[int, Field(ge=1)] = 256  # the largest in common use; vLLM allows up to 512
+    formats: tuple[Literal["safetensors"], ...] = ("safetensors",)  # other formats run code to load
     roots: tuple[Path, ...] = ()
 
 
 class Audit(_Section):
-    """Where decisions are written down."""
+    """The audit log of decisions."""
 
     path: Path | None = None
-    max_bytes: Annotated[int, Field(gt=0)] = 100 * 2**20  # a day's decisions of a busy server
+    max_bytes: Annotated[int, Field(gt=0)] = 100 * 2**20  # decisions of one day on a busy server
     keep: Annotated[int, Field(ge=0)] = 5
     required: bool = False
 
 
 class Store(_Section):
-    """The bound on admitted copies kept on disk."""
+    """The limit on the stored copies on disk."""
 
     max_bytes: Annotated[int, Field(gt=0)] = 20 * 2**30  # ten adapters of the largest size
 
 
 class Match(_Section):
-    """Globs a rule applies to; those left out match everything."""
+    """Globs that an adapter must match for a rule to apply. An unset glob matches everything."""
 
     adapter: str | None = None
     path: str | None = None
@@ -93,20 +96,21 @@ class Match(_Section):
 
 
 class Rule(BaseModel):
-    """A match, and the policy keys it overrides (checked against the policy's own schema)."""
+    """A match and the policy keys that it overrides, checked against the schema of `Policy`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     match: Match
 
 
 class Policy(_Section):
-    """The effective policy. Immutable; identified by the digest of its canonical JSON."""
+    """The effective policy. It is immutable, and the digest of its canonical JSON identifies it."""
 
     mode: Mode = "enforce"
     scorer: ScorerChoice = ScorerChoice()
     modules: tuple[str, ...] = ("*",)
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
-    # Share of Σ‖ΔW‖_F². Rounding factors to float16 changes 9e-8 of it: tests/test_evasion.py
+    # Share of Σ‖ΔW‖_F². Rounding factors to float16 changes 9e-8 of it:
+    # tests/admission/test_evasion.py
     negligible: Annotated[float, Field(ge=0, lt=1)] = 1e-7
     limits: Limits = Limits()
     deny: frozenset[Digest] = frozenset()
@@ -134,14 +138,17 @@ class Policy(_Section):
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
-        """The effective policy as plain data; sets are sorted, so equal policies print equally."""
+        """The effective policy as plain data. Sets are sorted: equal policies have equal JSON."""
         data = self.model_dump(mode="json", exclude={"strip"})
         data["strip"] = dict([self.strip.rule])
         data["deny"], data["allow"] = sorted(self.deny), sorted(self.allow)
         return data
 
     def for_adapter(self, name: str, path: str, base_model: str | None) -> "Policy":
-        """The policy with the first matching rule applied: `strip` whole, other keys merged."""
+        """The policy with the first matching rule applied.
+
+        The rule's `strip` replaces the policy's as a whole; other mappings are merged.
+        """
         facts = {"adapter": name, "path": path, "base_model": base_model or ""}
         for rule in self.rules:
             globs = rule.match.model_dump(exclude_none=True)
@@ -150,11 +157,11 @@ class Policy(_Section):
         return self
 
     def variants(self) -> list["Policy"]:
-        """What each rule makes of the policy."""
+        """The policy with each rule applied alone."""
         return [self._overridden(rule) for rule in self.rules]
 
     def selects(self, module: str) -> bool:
-        """Whether `modules` asks for this one, by its projection or its full name."""
+        """Whether `modules` selects a module by its projection or its full name."""
         projection = module.rpartition(".")[2]
         return any(
             glob_matches(pattern, projection) or glob_matches(pattern, module)
@@ -176,7 +183,7 @@ def parse_policy(data: object, source: str) -> Policy:
     """Check plain data (from YAML or JSON) against the schema.
 
     Raises:
-        PolicyInvalid: a key is unknown or a value not allowed; all of them are named.
+        PolicyInvalid: keys are unknown or values are not allowed; the message names them all.
     """
     if data is None:
         data = {}

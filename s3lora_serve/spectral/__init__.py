@@ -1,4 +1,4 @@
-"""MAS-SVD and the Spectral Sharpness Index on LoRA factors. Depends on torch alone.
+"""MAS-SVD and the Spectral Sharpness Index on LoRA factors. The only dependency is torch.
 
 >>> import torch
 >>> from s3lora_serve.spectral import Factors, score_modules

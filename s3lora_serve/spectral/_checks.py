@@ -1,4 +1,4 @@
-"""Checks shared by every scorer, so that twins refuse the same input with the same words."""
+"""Checks and constants that all scorers share, so that all raise the same errors."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch import Tensor
 NORMALIZATIONS = ("two_sided", "row", "column", "equilibrated")
 
 ZERO_ROW = 1e-12
-"""A row counts as zero at `ρ_i ≤ ZERO_ROW · |s| · ‖b_i‖ · ‖A‖_F` (columns alike).
+"""A row counts as zero if `ρ_i ≤ ZERO_ROW · |s| · ‖b_i‖ · ‖A‖_F`; the same holds for columns.
 
-Below it a row is what is left of a cancellation: rounding noise that dividing by ρ_i would blow up.
+Such a row is the remainder of a cancellation: rounding noise that division by ρ_i would amplify.
 """
 
 EQUILIBRATION_SWEEPS = 3
-"""Alternating sweeps of `equilibrated`: unit rows, then unit columns."""
+"""Number of `equilibrated` sweeps. A sweep makes unit rows, then unit columns."""
 
 
 def check_factors(
@@ -23,7 +23,7 @@ def check_factors(
     Shape: B (k, m, r), A (k, r, n), scaling (k,). Floating dtypes.
 
     Raises:
-        ValueError: a shape, dtype or option does not fit; the message says which.
+        ValueError: a shape, dtype or option is invalid; the message names it.
     """
     if B.ndim != 3 or A.ndim != 3 or B.shape[0] != A.shape[0] or B.shape[2] != A.shape[1]:
         raise ValueError(
@@ -44,10 +44,11 @@ def check_factors(
 
 
 def in_range(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A float64 matrix over a power of two near its largest entry, and that power.
+    """A float64 matrix divided by a power of two near its largest entry, and that power.
 
-    float64 can hold what products, squares and inverses cannot. What is 10¹⁴⁰ times smaller than
-    the largest entry is dropped: in no other dtype can one factor hold both.
+    The division keeps products, squares and inverses of the entries within the range of float64.
+    Entries more than 10¹⁴⁰ times smaller than the largest become zero; of the dtypes of a factor,
+    only float64 can hold both.
     """
     one = torch.ones((), dtype=matrix.dtype)
     if not matrix.numel():

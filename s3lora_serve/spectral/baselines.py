@@ -1,4 +1,4 @@
-"""Indices to compare MAS-SVD with, offline only: plain SVD in low-rank form, and dense SpSVD."""
+"""Baselines for MAS-SVD, for offline use only: plain SVD in low-rank form, and dense SpSVD."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from s3lora_serve.spectral._checks import ZERO_ROW, check_factors
 from s3lora_serve.spectral.result import Spectrum
 
 BLOCK_ROWS = 256
-"""Rows of the dense update formed at a time by `spsvd`."""
+"""Rows of the dense update that `spsvd` forms at a time."""
 
 
 def svd(
@@ -18,9 +18,9 @@ def svd(
     rank: int | None = None,
     normalization: str = "two_sided",
 ) -> Spectrum:
-    """Singular values of ΔW = s·B·A itself, from thin QRs: `|s|·σ(R_B·R_Aᵀ)`.
+    """Singular values of the unnormalised ΔW = s·B·A, from thin QRs: `|s|·σ(R_B·R_Aᵀ)`.
 
-    `normalization` has no meaning here and is accepted so that scorers are called alike.
+    `normalization` has no effect; it exists so that all scorers have the same signature.
 
     Shape: B (k, m, r), A (k, r, n), scaling (k,); any floating dtype.
     """
@@ -41,11 +41,12 @@ def spsvd(
     rank: int | None = None,
     normalization: str = "two_sided",
 ) -> Spectrum:
-    """Spherically normalised directions with robust magnitudes, by deflation.
+    """SpSVD: spherically normalised directions and robust magnitudes, computed by deflation.
 
-    V are the leading right singular vectors of `D_ρ⁺ΔW`, U the leading left ones of `ΔW·D_γ⁺`,
-    paired in order with signs aligned; `d_k = argmin_d ‖R_k − d·u_k·v_kᵀ‖₁`, a weighted median of
-    `R_k[i,j]/(u_i·v_j)` with weights `|u_i·v_j|`; the spectrum is |d_k|. Dense: slow.
+    V holds the leading right singular vectors of `D_ρ⁺ΔW`, U the leading left singular vectors of
+    `ΔW·D_γ⁺`. They are paired in order, with aligned signs. `d_k = argmin_d ‖R_k − d·u_k·v_kᵀ‖₁`
+    is a weighted median of `R_k[i,j]/(u_i·v_j)` with weights `|u_i·v_j|`. The spectrum is |d_k|,
+    sorted. Slow, because it needs dense passes.
 
     Shape: B (k, m, r), A (k, r, n), scaling (k,); any floating dtype.
     Source: arXiv 2402.09754 (SpSVD).
@@ -61,7 +62,7 @@ def spsvd(
 
 
 def _deflate(B: Tensor, A: Tensor, count: int) -> Tensor:
-    """|d_1| … |d_count| of one module with s = 1."""
+    """The `count` values |d_k| of one module with s = 1, descending."""
     left, right = _directions(B, A, count)
     magnitudes = torch.zeros(count, dtype=torch.float64)
     for k in range(count):
@@ -71,12 +72,12 @@ def _deflate(B: Tensor, A: Tensor, count: int) -> Tensor:
 
 
 def _directions(B: Tensor, A: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """U (m, count) and V (n, count), the signs of u_kᵀ·ΔW·v_k positive."""
+    """U (m, count) and V (n, count), with signs such that u_kᵀ·ΔW·v_k ≥ 0."""
     core_b, core_a = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.mT, mode="r").R
     rows, columns = (B @ core_a.mT).norm(dim=1), (core_b @ A).norm(dim=0)
     by_rows = torch.linalg.qr(_inverse(rows, B.norm(dim=1) * A.norm())[:, None] * B, mode="r").R
     by_columns = torch.linalg.qr((A * _inverse(columns, A.norm(dim=0) * B.norm())).mT, mode="r").R
-    # Row-normalised ΔW is (D·B)·A: its right singular vectors lie in the row space of A.
+    # Row-normalised ΔW is (D·B)·A, so its right singular vectors are in the row space of A.
     basis, core = torch.linalg.qr(A.mT)
     right = basis @ torch.linalg.svd(by_rows @ core.mT)[2].mT[:, :count]
     basis, core = torch.linalg.qr(B)
@@ -88,7 +89,7 @@ def _directions(B: Tensor, A: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _ratios(
     B: Tensor, A: Tensor, U: Tensor, d: Tensor, V: Tensor, left: Tensor, right: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """R_k[i,j]/(u_i·v_j) and |u_i·v_j| where that is not zero, formed in blocks of rows."""
+    """R_k[i,j]/(u_i·v_j) and |u_i·v_j| for non-zero u_i·v_j, formed in blocks of rows."""
     ratios, weights = [], []
     for start in range(0, B.shape[0], BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
@@ -101,7 +102,7 @@ def _ratios(
 
 
 def _weighted_median(values: Tensor, weights: Tensor) -> Tensor:
-    """The value at which half of the weight lies below; 0 of none."""
+    """The value at which the cumulative weight reaches one half; 0 if there are no values."""
     if not values.numel():
         return torch.zeros((), dtype=torch.float64)
     order = values.argsort()

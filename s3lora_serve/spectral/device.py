@@ -1,7 +1,7 @@
-"""Modules on an accelerator: uploaded in chunks from pinned memory, worked on where they land.
+"""Modules on an accelerator: uploaded in chunks from pinned memory and solved on the device.
 
-The next chunk travels on a stream of its own while the last one is worked on. What is held on the
-device at a time, matrices and workspace included, stays below 256 MB.
+The next chunk is copied on a separate stream while the current chunk is solved. The device memory
+in use at a time, including matrices and workspace, stays below 256 MB.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +16,15 @@ from s3lora_serve.spectral.gram import Modules, Side
 from s3lora_serve.spectral.panels import Factors, HostModules, PanelSide, alike, row_counts
 
 CHUNK_BYTES = 2**25
-"""Weights uploaded at a time. On the device: two chunks, a third for batches laid side by side,
-beside 64 MB for matrices of r×r (`precision.GRAM_BYTES`) and their programs' partial sums."""
+"""Bytes of weights uploaded at a time. The device holds two chunks, the size of a third for stacked
+batches, 64 MB for r×r matrices (`precision.GRAM_BYTES`), and the partial sums of the kernels."""
 
 ALIGNMENT = 16
-"""Bytes: the widest load of a kernel."""
+"""In bytes: the widest load instruction of a kernel."""
 
 
 class Chunk(NamedTuple):
-    """Some modules, in the order given, and where they lie."""
+    """Consecutive modules in the order given, and access to their factors."""
 
     modules: Sequence[Factors]
     place: Modules
@@ -33,12 +33,12 @@ class Chunk(NamedTuple):
 def upload(
     parts: Sequence[Sequence[Factors]], device: str, between_batches: Callable[[], None]
 ) -> Iterator[Chunk]:
-    """Bring modules to the device, one chunk ahead of the caller; each part is of one rank.
+    """Upload modules to the device, one chunk ahead of the caller. Each part has one rank.
 
-    A module that is larger than a chunk stays on the host.
+    A module larger than a chunk stays on the host.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room for a chunk.
+        torch.OutOfMemoryError: the device has not enough free memory for a chunk.
     """
     uploader = Uploader(torch.device(device))
     ahead: tuple[Sequence[Factors], Callable[[], Modules]] | None = None
@@ -60,7 +60,7 @@ def upload(
 
 
 class Uploader:
-    """One copy a chunk from host to device, beside whatever the device is doing."""
+    """Copies chunks from host to device, one copy per chunk, in parallel with other device work."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -68,9 +68,9 @@ class Uploader:
         self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
 
     def start(self, modules: Sequence[Factors]) -> Callable[[], list[Factors]]:
-        """Start a copy; what is returned gives the modules to work queued from then on.
+        """Start a copy. The returned function makes later work wait for it and gives the modules.
 
-        Shape, dtype and strides of each factor stay as they are.
+        Each factor keeps its shape, dtype and strides.
         """
         tensors = [_dense(tensor) for module in modules for tensor in module]
         shared = _shared_span(tensors)
@@ -88,25 +88,29 @@ class Uploader:
                 working = torch.cuda.current_stream(self._device)
                 working.wait_event(copied)
                 target.record_stream(working)
-            views = [_placed(target, *where) for where in zip(offsets, tensors, strict=True)]
+            views = [_view_at(target, *where) for where in zip(offsets, tensors, strict=True)]
             return list(zip(views[::2], views[1::2], strict=True))
 
         return arrival
 
     def _staged(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """All tensors in one stretch of pinned memory, which torch keeps until the copy ends."""
+        """Copy all tensors to one pinned buffer, which torch keeps until the upload ends.
+
+        Returns:
+            The buffer, and the offset of each tensor in bytes.
+        """
         offsets, size = [], 0
         for tensor in tensors:
             offsets.append(size)
             size += -(-tensor.numel() * tensor.itemsize // ALIGNMENT) * ALIGNMENT
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)
         for offset, tensor in zip(offsets, tensors, strict=True):
-            _placed(memory, offset, tensor).copy_(tensor)
+            _view_at(memory, offset, tensor).copy_(tensor)
         return memory, offsets
 
 
 class DeviceModules:
-    """Modules of one rank on a device."""
+    """Modules of one rank whose factors are on a device."""
 
     def __init__(self, modules: Sequence[Factors]) -> None:
         self._modules = modules
@@ -114,12 +118,12 @@ class DeviceModules:
 
     @property
     def arithmetics(self) -> tuple[torch.dtype, ...]:
-        """Working dtypes worth trying, the fastest first."""
-        # Without kernels of our own float32 may mean tf32: a setting of the process, not ours.
+        """Working dtypes to try, the fastest first."""
+        # Without our kernels, float32 products may be rounded to tf32: a setting of the process.
         return (torch.float64,) if self._ops is None else (torch.float32, torch.float64)
 
     def sides(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Side, Side]:
-        """The B and the Aᵀ of some of the modules, for passes in one dtype."""
+        """The B and the Aᵀ of the chosen modules, for passes in `dtype`."""
         rows = [self._modules[i][0] for i in chosen]
         columns = [self._modules[i][1].mT for i in chosen]
         if self._ops is None:
@@ -128,10 +132,10 @@ class DeviceModules:
 
 
 class DeviceSide:
-    """A `gram.Side` on a device: batches of whole factors, read as stored."""
+    """A `gram.Side` on a device. Its batches consist of whole factors in their stored dtype."""
 
     def __init__(self, factors: Sequence[Tensor], dtype: torch.dtype, ops: ModuleType) -> None:
-        """Take factors (d, r) of any shapes, strides and dtypes; `ops` has the passes."""
+        """Accept factors (d, r) of any shapes, strides and dtypes; `ops` implements the passes."""
         self.dtype = dtype
         self._ops = ops
         groups = alike(factors)
@@ -142,21 +146,24 @@ class DeviceSide:
         self._rows = row_counts(factors)
 
     def gram(self) -> Tensor:
-        """As `gram.Side` says."""
+        """See `gram.Side.gram`."""
         return torch.cat([self._ops.gram(X, self.dtype) for X in self._batches])[self._back]
 
-    def normalised_gram(self, half: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
-        """As `gram.Side` says; all modules are taken, since asking which not would stall."""
-        halves = half[self._order].split_with_sizes([len(X) for X in self._batches])
+    def normalised_gram(self, lower: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
+        """See `gram.Side.normalised_gram`.
+
+        All modules are processed: reading `chosen` would synchronise host and device.
+        """
+        per_batch = lower[self._order].split_with_sizes([len(X) for X in self._batches])
         parts = [
-            self._ops.normalised_gram(X, own) for X, own in zip(self._batches, halves, strict=True)
+            self._ops.normalised_gram(X, L) for X, L in zip(self._batches, per_batch, strict=True)
         ]
         total, sums, lost = (torch.cat(part)[self._back] for part in zip(*parts, strict=True))
         return total, sums / self._rows, lost
 
 
 def _kernels(rank: int) -> ModuleType | None:
-    """The Triton passes where they can be had, and None where torch has to do."""
+    """The Triton kernels; None if Triton is not installed or the rank exceeds MAX_RANK."""
     try:
         from s3lora_serve.spectral import triton_ops
     except ImportError:
@@ -165,7 +172,7 @@ def _kernels(rank: int) -> ModuleType | None:
 
 
 def _chunks(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
-    """Runs of modules of at most CHUNK_BYTES; a larger module makes a run of its own."""
+    """Consecutive modules of at most CHUNK_BYTES together; a larger module is a chunk by itself."""
     start, size = 0, 0
     for i, module in enumerate(modules):
         if i > start and size + _bytes(module) > CHUNK_BYTES:
@@ -180,7 +187,7 @@ def _bytes(module: Factors) -> int:
 
 
 def _stacked(factors: list[Tensor]) -> Tensor:
-    """(k, d, r) of factors that are alike, in their stored layout."""
+    """Stack factors of one shape, dtype and layout to (k, d, r), in their stored layout."""
     if len(factors) == 1:
         return factors[0].unsqueeze(0)
     if factors[0].stride(0) == 1:
@@ -189,19 +196,22 @@ def _stacked(factors: list[Tensor]) -> Tensor:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where its elements do not fill one stretch of memory."""
+    """The tensor itself if it or its transpose is contiguous, else a contiguous copy."""
     return tensor if tensor.is_contiguous() or tensor.mT.is_contiguous() else tensor.contiguous()
 
 
-def _placed(memory: Tensor, offset: int, like: Tensor) -> Tensor:
-    """A tensor of the shape, strides and dtype of another, at an offset in bytes."""
+def _view_at(memory: Tensor, offset: int, like: Tensor) -> Tensor:
+    """A view of `memory` at an offset in bytes, with the shape, strides and dtype of `like`."""
     size = like.numel() * like.itemsize
     flat = memory[offset : offset + size].view(like.dtype)
     return flat.as_strided(like.shape, like.stride(), flat.storage_offset())
 
 
 def _shared_span(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The bytes from the first to the last of tensors that fill most of one storage's stretch."""
+    """The bytes from the first to the last of the tensors, which share one storage.
+
+    None if they do not share one, or if the span exceeds twice their bytes or two chunks.
+    """
     storage = tensors[0].untyped_storage()
     starts = [tensor.storage_offset() * tensor.itemsize for tensor in tensors]
     sizes = [tensor.numel() * tensor.itemsize for tensor in tensors]

@@ -1,4 +1,4 @@
-"""MAS-SVD without ever forming ΔW, for a batch of modules of one shape."""
+"""MAS-SVD in low-rank form, for a batch of modules of one shape. ΔW is never formed."""
 
 from collections.abc import Sequence
 
@@ -22,13 +22,13 @@ def mas_svd(
     """Magnitude-aware spherically normalised spectrum of `ΔW = s·B·A`, low-rank and exact.
 
     `σ̃_k = r̄ · c̄ · σ̂_k`, `σ̂² = eig(P·Q)` with `P = B̂ᵀB̂`, `Q = Â·Âᵀ`; ΔW is never formed.
-    Same name, signature and meaning as `reference.mas_svd`; |SSI − dense SSI| ≤ 1e-6.
+    Same name, signature and result as `reference.mas_svd`, with |SSI − dense SSI| ≤ 1e-6.
 
-    Shape: B (k, m, r), A (k, r, n), scaling (k,); any floating dtype; all modules of one shape.
+    Shape: B (k, m, r), A (k, r, n), scaling (k,); any floating dtype; all modules have one shape.
     Source: arXiv 2508.15068 (MAS-SVD), arXiv 2402.09754 (spherical normalisation).
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit.
+        ValueError: a shape, dtype or option is invalid.
     """
     count = check_factors(B, A, scaling, rank, normalization)
     if not B.shape[0] or not count:
@@ -41,9 +41,9 @@ def mas_svd(
 def with_magnitudes(
     solution: Solution, scaling: Tensor, counts: Sequence[int], normalization: str
 ) -> Spectrum:
-    """Give solutions for s = 1 their magnitudes, and cut each spectrum to its own M.
+    """Multiply solutions for s = 1 by their magnitudes, and cut each spectrum to its own M.
 
-    D⁺·ΔW·D⁺ goes with 1/s, the one-sided and the equilibrated X not at all.
+    D_ρ⁺·ΔW·D_γ⁺ scales with 1/s; the one-sided and the equilibrated X do not depend on s.
     Shape: scaling (k,) -> singular_values (k, max(counts)), zero beyond each count.
     """
     s = scaling.double().abs()

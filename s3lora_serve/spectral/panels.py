@@ -1,7 +1,7 @@
-"""One side of many modules where its weights lie, in batches that fit the cache.
+"""Passes over one side of many modules, on its weights' device, in batches that fit the cache.
 
-Weights are read as stored and converted batch by batch, into memory that is used again: no
-converted copy of an adapter is ever whole in memory, and no pass touches fresh pages.
+Weights are read as stored and converted batch by batch into reused memory. Memory never holds a
+converted copy of a whole adapter, and passes do not touch fresh pages.
 """
 
 import threading
@@ -13,22 +13,22 @@ from torch import Tensor
 from s3lora_serve.spectral.torch_ops import gram, normalised_gram
 
 BATCH_BYTES = 2**23
-"""What is converted at a time: it stays in the last-level cache together with the scratch memory of
-a pass, and is enough to hide the cost of calling torch. Of 1 to 32 MB tried on a cache of 32 MB, 8
-and 16 were best."""
+"""Bytes converted at a time. A batch and the scratch memory of a pass fit the last-level cache
+together, and a batch is large enough to hide the overhead of torch calls. Measured with 1 to 32 MB
+on a cache of 32 MB: 8 and 16 MB are best."""
 
 LONGEST_SUM = 4096
-"""Rows whose products are summed in the working dtype; sums of those sums are float64."""
+"""Largest number of rows summed in the working dtype; these partial sums are added in float64."""
 
 FLOAT32_RANK = 16
-"""Smallest rank that float32 is tried for: below it BLAS libraries sum row after row, and the error
-of a long sum reaches 2e-6 (measured, MKL, 4096 rows, r = 8; 3e-7 at r = 16)."""
+"""Smallest rank for which float32 is tried. Below it, BLAS libraries sum row after row, and the
+error of a long sum reaches 2e-6 (measured, MKL, 4096 rows, r = 8; 3e-7 at r = 16)."""
 
 Factors = tuple[Tensor, Tensor]  # B (m, r), A (r, n), as stored
 
 
 class HostModules:
-    """Modules of one rank in the memory of the host."""
+    """Modules of one rank whose factors are in host memory."""
 
     def __init__(
         self, modules: Sequence[Factors], between_batches: Callable[[], None] = lambda: None
@@ -38,13 +38,13 @@ class HostModules:
 
     @property
     def arithmetics(self) -> tuple[torch.dtype, ...]:
-        """Working dtypes worth trying, the fastest first."""
+        """Working dtypes to try, the fastest first."""
         if self._modules[0][0].shape[1] < FLOAT32_RANK or not float32_is_whole():
             return (torch.float64,)
         return (torch.float32, torch.float64)
 
     def sides(self, chosen: Sequence[int], dtype: torch.dtype) -> "tuple[PanelSide, PanelSide]":
-        """The B and the Aᵀ of some of the modules, for passes in one dtype."""
+        """The B and the Aᵀ of the chosen modules, for passes in `dtype`."""
         rows = [self._modules[i][0] for i in chosen]
         columns = [self._modules[i][1].mT for i in chosen]
         return (
@@ -54,7 +54,7 @@ class HostModules:
 
 
 def float32_is_whole() -> bool:
-    """False where the process lets float32 products round to bf16 or tf32 (a torch setting)."""
+    """False if a torch setting of the process lets float32 products round to bf16 or tf32."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     precision = getattr(matmul, "fp32_precision", None)
     if precision is None:  # torch before 2.9
@@ -71,7 +71,7 @@ class PanelSide:
         dtype: torch.dtype,
         between_batches: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take factors (d, r) of any shape, stride and dtype; sums are taken in `dtype`."""
+        """Accept factors (d, r) of any shapes, strides and dtypes; `dtype` is the working dtype."""
         self.factors = factors
         self.dtype = dtype
         self._between_batches = between_batches
@@ -79,22 +79,22 @@ class PanelSide:
         self._batches = list(_batches(factors, self._elements))
         most = max((self._size(batch) for batch in self._batches), default=0)
         self._device = factors[0].device
-        # Both sides of a module have the same memory: their passes take turns.
-        self._memory = _kept.memory("panel", most, dtype, self._device)
-        self._scratch = _kept.memory("scratch", most, dtype, self._device)
+        # Both sides of a module share this memory, because their passes alternate.
+        self._memory = _scratch.memory("panel", most, dtype, self._device)
+        self._scratch = _scratch.memory("scratch", most, dtype, self._device)
 
     def gram(self) -> Tensor:
-        """As `gram.Side` says."""
+        """See `gram.Side.gram`."""
         total = self._zeros(self._rank, self._rank)
         for batch, chunk in self._chunks():
             total[batch] += gram(chunk, self.dtype)
         return total
 
-    def normalised_gram(self, half: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `gram.Side` says; modules that are not `chosen` come back as zeros."""
+    def normalised_gram(self, lower: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `gram.Side.normalised_gram`; modules that are not `chosen` get zeros."""
         total, sums, lost = self._zeros(self._rank, self._rank), self._zeros(), self._zeros()
         for batch, chunk in self._chunks(chosen.cpu()):
-            parts = normalised_gram(chunk, half[batch], self._scratch[: chunk.numel()])
+            parts = normalised_gram(chunk, lower[batch], self._scratch[: chunk.numel()])
             for whole, part in zip((total, sums, lost), parts, strict=True):
                 whole[batch] += part
         return total, sums / row_counts(self.factors), lost
@@ -114,7 +114,7 @@ class PanelSide:
         return min(LONGEST_SUM, max(256, self._elements // max(1, rank * count)))
 
     def _chunks(self, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Indices of a batch, and some of its rows (k, d, r) in the working dtype."""
+        """Module indices of a batch, and a panel of its rows (k, d, r) in the working dtype."""
         for whole in self._batches:
             batch = whole if chosen is None else whole[chosen[whole]]
             if not len(batch):
@@ -129,7 +129,7 @@ class PanelSide:
     def _converted(self, members: Sequence[Tensor], start: int, count: int) -> Tensor:
         k, r = len(members), self._rank
         memory = self._memory[: k * count * r]
-        # The stored layout is kept: A comes as a transposed view, r rows of length n.
+        # Keep the stored layout: Aᵀ is a transposed view of r rows of length n.
         if members[0].stride(0) == 1:
             chunk = memory.view(k, r, count).mT
         else:
@@ -140,15 +140,15 @@ class PanelSide:
         return chunk
 
 
-class _Kept(threading.local):
-    """What passes write to, kept by each thread: the first touch of fresh pages takes a third of
-    the time of scoring an adapter."""
+class _ScratchMemory(threading.local):
+    """Memory that passes write to, reused within each thread. Without reuse, the first touch of
+    fresh pages takes a third of the time to score an adapter."""
 
     def __init__(self) -> None:
         self._pages: dict[str, Tensor] = {}
 
     def memory(self, use: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for `count` numbers, of any content, until the next call for that use."""
+        """Uninitialised memory for `count` numbers, valid until the next call with this `use`."""
         if device.type != "cpu":
             return torch.empty(count, dtype=dtype, device=device)
         size = count * dtype.itemsize
@@ -160,17 +160,17 @@ class _Kept(threading.local):
         return pages[:size].view(dtype)
 
 
-_kept = _Kept()
+_scratch = _ScratchMemory()
 
 
 def row_counts(factors: Sequence[Tensor]) -> Tensor:
-    """What to divide a sum over rows by to get its mean. Shape: (k,) float64."""
+    """Number of rows of each factor, at least 1: the divisor for means. Shape: (k,) float64."""
     counts = [max(1, factor.shape[0]) for factor in factors]
     return torch.tensor(counts, dtype=torch.float64, device=factors[0].device)
 
 
 def alike(factors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the factors of each shape, dtype and layout."""
+    """Indices of the factors, grouped by shape, dtype and layout."""
     groups: dict[object, list[int]] = {}
     for i, factor in enumerate(factors):
         groups.setdefault((factor.shape, factor.dtype, factor.stride(0) == 1), []).append(i)
@@ -178,7 +178,10 @@ def alike(factors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _batches(factors: Sequence[Tensor], elements: int) -> Iterator[Tensor]:
-    """Indices of factors that are alike, `elements` numbers at a time."""
+    """Indices of factors of one group of `alike`, in batches of at most `elements` numbers.
+
+    A larger factor is a batch by itself.
+    """
     for indices in alike(factors):
         size = max(1, elements // max(1, factors[indices[0]].numel()))
         for at in range(0, len(indices), size):

@@ -16,7 +16,8 @@ from s3lora_serve.spectral.gram import MAX_ERROR_BOUND, Modules, Solution
 from s3lora_serve.spectral.panels import Factors, HostModules
 
 GRAM_BYTES = 2**25
-"""Gram matrices held at a time; four of r×r float64 a module, and as much again in passing."""
+"""Bytes of Gram matrices held at a time: four r×r float64 matrices per module. Temporaries take as
+much again."""
 
 
 def solve(
@@ -27,8 +28,8 @@ def solve(
 ) -> Solution:
     """Solve modules of one rank and any shapes and dtypes, in the order given.
 
-    A module whose factors are not finite comes back as NaN. Extra memory does not grow with the
-    adapter. A device without memory to spare hands its work to the host.
+    The values of a module with non-finite factors are NaN. Extra memory does not grow with the
+    size of the adapter. If the device runs out of memory, the host solves all modules.
 
     Shape: B (m, r), A (r, n) each -> fields of k = len(modules) rows, float64, on the host.
     """
@@ -40,7 +41,7 @@ def solve(
                 [_solve_chunk(*chunk, normalization, between_batches) for chunk in resident]
             )
         except torch.OutOfMemoryError:
-            pass  # the engine needs its memory more than a score needs speed
+            pass  # the engine needs the device memory more than scoring needs speed
     on_host = ((part, HostModules(part, between_batches)) for part in parts)
     return _cat([_solve_chunk(*chunk, normalization, between_batches) for chunk in on_host])
 
@@ -76,7 +77,7 @@ def _solve_chunk(
 
 
 def _to_host(solution: Solution) -> Solution:
-    """One download for all that is known."""
+    """Copy all fields to the host in one transfer."""
     if solution.error_bound.device.type == "cpu":
         return solution
     packed = torch.cat([column.reshape(len(column), -1) for column in solution], 1).cpu()
@@ -87,7 +88,10 @@ def _to_host(solution: Solution) -> Solution:
 def _solve_by_qr(
     modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
 ) -> Solution:
-    """One by one on the CPU: what is left is rare, and zero, not finite, or nearly singular."""
+    """Solve modules one by one on the CPU.
+
+    These modules are rare: they are zero, not finite, or nearly singular.
+    """
     solved = []
     for B, A in modules:
         between_batches()
@@ -102,7 +106,8 @@ def _one(B: Tensor, A: Tensor, normalization: str) -> Solution:
         return _constant(B.shape[-1], 0.0)
     (B, b), (A, a) = in_range(B), in_range(A)
     solution = qr.solve(B, A, normalization)
-    # Two-sided alone, X is over one norm of ΔW too many: σ(X) goes with 1/(b·a).
+    # Two-sided X is ΔW divided by two norms of ΔW, so σ(X) scales with 1/(b·a). The other forms
+    # of X do not depend on the scale.
     over = b * a if normalization == "two_sided" else 1.0
     return solution._replace(
         normalised=solution.normalised / over,

@@ -1,6 +1,6 @@
 """The QR route: the same solution from thin QRs, exact where Gram matrices lose accuracy.
 
-It is slower than the Gram route. Only modules whose error bound there is too large take it.
+It is slower than the Gram route and solves only the modules whose error bound there is too large.
 """
 
 import torch
@@ -11,12 +11,12 @@ from s3lora_serve.spectral.gram import Solution
 
 
 def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
-    """Singular values of `X = D_ρ⁺·B·A·D_γ⁺` from thin QRs; same meaning as `gram.solve`.
+    """Singular values of `X = D_ρ⁺·B·A·D_γ⁺` from thin QRs; same result as `gram.solve`.
 
-    Rows of B and columns of A are first brought to length one, which changes D_ρ and D_γ and not X:
-    a QR is accurate beside the longest row, and would lose one that is 10¹⁰ times shorter. With
-    A'ᵀ = Q·R the update is (B'·Rᵀ)·Qᵀ, where what cancels between B and A has cancelled before
-    anything is squared or divided.
+    The rows of B and the columns of A are first scaled to length one. This changes D_ρ and D_γ, but
+    not X. The reason: the errors of a QR are relative to the longest row, so a row 10¹⁰ times
+    shorter would be lost. With A'ᵀ = Q·R the update is (B'·Rᵀ)·Qᵀ, in which cancellation between B
+    and A happens before any value is squared or divided.
 
     Shape: B (k, m, r), A (k, r, n), float64 and finite.
     """
@@ -25,7 +25,7 @@ def solve(B: Tensor, A: Tensor, normalization: str) -> Solution:
         B * _inverse(lengths).unsqueeze(-1),
         A * _inverse(widths).unsqueeze(-2),
     )
-    # ρ and γ over the lengths taken out.
+    # ρ and γ, divided by the lengths above.
     norm = torch.linalg.matrix_norm
     rows = _kept((rows_of_b @ _core(A.mT).mT).norm(dim=-1), norm(A))
     columns = _kept((_core(B) @ columns_of_a).norm(dim=-2), norm(B))
@@ -61,15 +61,16 @@ def _kept(norms: Tensor, bound: Tensor) -> Tensor:
 
 
 def _inverse(norms: Tensor) -> Tensor:
-    """Moore-Penrose inverse of a diagonal of norms: zero stays zero."""
+    """Moore-Penrose inverse of a diagonal matrix of norms: zero stays zero."""
     return torch.where(norms > 0, 1.0 / norms, 0.0)
 
 
 def _equilibrate(
     left: Tensor, right_basis: Tensor, rows: Tensor, columns: Tensor, widths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Alternate unit rows and unit columns of `left · diag(widths · right_basis)ᵀ`.
+    """Row and column weights from alternating sweeps on `left · (diag(widths) · right_basis)ᵀ`.
 
+    A sweep makes unit rows, then unit columns.
     Shape: (k, m), (k, n).
     """
     column_weights = widths

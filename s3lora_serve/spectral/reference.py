@@ -1,4 +1,4 @@
-"""MAS-SVD on the dense update in float64: the definition, word for word. Slow; for tests."""
+"""MAS-SVD on the dense update in float64, exactly as defined. Slow; for tests."""
 
 import torch
 from torch import Tensor
@@ -17,14 +17,14 @@ def mas_svd(
 ) -> Spectrum:
     """Magnitude-aware spherically normalised spectrum of `ΔW = s·B·A`, dense.
 
-    `σ̃_k = r̄ · c̄ · σ_k(D_ρ⁺ · ΔW · D_γ⁺)`, the leading `rank` values (all of them by default).
-    `row` and `column` normalise one side only and multiply by that side's mean.
+    `σ̃_k = r̄ · c̄ · σ_k(D_ρ⁺ · ΔW · D_γ⁺)`, for the leading `rank` values (default: all).
+    `row` and `column` normalise one side only and multiply by the mean of that side.
 
     Shape: B (k, m, r), A (k, r, n), scaling (k,); any floating dtype.
     Source: arXiv 2508.15068 (MAS-SVD), arXiv 2402.09754 (spherical normalisation).
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit.
+        ValueError: a shape, dtype or option is invalid.
     """
     count = check_factors(B, A, scaling, rank, normalization)
     per_module = [
@@ -71,7 +71,7 @@ def _one(B: Tensor, A: Tensor, s: Tensor, count: int, normalization: str) -> tup
 
 
 def _norms(update: Tensor, dim: int, cancelled: Tensor) -> Tensor:
-    """Norms along `dim`, with those that are only rounding noise set to zero."""
+    """Norms along `dim`; those at or below `ZERO_ROW · cancelled` are noise and set to zero."""
     norms = update.norm(dim=dim)
     return torch.where(norms > ZERO_ROW * cancelled, norms, 0.0)
 

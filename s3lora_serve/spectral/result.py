@@ -1,4 +1,4 @@
-"""What a scorer returns for a batch of modules, and the index read off it."""
+"""The result of a scorer for a batch of modules, and the indices computed from it."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torch import Tensor, nan, where
 class Spectrum(NamedTuple):
     """Magnitude-aware spectra of a batch of k modules, all float64 on the CPU.
 
-    A module whose factors hold NaN or Inf has NaN everywhere; one whose update is zero has zeros.
+    All values of a module are NaN if its factors contain NaN or Inf, and 0 if its update is zero.
     """
 
     singular_values: Tensor  # (k, M) descending, σ̃ in the units of ΔW
@@ -30,9 +30,9 @@ def spectral_sharpness(singular_values: Tensor) -> Tensor:
 
 
 def relative_sharpness(index: float, count: int) -> float:
-    """SSI rescaled to [0, 1] over its range: `(SSI − 1/M) / (1 − 1/M)`, M = `count`.
+    """SSI rescaled from [1/M, 1] to [0, 1]: `(SSI − 1/M) / (1 − 1/M)`, M = `count`.
 
-    The fair order between modules of different M. Undefined (NaN) for M = 1.
+    It ranks modules of different M fairly. Undefined (NaN) for M = 1.
     """
     if count <= 1:
         return nan

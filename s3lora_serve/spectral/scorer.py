@@ -1,4 +1,4 @@
-"""Score the modules of a whole adapter: group them by shape, run bounded batches, name results."""
+"""Score all modules of an adapter: group them by rank, solve bounded batches, name the results."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from s3lora_serve.spectral.low_rank import with_magnitudes
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 
 SERVING = "mas-svd"
-"""The one scorer that serves."""
+"""The only scorer used for serving."""
 
 OFFLINE: dict[str, Callable[..., Spectrum]] = {
     "svd": baselines.svd,
     "spsvd": baselines.spsvd,
     "dense": reference.mas_svd,
 }
-"""Scorers to compare with; slow, and refused by a server."""
+"""Slow scorers for comparison. A server refuses them."""
 
 
 class Factors(NamedTuple):
@@ -34,7 +34,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Everything that influences a score, so that two scores are only compared if these agree."""
+    """All settings that influence a score. Scores are comparable only if these are equal."""
 
     name: str = "mas-svd"
     rank: int | None = None  # M; None keeps min(r, m, n). Spec of MAS-SVD, step 3
@@ -43,17 +43,17 @@ class Scorer:
 
 @dataclass(frozen=True, slots=True)
 class ModuleScore:
-    """What is known about one module's update. Norms and spectrum are in the units of ΔW."""
+    """Scores of one module's update. Norms and spectrum are in the units of ΔW."""
 
     name: str
-    finite: bool  # False: the factors hold NaN or Inf, and nothing else here means anything
+    finite: bool  # False: the factors contain NaN or Inf, and no other score is meaningful
     ssi: float | None  # None when ΔW = 0
     relative_ssi: float | None  # None when ΔW = 0 or M = 1
     spectrum: tuple[float, ...]  # σ̃, descending
     row_norm_mean: float
     column_norm_mean: float
     frobenius_norm: float
-    cancellation: float  # ‖B‖_F·‖A‖_F over ‖B·A‖_F: about √r as trained; 1 when a factor is 0
+    cancellation: float  # ‖B‖_F·‖A‖_F / ‖B·A‖_F; about √r after training, 1 if a factor is 0
 
 
 def score_modules(
@@ -65,10 +65,10 @@ def score_modules(
 ) -> list[ModuleScore]:
     """Score every module with MAS-SVD and the Spectral Sharpness Index, in the order given.
 
-    `between_batches` runs before each batch and may raise to stop (deadlines).
+    `between_batches` runs before each batch. It may raise to stop scoring, e.g. at a deadline.
 
     Raises:
-        ValueError: a module's factors do not fit each other, or the scorer is unknown.
+        ValueError: the factors of a module do not match, or the scorer is unknown.
     """
     scorer = scorer or Scorer()
     if scorer.name not in (SERVING, *OFFLINE):
@@ -95,7 +95,7 @@ def _spectra(
     device: str,
     between_batches: Callable[[], None],
 ) -> tuple[Spectrum, Tensor]:
-    """Spectra of modules of one rank, and their cancellation."""
+    """Spectra of modules of one rank, and their `cancellation` (k,)."""
     solution = precision.solve(
         [(module.B, module.A) for module in modules],
         scorer.normalization,
@@ -105,7 +105,7 @@ def _spectra(
     scaling = torch.tensor([module.scaling for module in modules], dtype=torch.float64)
     spectrum = with_magnitudes(solution, scaling, counts, scorer.normalization)
     if scorer.name in OFFLINE:
-        # The norms, what is finite, and what cancels are the same whatever the index is.
+        # Norms, finiteness and cancellation do not depend on the scorer; only the spectrum does.
         values = spectrum.singular_values
         for i in values[:, 0].isfinite().nonzero().flatten().tolist():
             between_batches()
@@ -115,7 +115,7 @@ def _spectra(
 
 
 def _offline(module: Factors, count: int, scorer: Scorer) -> Tensor:
-    """The spectrum of one module by one of the slow scorers."""
+    """The spectrum of one module from a scorer in OFFLINE."""
     spectrum = OFFLINE[scorer.name](
         module.B[None],
         module.A[None],
@@ -154,7 +154,7 @@ def _defined(value: float) -> float | None:
 
 
 def _by_rank(modules: Sequence[Factors]) -> list[list[int]]:
-    """Indices of the modules of each rank: their r×r matrices are solved together."""
+    """Indices of the modules, grouped by rank: the r×r matrices of a group are solved together."""
     alike: dict[int, list[int]] = {}
     for i, module in enumerate(modules):
         if module.B.ndim != 2 or module.A.ndim != 2 or module.B.shape[1] != module.A.shape[0]:
@@ -173,5 +173,5 @@ def _count(module: Factors, rank: int | None) -> int:
 
 
 def resolve_device(device: str) -> str:
-    """The device that `auto` stands for here: the CPU, until the CUDA path has been measured."""
+    """Replace `auto` by a device: the CPU, until the CUDA path has been measured."""
     return "cpu" if device == "auto" else device

@@ -4,36 +4,37 @@ import torch
 from torch import Tensor
 
 FLOOR = {torch.float32: 1e-36, torch.float64: 1e-290}
-"""Smallest ρ² that the dtype holds to full precision; rows below it are zero, or lost."""
+"""Smallest ρ² that the dtype holds to full precision. A row below it is zero or lost."""
 
 
 def gram(X: Tensor, dtype: torch.dtype) -> Tensor:
     """`Xᵀ·X` of each matrix in a batch.
 
     Shape: X (k, d, r), any strides and floating dtype -> (k, r, r) float64. Products and sums over
-    d are taken in `dtype`, float32 or float64: callers bound d and add up the results.
+    d use `dtype`, float32 or float64; therefore callers limit d and add the results.
     """
     X = X.to(dtype)
     return torch.bmm(X.mT, X).double()
 
 
 def normalised_gram(
-    X: Tensor, half: Tensor, scratch: Tensor | None = None
+    X: Tensor, lower: Tensor, scratch: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Σ_i x_i·x_iᵀ / ρ_i²`, `Σ_i ρ_i` with `ρ_i = ‖x_iᵀ·half‖₂`, and the rows lost, in one pass.
+    """`Σ_i x_i·x_iᵀ / ρ_i²`, `Σ_i ρ_i` with `ρ_i = ‖x_iᵀ·lower‖₂`, and the number of rows lost.
 
-    A row is lost when it is not zero and its ρ² is below FLOOR: what its weight would be is noise.
-    `scratch` is overwritten in the place of fresh memory, whose first touch costs more than the
-    arithmetic does.
+    A row is lost if it is not zero and its ρ² is below FLOOR: its weight would be noise. All three
+    results come from one pass. `scratch` is overwritten instead of fresh memory, because the first
+    touch of fresh memory costs more than the arithmetic.
 
-    Shape: X (k, d, r), any strides and floating dtype, half (k, r, r) float32 or float64, the dtype
-    to work in, scratch as many of those as X has -> (k, r, r), (k,), (k,) float64.
+    Shape: X (k, d, r), any strides and floating dtype, lower (k, r, r) in the working dtype, which
+    is float32 or float64, scratch of X.numel() elements in the working dtype -> (k, r, r), (k,),
+    (k,) float64.
     """
-    X = X.to(half.dtype)
+    X = X.to(lower.dtype)
     k, d, r = X.shape
     scratch = torch.empty(X.numel(), dtype=X.dtype, device=X.device) if scratch is None else scratch
-    # (k, r, d): the sum over r then runs along whole cache lines.
-    images = torch.bmm(half.mT, X.mT, out=scratch.view(k, r, d))
+    # With layout (k, r, d) the sum over r reads whole cache lines.
+    images = torch.bmm(lower.mT, X.mT, out=scratch.view(k, r, d))
     squares = images.square_().sum(1)
     small = squares < FLOOR[X.dtype]
     lost = torch.zeros(k, dtype=torch.float64, device=X.device)

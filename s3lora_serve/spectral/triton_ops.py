@@ -1,8 +1,8 @@
 """The two passes over a LoRA factor, as Triton kernels: the twins of `torch_ops`.
 
-Import this module only where there is a CUDA device (or Triton's interpreter). A program takes
-tiles of rows of one module, multiplies in the working dtype, and adds tile after tile in float64;
-the programs of a module leave their sums side by side, so that no order of execution changes a bit.
+Import this module only with a CUDA device or Triton's interpreter. A program loads tiles of rows of
+one module, multiplies in the working dtype, and adds the tiles in float64. Each program stores its
+sums separately, so the result is bitwise independent of the order of execution.
 """
 
 import torch
@@ -13,17 +13,17 @@ from torch import Tensor
 from s3lora_serve.spectral.torch_ops import FLOOR
 
 MAX_RANK = 64
-"""Largest rank of which a whole row and its float64 sums fit into one program's registers."""
+"""Largest rank at which a whole row and its float64 sums fit into the registers of one program."""
 
 PROGRAMS = 528
-"""Programs that fill a device: four for each of the 132 multiprocessors of a Hopper GPU."""
+"""Number of programs that fill a device: four per multiprocessor of a Hopper GPU, which has 132."""
 
 
 def gram(X: Tensor, dtype: torch.dtype) -> Tensor:
     """`Xᵀ·X` of each matrix in a batch.
 
     Shape: X (k, d, r), any strides and floating dtype, r ≤ MAX_RANK -> (k, r, r) float64. Products
-    are taken in `dtype`, float32 or float64; sums over tiles of rows are float64.
+    use `dtype`, float32 or float64; sums over tiles of rows use float64.
     """
     sums = _Partials(X)
     _gram[sums.grid](
@@ -35,21 +35,22 @@ def gram(X: Tensor, dtype: torch.dtype) -> Tensor:
 
 def normalised_gram(
     X: Tensor,
-    half: Tensor,
-    scratch: Tensor | None = None,  # noqa: ARG001 - the twin's; registers are this one's scratch
+    lower: Tensor,
+    scratch: Tensor | None = None,  # noqa: ARG001 - only the twin needs it; kernels use registers
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Σ_i x_i·x_iᵀ / ρ_i²`, `Σ_i ρ_i` with `ρ_i = ‖x_iᵀ·half‖₂`, and the rows lost, in one pass.
+    """`Σ_i x_i·x_iᵀ / ρ_i²`, `Σ_i ρ_i` with `ρ_i = ‖x_iᵀ·lower‖₂`, and the number of rows lost.
 
-    A row is lost when it is not zero and its ρ² is below FLOOR: what its weight would be is noise.
+    A row is lost if it is not zero and its ρ² is below FLOOR: its weight would be noise. All three
+    results come from one pass.
 
-    Shape: X (k, d, r), any strides and floating dtype, half (k, r, r) float32 or float64, the dtype
-    to work in -> (k, r, r), (k,), (k,) float64.
+    Shape: X (k, d, r), any strides and floating dtype, r ≤ MAX_RANK, lower (k, r, r) in the working
+    dtype, float32 or float64 -> (k, r, r), (k,), (k,) float64.
     """
     sums = _Partials(X)
-    half = half.contiguous()
+    lower = lower.contiguous()
     _normalised_gram[sums.grid](
-        X, half, sums.grams, sums.norms, sums.lost, X.shape[1], X.shape[2], *X.stride(),
-        sums.tiles, FLOOR=FLOOR[half.dtype], WORK=_WORK[half.dtype],
+        X, lower, sums.grams, sums.norms, sums.lost, X.shape[1], X.shape[2], *X.stride(),
+        sums.tiles, FLOOR=FLOOR[lower.dtype], WORK=_WORK[lower.dtype],
         BLOCK_D=sums.block_d, BLOCK_R=sums.block_r,
     )  # fmt: skip
     return sums.total(), sums.norms.sum(1), sums.lost.sum(1)
@@ -59,11 +60,11 @@ _WORK = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class _Partials:
-    """How a batch is cut into programs, and the float64 sums that each of them leaves."""
+    """The division of a batch into programs, and the float64 sums that each program stores."""
 
     def __init__(self, X: Tensor) -> None:
         k, d, self._rank = X.shape
-        # A dot product of tiles takes no side under 16.
+        # `tl.dot` requires tile sides of at least 16.
         self.block_r = max(16, triton.next_power_of_2(self._rank))
         self.block_d = 128 if self.block_r <= 16 else 64
         tiles = max(1, triton.cdiv(d, self.block_d))
@@ -86,7 +87,7 @@ def _tile(
     x, tile, d, r, stride_d, stride_r,
     WORK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D rows, zeros where there are none."""
+    """Load BLOCK_D rows, padded with zeros to (BLOCK_D, BLOCK_R)."""
     rows = (tile * BLOCK_D + tl.arange(0, BLOCK_D))[:, None].to(tl.int64)
     columns = tl.arange(0, BLOCK_R)[None, :].to(tl.int64)
     inside = (rows < d) & (columns < r)
@@ -121,12 +122,12 @@ def _gram(
 
 @triton.jit
 def _normalised_gram(
-    x, half, grams, norms, lost, d, r, stride_k, stride_d, stride_r, tiles,
+    x, lower, grams, norms, lost, d, r, stride_k, stride_d, stride_r, tiles,
     FLOOR: tl.constexpr, WORK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     module = tl.program_id(0).to(tl.int64)
     x += module * stride_k
-    L = _tile(half + module * r * r, 0, r, r, r, 1, WORK, BLOCK_R, BLOCK_R)
+    L = _tile(lower + module * r * r, 0, r, r, r, 1, WORK, BLOCK_R, BLOCK_R)
     first = tl.program_id(1) * tiles
     total = tl.zeros((BLOCK_R, BLOCK_R), tl.float64)
     sum_of_norms = tl.zeros((BLOCK_D,), tl.float64)

@@ -106,7 +106,7 @@ def test_digest_names_the_meaning_and_not_the_spelling(tmp_path):
 def test_environment_beats_file(tmp_path, monkeypatch):
     monkeypatch.setenv("S3LORA_POLICY", str(write(tmp_path, "mode: audit\nstrip: {top_k: 1}")))
     assert effective_policy().mode == "audit"
-    monkeypatch.setenv("S3LORA_MODE", "enforced")
+    monkeypatch.setenv("S3LORA_MODE", "enforce")
     monkeypatch.setenv("S3LORA_AUDIT_LOG", "/var/log/s3lora.jsonl")
     policy = effective_policy()
     assert (policy.mode, policy.strip.top_k) == ("enforce", 1)

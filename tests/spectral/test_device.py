@@ -66,8 +66,8 @@ def test_kernels_give_what_torch_gives(kernels, d, r, dtype, work, layout):
     X = gaussian(d, 1, r, k=3)[0].to(dtype).to(DEVICE)
     X[0, 0] = 0
     X = X.mT.contiguous().mT if layout == "columns" else X
-    half = torch.linalg.cholesky(torch_ops.gram(gaussian(r + 9, 1, r, k=3)[0], torch.float64))
-    half = half.to(work).to(DEVICE)
+    lower = torch.linalg.cholesky(torch_ops.gram(gaussian(r + 9, 1, r, k=3)[0], torch.float64))
+    lower = lower.to(work).to(DEVICE)
     close = (
         {"rtol": 1e-12, "atol": 1e-12} if work == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     )
@@ -75,7 +75,7 @@ def test_kernels_give_what_torch_gives(kernels, d, r, dtype, work, layout):
     torch.testing.assert_close(found / d, expected / d, **close)
     assert torch.equal(kernels.gram(X, work), found), "sums depend on the order of execution"
     for one, other in zip(
-        kernels.normalised_gram(X, half), torch_ops.normalised_gram(X, half), strict=True
+        kernels.normalised_gram(X, lower), torch_ops.normalised_gram(X, lower), strict=True
     ):
         torch.testing.assert_close(one / d, other / d, **close)
 
@@ -83,9 +83,9 @@ def test_kernels_give_what_torch_gives(kernels, d, r, dtype, work, layout):
 def test_rows_that_are_lost_are_counted_alike(kernels):
     X = gaussian(200, 1, 16, k=2)[0].float().to(DEVICE)
     X[0, 7], X[1, :3], X[1, 9] = 1e-30, 1e-25, 0.0
-    half = torch.eye(16, device=DEVICE).expand(2, 16, 16)
-    lost = kernels.normalised_gram(X, half)[2]
-    assert lost.tolist() == torch_ops.normalised_gram(X, half)[2].tolist() == [1.0, 3.0]
+    lower = torch.eye(16, device=DEVICE).expand(2, 16, 16)
+    lost = kernels.normalised_gram(X, lower)[2]
+    assert lost.tolist() == torch_ops.normalised_gram(X, lower)[2].tolist() == [1.0, 3.0]
 
 
 @pytest.mark.parametrize(
