@@ -201,7 +201,7 @@ def _trouble() -> list[Panel]:
     return [
         lines(
             "Quarantines",
-            "By reason: the S3LORA code, explained in docs/reference.md. Empty where there was none.",
+            "By reason: the S3LORA code, see docs/reference.md. Empty where there was none.",
             "short",
             query(
                 f"sum by (reason) (increase(s3lora_quarantined_total{{HERE}}{RATE})) > 0",

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from s3lora_serve.adapter.fsspec_storage import RemoteFolder, is_url, remote_adapters
 from s3lora_serve.adapter.private_copy import ADAPTER_FILES
+from s3lora_serve.adapter.remote_storage import RemoteFolder, is_url, remote_adapters
 
 
 def find_adapters(paths: Iterable[str]) -> Iterator[Path | RemoteFolder]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from s3lora_serve.adapter.module_patterns import ModulePatterns
+from s3lora_serve.adapter.rank_alpha_patterns import ModulePatterns
 from s3lora_serve.errors import ConfigInvalid, Unscorable
 
 MAX_ALPHA = 1e30

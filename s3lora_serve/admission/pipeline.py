@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from s3lora_serve.adapter.fsspec_storage import RemoteFolder
 from s3lora_serve.adapter.private_copy import PrivateCopy, check_roots, copy_adapter
 from s3lora_serve.adapter.reader import Adapter, Module, read_adapter
+from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.admission.decision import Outcome, decide
 from s3lora_serve.admission.scoring import score_adapter
 from s3lora_serve.admission.strip_rules import energy_shares, negligible_modules

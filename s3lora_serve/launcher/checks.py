@@ -13,7 +13,7 @@ from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy.file import serving_policy
 from s3lora_serve.settings import load_settings
 from s3lora_serve.store.adapter_store import AdapterStore
-from s3lora_serve.vllm_plugin.release import installed_vllm, is_supported
+from s3lora_serve.vllm_plugin.vllm_version import installed_vllm, is_supported
 
 PLUGIN = "s3lora"
 """Name of both entry points of the plugin: VLLM_PLUGINS is one list for all groups."""

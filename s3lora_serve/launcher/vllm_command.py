@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from s3lora_serve.launcher.checks import ENDPOINT_GROUP, PLUGIN
-from s3lora_serve.vllm_plugin.release import installed_vllm
+from s3lora_serve.vllm_plugin.vllm_version import installed_vllm
 
 EXTENSION = "--worker-extension-cls"
 GUARDED_WORKER = "s3lora_serve.vllm_plugin.worker.GuardedWorker"

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from s3lora_serve.adapter.fsspec_storage import folder_name
+from s3lora_serve.adapter.remote_storage import folder_name
 from s3lora_serve.admission.verdict import Verdict, unread_verdict, with_rejection
 from s3lora_serve.errors import GateFailed, Reason
 from s3lora_serve.offline.sweep import AHEAD, Folder, scan_on_one_thread

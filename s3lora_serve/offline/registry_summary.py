@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from s3lora_serve.adapter.fsspec_storage import is_url
+from s3lora_serve.adapter.remote_storage import is_url
 from s3lora_serve.admission.strip_rules import MAD_TO_SIGMA
 from s3lora_serve.admission.verdict import Decision, Verdict
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from s3lora_serve.adapter.fsspec_storage import is_url
 from s3lora_serve.adapter.private_copy import WEIGHTS_NAME
+from s3lora_serve.adapter.remote_storage import is_url
 from s3lora_serve.admission.verdict import Decision, Verdict
 from s3lora_serve.errors import meanings, rejections
 

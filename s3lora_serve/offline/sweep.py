@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import s3lora_serve
-from s3lora_serve.adapter.fsspec_storage import RemoteFolder, folder_name
+from s3lora_serve.adapter.remote_storage import RemoteFolder, folder_name
 from s3lora_serve.admission.verdict import Verdict, unread_verdict, with_rejection
 from s3lora_serve.errors import GateFailed, Reason
 from s3lora_serve.policy.schema import Policy

@@ -2,7 +2,7 @@
 
 from s3lora_serve.errors import meanings
 from s3lora_serve.offline.registry_summary import OUTLYING, Registry
-from s3lora_serve.pages.render import html_of
+from s3lora_serve.pages.html import html_of
 
 MAX_ROWS = 200
 """Tenants and outliers on the page, the worst first; a table has all."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 from s3lora_serve.pages.heat_map import HeatMap, heat_map
-from s3lora_serve.pages.render import html_of
+from s3lora_serve.pages.html import html_of
 
 SPECTRA = 40
 """Spectra shown of one adapter, of stripped and sharpest modules: more than are read."""

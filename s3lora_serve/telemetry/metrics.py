@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from s3lora_serve.admission.verdict import Decision, Verdict, served_stripped_count
 from s3lora_serve.errors import rejection_codes
-from s3lora_serve.telemetry.adapter_gauge import OTHER, AdapterGauge
+from s3lora_serve.telemetry.per_adapter_gauge import OTHER, AdapterGauge
 
 MODES = ("enforce", "audit")
 PHASES = ("read", "score", "strip", "total")

@@ -30,7 +30,7 @@ from vllm.v1.engine.llm_engine import LLMEngine as LLMEngine
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
 
-from s3lora_serve.vllm_plugin.release import installed_vllm
+from s3lora_serve.vllm_plugin.vllm_version import installed_vllm
 
 logger = logging.getLogger("vllm.s3lora")  # vLLM's handlers print what is below "vllm"
 

@@ -98,7 +98,7 @@ def _deviation(contract: _Contract) -> str | None:
 
 
 def matches_patterns() -> bool:
-    """Whether this vLLM has the pattern search that pattern_matching.py replaces.
+    """Whether this vLLM has the pattern search that rank_alpha_matching.py replaces.
 
     Versions before 0.32 ignore rank_pattern and alpha_pattern.
     """

@@ -3,16 +3,16 @@
 from s3lora_serve.settings import load_settings
 from s3lora_serve.vllm_plugin import compat, contract, patches
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
-from s3lora_serve.vllm_plugin.api.llm_engine import LLMEngineAdmission
-from s3lora_serve.vllm_plugin.api.registration import Registration, door
-from s3lora_serve.vllm_plugin.engine.base_tokens import spare_base_tokens
+from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door
+from s3lora_serve.vllm_plugin.api.llm_engine_admission import LLMEngineAdmission
+from s3lora_serve.vllm_plugin.engine.base_model_tokens import spare_base_tokens
 from s3lora_serve.vllm_plugin.engine.loader import AdapterLoader
-from s3lora_serve.vllm_plugin.engine.pattern_matching import match_patterns
+from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import match_patterns
 from s3lora_serve.vllm_plugin.engine.skipping import Skipping
 from s3lora_serve.vllm_plugin.engine.worker_methods import WorkerMethods
-from s3lora_serve.vllm_plugin.release import is_supported
+from s3lora_serve.vllm_plugin.vllm_version import is_supported
 
-_registration: Registration | None = None
+_registration: AdapterRegistration | None = None
 _installed = False
 
 
@@ -37,7 +37,7 @@ def install() -> None:
     WorkerMethods(loader).install()
     if controller.policy.mode != "off":
         controller.store.prepare()
-        _registration = Registration(controller)
+        _registration = AdapterRegistration(controller)
         patches.tell_requests_apart()
         spare_base_tokens()
         match_patterns()
@@ -54,6 +54,6 @@ def install() -> None:
     _installed = True
 
 
-def registration() -> Registration | None:
+def registration() -> AdapterRegistration | None:
     """The registration of this process, if the gate is installed and its mode is not off."""
     return _registration

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.store.test_adapter_store import keep, kept
 
 from s3lora_serve.errors import GateFailed
 from s3lora_serve.launcher.server_files import ServerFiles
 from s3lora_serve.settings import Settings
 from s3lora_serve.store.adapter_store import AdapterStore
+from tests.store.test_adapter_store import keep, kept
 
 SERVER = """
 import sys

@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.policy.schema import Strip
-from s3lora_serve.telemetry.adapter_gauge import MAX_NAMES, OTHER
 from s3lora_serve.telemetry.metrics import Metrics
+from s3lora_serve.telemetry.per_adapter_gauge import MAX_NAMES, OTHER
 
 ADAPTERS = 10_000
 HOSTILE = [

@@ -9,9 +9,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from s3lora_serve.admission.verdict import differs
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
+from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
-from s3lora_serve.vllm_plugin.api.page import one_adapter, overview
-from s3lora_serve.vllm_plugin.api.registration import Registration
+from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
 
 DECISION_HEADER = "X-S3LoRA-Decision"
@@ -25,7 +25,7 @@ class GateRoutes:
     name = "s3lora"
     required_tasks = None
 
-    def __init__(self, registration: Callable[[], Registration | None]) -> None:
+    def __init__(self, registration: Callable[[], AdapterRegistration | None]) -> None:
         """Take what returns the registration of this process, None while the mode is off."""
         self._registration = registration
         self._engine: Any | None = None
@@ -173,6 +173,6 @@ def _off() -> JSONResponse:
     return JSONResponse({"error": "the gate is off: nothing is looked at"}, 404)
 
 
-def _decision(gate: Registration | None, name: str) -> dict[str, str] | None:
+def _decision(gate: AdapterRegistration | None, name: str) -> dict[str, str] | None:
     decided = gate.recent_decisions.last(name) if gate else None
     return {DECISION_HEADER: decided.decision.value} if decided else None

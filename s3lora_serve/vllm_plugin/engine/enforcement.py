@@ -8,14 +8,14 @@ from s3lora_serve.errors import Refused
 from s3lora_serve.policy.schema import Limits
 from s3lora_serve.store.stored_copy import StoredCopy
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.engine.fit import (
+from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_effect, strip_module
+from s3lora_serve.vllm_plugin.engine.model_fit import (
     check_loaded,
     fitted_names,
     load_copy,
     remove_unscorable,
 )
-from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_effect, strip_module
-from s3lora_serve.vllm_plugin.engine.pattern_matching import check_patterns
+from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import check_patterns
 
 ADMITTED_LIMITS = Limits(max_scaling=None, max_rank=2**31, max_bytes=2**62)
 """The digest shows that the copy was admitted, under the limits in force at that time."""

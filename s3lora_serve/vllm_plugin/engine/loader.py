@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from s3lora_serve.admission.verdict import Verdict, unread_verdict
+from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import (
     AdapterRejected,
     GateFailed,
@@ -23,7 +23,7 @@ from s3lora_serve.errors import (
     RefusedByVLLM,
     StoreDamaged,
 )
-from s3lora_serve.store.stored_copy import StoredCopy, is_servable, open_stored_copy
+from s3lora_serve.store.stored_copy import StoredCopy, open_stored_copy
 from s3lora_serve.vllm_plugin import compat, patches
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.bounded_map import remember
@@ -31,7 +31,8 @@ from s3lora_serve.vllm_plugin.engine.enforcement import enforce
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import adapter_without_effect, add_to_slot
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.preload import Preloader
-from s3lora_serve.vllm_plugin.engine.unregistered import UnregisteredAdapters
+from s3lora_serve.vllm_plugin.engine.quarantine import quarantine
+from s3lora_serve.vllm_plugin.engine.worker_admission import WorkerAdmission
 
 logger = compat.logger
 
@@ -52,7 +53,7 @@ class AdapterLoader:
         self.controller = controller
         self.model = WorkerModel()
         self._preloader = Preloader()
-        self._unregistered = UnregisteredAdapters(controller)
+        self._worker_admission = WorkerAdmission(controller)
         self._registering = False
         self._refusals: OrderedDict[int, Reason] = OrderedDict()  # by adapter id
         self._loaded: OrderedDict[int, str] = OrderedDict()  # store key by adapter id
@@ -84,7 +85,7 @@ class AdapterLoader:
         load = self._preloaded(manager, request, original)
         verdict = load.stored.verdict if load.stored else None
         if load.stored is None or isinstance(load.result, Exception):
-            return self._quarantine(request, _reason(load.result, verdict), verdict)
+            return self._without_effect(request, _reason(load.result, verdict), verdict)
         stored = load.stored
         if compat.is_first_rank():
             events = self.controller.events
@@ -142,7 +143,7 @@ class AdapterLoader:
             logger.exception("s3lora: adapter %r", request.lora_name)
             manager.remove_adapter(request.lora_int_id)
             failed = RefusedByVLLM(f"vLLM says: {type(error).__name__}: {error}")
-            return add_to_slot(manager, self._quarantine(request, Reason.of(failed), None))
+            return add_to_slot(manager, self._without_effect(request, Reason.of(failed), None))
         finally:
             # vLLM keeps the request for later steps, which must not read the adapter again.
             request.load_inplace = False
@@ -168,42 +169,28 @@ class AdapterLoader:
 
     def _stored_path(self, request: Any) -> Path | None:
         """The stored copy that a request means, if it is known."""
-        return self.controller.store.find(request.lora_path) or self._unregistered.get(request)
+        return self.controller.store.find(request.lora_path) or self._worker_admission.get(request)
 
     def _path_to_load(self, request: Any) -> Path:
         """The stored copy that the request names, else one that is admitted here."""
         path = self.controller.store.find(request.lora_path)
         if path is None:
-            path = None if request.load_inplace else self._unregistered.get(request)
-            path = path or self._unregistered.admit(request, self.model)
+            path = None if request.load_inplace else self._worker_admission.get(request)
+            path = path or self._worker_admission.admit(request, self.model)
         if self.controller.store.is_quarantined(path):
             raise StoreDamaged(f"{path} could not be loaded, here or on another rank")
         return path
 
-    def _quarantine(self, request: Any, reason: Reason, verdict: Verdict | None) -> Any:
-        """An adapter without effect that replaces a refused one."""
+    def _without_effect(self, request: Any, reason: Reason, verdict: Verdict | None) -> Any:
+        """An adapter without effect that replaces a refused one; quarantined unless registering."""
         remember(self._refusals, request.lora_int_id, reason)
         self._loaded.pop(request.lora_int_id, None)
-        path = self._stored_path(request)
         mode = verdict.mode if verdict else self.controller.policy.mode
-        # The registration asks for the refusal, answers its client and removes the adapter.
+        # A registration asks for the refusal, answers its client and removes the adapter.
         registered = self._registering and self.controller.store.find(request.lora_path) is not None
-        if registered and mode == "enforce":
-            return adapter_without_effect(request)
-        if path is not None and (verdict is None or is_servable(verdict)):
-            self._mark_quarantined(path)
-        if compat.is_first_rank():
-            known = verdict or unread_verdict(
-                request.lora_name, request.lora_path, self.controller.policy
-            )
-            self.controller.events.quarantined(replace(known, name=request.lora_name), reason)
+        if not (registered and mode == "enforce"):
+            quarantine(self.controller, request, self._stored_path(request), reason, verdict)
         return adapter_without_effect(request)
-
-    def _mark_quarantined(self, path: Path) -> None:
-        try:
-            self.controller.store.quarantine(path)
-        except GateFailed as error:  # other ranks cannot learn of it
-            logger.error("s3lora: %s", error)
 
 
 def _key(request: Any) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from s3lora_serve.telemetry.adapter_gauge import OTHER
+from s3lora_serve.telemetry.per_adapter_gauge import OTHER
 from s3lora_serve.vllm_plugin import compat
 
 

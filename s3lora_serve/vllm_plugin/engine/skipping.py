@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from s3lora_serve.vllm_plugin import compat, contract, patches
-from s3lora_serve.vllm_plugin.engine.slices import runs, weights_given
+from s3lora_serve.vllm_plugin.engine.packed_slices import runs, weights_given
 
 EVERY = -1
 """All slots, as a set of them in the bits of a number."""

@@ -12,8 +12,8 @@ from s3lora_serve.vllm_plugin.bounded_map import remember
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 
 
-class UnregisteredAdapters:
-    """Stored copies of adapters that this worker admitted itself, by id and path of the request."""
+class WorkerAdmission:
+    """Admits adapters in a worker, and keeps their stored copies by id and path of the request."""
 
     def __init__(self, controller: AdmissionController) -> None:
         self._controller = controller

@@ -13,7 +13,7 @@ from typing import Any
 from s3lora_serve.errors import AdapterRejected
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
-from s3lora_serve.vllm_plugin.api.registration import FIRST_REPLACEMENT_ID
+from s3lora_serve.vllm_plugin.api.adapter_registration import FIRST_REPLACEMENT_ID
 from s3lora_serve.vllm_plugin.bounded_map import remember
 
 

@@ -6,7 +6,7 @@ dropped. That takes minutes for an adapter with a key for each of 1,000 experts.
 
 from typing import Any
 
-from s3lora_serve.adapter.module_patterns import MAX_FORMS, ModulePatterns
+from s3lora_serve.adapter.rank_alpha_patterns import MAX_FORMS, ModulePatterns
 from s3lora_serve.adapter.reader import Adapter
 from s3lora_serve.errors import DoesNotFitModel
 from s3lora_serve.vllm_plugin import compat, contract, patches

@@ -12,8 +12,8 @@ from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.adapter import fsspec_storage
-from s3lora_serve.adapter.fsspec_storage import RemoteFolder
+from s3lora_serve.adapter import remote_storage
+from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.cli import app
 from s3lora_serve.policy.schema import Limits, Strip
 from tests.support.adapters import CONFIG, WEIGHTS, copy_with, diverged
@@ -129,7 +129,7 @@ def test_nothing_larger_than_the_limit_is_asked_for(memory, monkeypatch):
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_refused(memory, monkeypatch):
-    monkeypatch.setattr(fsspec_storage, "BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(remote_storage, "BLOCK_BYTES", 2**12)
     real = type(memory).info
 
     def info(self, path, **options):

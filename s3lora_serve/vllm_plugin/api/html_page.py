@@ -3,13 +3,14 @@
 from fastapi.responses import HTMLResponse
 
 from s3lora_serve.admission.verdict import served_stripped_count
-from s3lora_serve.pages.render import Page, Row, adapter_page, adapters_page
+from s3lora_serve.pages.html import Page
+from s3lora_serve.pages.server_pages import Row, adapter_page, adapters_page
+from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecision
-from s3lora_serve.vllm_plugin.api.registration import Registration
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 
 
-def overview(gate: Registration, query: str, number: int) -> HTMLResponse:
+def overview(gate: AdapterRegistration, query: str, number: int) -> HTMLResponse:
     """The served adapters, latest first, and the recently refused ones."""
     page = adapters_page(
         [_served(gate, adapter) for adapter in reversed(gate.served.all())],
@@ -22,7 +23,7 @@ def overview(gate: Registration, query: str, number: int) -> HTMLResponse:
     return _response(page)
 
 
-def one_adapter(gate: Registration, name: str, module: str | None) -> HTMLResponse | None:
+def one_adapter(gate: AdapterRegistration, name: str, module: str | None) -> HTMLResponse | None:
     """The page of one served adapter; None if no adapter of this name is served."""
     found = gate.served.get(name)
     if found is None:
@@ -31,7 +32,7 @@ def one_adapter(gate: Registration, name: str, module: str | None) -> HTMLRespon
     return _response(adapter_page(found.verdict, module, quarantined=quarantined))
 
 
-def _served(gate: Registration, adapter: ServedAdapter) -> Row:
+def _served(gate: AdapterRegistration, adapter: ServedAdapter) -> Row:
     verdict = adapter.verdict
     return Row(
         name=verdict.name,

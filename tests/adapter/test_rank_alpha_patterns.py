@@ -10,9 +10,9 @@ from peft.utils.other import get_pattern_key
 from vllm.lora.peft_helper import PEFTHelper
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.adapter.module_patterns import MAX_FORMS, ModulePatterns
+from s3lora_serve.adapter.rank_alpha_patterns import MAX_FORMS, ModulePatterns
 from s3lora_serve.errors import ConfigInvalid
-from s3lora_serve.vllm_plugin.engine.pattern_matching import PatternMatching
+from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import PatternMatching
 from tests.support.adapters import copy_with
 
 # Few letters and many dots, so that keys match and forms meet.

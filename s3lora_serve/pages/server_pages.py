@@ -1,18 +1,14 @@
-"""HTML made of verdicts; whatever an adapter's owner chose is escaped, on every page."""
+"""Pages of a running server: the list of adapters, and one adapter."""
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import partial
 from urllib.parse import urlencode
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
-from s3lora_serve.pages.heat_map import SHADES, heat_map
+from s3lora_serve.pages.heat_map import heat_map
+from s3lora_serve.pages.html import Page, page_of
 
 ROWS = 50
 """Adapters on one page: what an eye goes through before it filters."""
@@ -33,14 +29,6 @@ class Row:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """HTML, and the header that lets nothing else on the page run or load."""
-
-    html: str
-    policy: str  # Content-Security-Policy
-
-
 def adapters_page(
     served: Sequence[Row],
     refused: Sequence[Row],
@@ -54,7 +42,7 @@ def adapters_page(
     found = [row for row in served if query.lower() in row.name.lower()]
     pages = max(1, -(-len(found) // ROWS))
     number = min(max(number, 1), pages)
-    return _page(
+    return page_of(
         "adapters.html",
         rows=found[(number - 1) * ROWS : number * ROWS],
         refused=[row for row in refused if query.lower() in row.name.lower()][:ROWS],
@@ -71,7 +59,7 @@ def adapters_page(
 def adapter_page(verdict: Verdict, chosen: str | None, *, quarantined: bool) -> Page:
     """One adapter: heat map of the index, and the spectrum of a chosen module."""
     modules = {module.name: module for module in verdict.modules}
-    return _page(
+    return page_of(
         "adapter.html",
         verdict=verdict,
         quarantined=quarantined,
@@ -88,40 +76,3 @@ def _module_link(adapter: str, module: ModuleVerdict) -> str:
 
 def _sharpest(verdict: Verdict) -> ModuleVerdict | None:
     return max(verdict.modules, key=lambda module: module.ssi or 0.0, default=None)
-
-
-def _page(template: str, **values: object) -> Page:
-    style, script = _rendered("style.css"), _rendered("refresh.js")
-    values |= {"script": Markup(script)}  # noqa: S704 - a file of this package
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
-        " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    )
-    return Page(html_of(template, **values), policy)
-
-
-def html_of(template: str, **values: object) -> str:
-    """A page with the one style that all have."""
-    style = Markup(_rendered("style.css"))  # noqa: S704 - a file of this package
-    return _environment().get_template(template).render(values, style=style)
-
-
-@cache
-def _rendered(file: str) -> str:
-    return _environment().get_template(file).render(shades=SHADES)
-
-
-def _hash(text: str) -> str:
-    """As a Content-Security-Policy names the one inline text that it allows."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("s3lora_serve.pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

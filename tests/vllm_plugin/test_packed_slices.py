@@ -6,7 +6,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from s3lora_serve.vllm_plugin.engine.slices import runs, weights_given
+from s3lora_serve.vllm_plugin.engine.packed_slices import runs, weights_given
 
 A, B = torch.ones(2, 5), torch.ones(3, 2)
 ZERO = torch.zeros(3, 2)

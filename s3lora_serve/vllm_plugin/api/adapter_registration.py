@@ -53,7 +53,7 @@ def _limit_cores() -> None:
     use_cores(min(MAX_SCORING_THREADS, max(1, (os.cpu_count() or 1) // 4)))
 
 
-class Registration:
+class AdapterRegistration:
     """Registers adapters in one API server process."""
 
     def __init__(self, controller: AdmissionController) -> None:

@@ -1,0 +1,57 @@
+"""HTML from templates. Text that an adapter's owner chose is escaped on every page."""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from s3lora_serve.pages.heat_map import SHADES
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """HTML, and the Content-Security-Policy under which nothing else runs or loads."""
+
+    html: str
+    policy: str
+
+
+def page_of(template: str, **values: object) -> Page:
+    """A page of the server, with its script and its Content-Security-Policy."""
+    style, script = _rendered("style.css"), _rendered("refresh.js")
+    values |= {"script": Markup(script)}  # noqa: S704 - a file of this package
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
+        " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    return Page(html_of(template, **values), policy)
+
+
+def html_of(template: str, **values: object) -> str:
+    """A rendered template, with the style that all pages share."""
+    style = Markup(_rendered("style.css"))  # noqa: S704 - a file of this package
+    return _environment().get_template(template).render(values, style=style)
+
+
+@cache
+def _rendered(file: str) -> str:
+    return _environment().get_template(file).render(shades=SHADES)
+
+
+def _hash(text: str) -> str:
+    """The name of an allowed inline text in a Content-Security-Policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("s3lora_serve.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,38 @@
+"""Quarantine: an adapter that the engine cannot do without and must not serve has no effect."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from s3lora_serve.admission.verdict import Verdict, unread_verdict
+from s3lora_serve.errors import GateFailed, Reason
+from s3lora_serve.store.stored_copy import is_servable
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+
+
+def quarantine(
+    controller: AdmissionController,
+    request: Any,
+    stored_path: Path | None,
+    reason: Reason,
+    verdict: Verdict | None,
+) -> None:
+    """Mark the stored copy for all ranks, and report the quarantine once.
+
+    Args:
+        controller: the worker's.
+        request: vLLM's request for the adapter.
+        stored_path: the stored copy, if there is one.
+        reason: why the adapter is not served.
+        verdict: the stored verdict; None if it could not be read.
+    """
+    if stored_path is not None and (verdict is None or is_servable(verdict)):
+        try:
+            controller.store.quarantine(stored_path)
+        except GateFailed as error:  # other ranks cannot learn of it
+            compat.logger.error("s3lora: %s", error)
+    if compat.is_first_rank():
+        name, path = request.lora_name, request.lora_path
+        known = verdict or unread_verdict(name, path, controller.policy)
+        controller.events.quarantined(replace(known, name=name), reason)
