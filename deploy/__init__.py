@@ -1,1 +1,1 @@
-"""Deployment material; the demo lives here too."""
+"""Deployment files, their generator, and the demo."""

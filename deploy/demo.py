@@ -1,4 +1,4 @@
-"""`make demo`: tenants register adapters on a real vLLM while it runs; the gate does its job."""
+"""`make demo`: register three tenants' adapters on a running vLLM server with the gate."""
 
 import json
 import tempfile
@@ -25,7 +25,7 @@ COUNTRIES = ("France", "Peru", "Japan")
 
 
 def main() -> None:
-    """Make everything, serve it, show it."""
+    """Create a model and adapters, serve them, and print what the gate does."""
     console = Console(width=110)
     with tempfile.TemporaryDirectory(prefix="s3lora-demo-") as name:
         work = Path(name)

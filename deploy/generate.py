@@ -1,4 +1,4 @@
-"""`make generate`: writes what in deploy/ is made from something else."""
+"""`make generate`: write the files in deploy/ that are generated from other sources."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ NOTE = "# Written by `make generate` from deploy/prometheus/s3lora.rules.yaml: c
 
 
 def generated() -> dict[Path, str]:
-    """Each generated file with what belongs into it."""
+    """Path and content of each generated file."""
     return {
         DEPLOY / "grafana" / "s3lora-gate.json": dashboard(),
         DEPLOY / "kubernetes" / "base" / "prometheus-rule.yaml": prometheus_rule(),
@@ -20,12 +20,12 @@ def generated() -> dict[Path, str]:
 
 
 def dashboard() -> str:
-    """The dashboard as Grafana imports it."""
+    """The dashboard as JSON, in the format that Grafana imports."""
     return JSONEncoder(sort_keys=True, indent=1).encode(gate().build()) + "\n"
 
 
 def prometheus_rule() -> str:
-    """The rules as the Prometheus operator takes them."""
+    """The rules as a PrometheusRule resource of the Prometheus operator."""
     rules = yaml.safe_load((DEPLOY / "prometheus" / "s3lora.rules.yaml").read_text())
     resource = {
         "apiVersion": "monitoring.coreos.com/v1",

@@ -1,4 +1,4 @@
-"""Session-wide fixtures: the tiny model and adapters that real PEFT trained for it."""
+"""Session-wide fixtures: the tiny model and the adapters trained for it with PEFT."""
 
 import os
 from pathlib import Path
@@ -15,15 +15,15 @@ SPIKED_MODULE = "model.layers.2.self_attn.v_proj"
 LAST = tuple(f"tests/serving/test_{name}.py" for name in (
     "contract", "experts", "offline", "page", "policies",
 ))  # fmt: skip
-"""Tests on real vLLM that begin when what needs none is done: of about the length of the others."""
+"""Tests on real vLLM that run last, after the tests without vLLM, to balance both processes."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Two processes share the work so that neither starts an engine that the other has started.
+    """Distribute tests over two processes so that no engine is started twice.
 
-    Starting one takes longer than most tests on it: one process takes most of the engines, the
-    other all that needs none, and then the rest.
+    Starting an engine takes longer than most tests on it. One process gets most of the tests with
+    engines, the other the tests without engines and then the rest.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -44,7 +44,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two processes share two cores: threads that wait for each other would wait for the other one.
+    # Two processes share two cores: threads of one would wait for threads of the other process.
     torch.set_num_threads(1)
 
 

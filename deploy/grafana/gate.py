@@ -1,4 +1,4 @@
-"""The dashboard of the gate: is it there, what did it decide, what does it cost."""
+"""The gate's Grafana dashboard: whether it is active, its decisions and its cost."""
 
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.builders.prometheus import Dataquery
@@ -24,7 +24,7 @@ RANGE = "[$__range]"
 
 
 def gate() -> dashboard.Dashboard:
-    """Everything the gate tells, beside vLLM's own latency."""
+    """The dashboard of all metrics of the gate, beside vLLM's latency."""
     board = (
         dashboard.Dashboard("s3lora-serve: the gate for LoRA adapters")
         .uid("s3lora-gate")
@@ -53,7 +53,7 @@ def _variables(board: dashboard.Dashboard) -> dashboard.Dashboard:
     board = board.with_variable(
         dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus")
     )
-    # By a metric of vLLM's: a server without the gate is the first thing to see.
+    # The values come from a metric of vLLM, so that servers without the gate are listed too.
     for name, label, within in (
         ("job", "Job", ""),
         ("instance", "Replica", '{job=~"$job"}'),

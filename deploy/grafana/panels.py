@@ -1,4 +1,4 @@
-"""The kinds of panels that the dashboard is made of: one look, one data source."""
+"""The panel types of the dashboard, with one style and one data source."""
 
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 HERE = 'job=~"$job", instance=~"$instance"'
-"""The servers chosen at the top of the dashboard."""
+"""Label matchers for the servers that are selected at the top of the dashboard."""
 
 Panel: TypeAlias = Builder[model.Panel]
 
@@ -28,7 +28,7 @@ GOOD, WARNING, BAD = "green", "orange", "red"
 
 
 def query(expression: str, legend: str = "", *, instant: bool = False) -> Dataquery:
-    """PromQL, in which HERE stands for the chosen servers."""
+    """A PromQL query. HERE stands for the label matchers of the selected servers."""
     built = Dataquery().expr(expression.replace("HERE", HERE)).legend_format(legend)
     built = built.ref_id("A").datasource(SOURCE)
     return built.instant().format(PromQueryFormat.TABLE) if instant else built.range()
@@ -37,7 +37,7 @@ def query(expression: str, legend: str = "", *, instant: bool = False) -> Dataqu
 def number(
     title: str, text: str, expression: str, legend: str = "", *, limits: dict[float, str]
 ) -> stat.Panel:
-    """One figure, or one for each replica, coloured from each of the limits on."""
+    """One value, or one for each replica. `limits` maps each lower bound to a colour."""
     return (
         stat.Panel()
         .title(title)
@@ -56,7 +56,7 @@ def number(
 def lines(
     title: str, text: str, unit: str, *queries: Dataquery, span: int = 12
 ) -> timeseries.Panel:
-    """Series over time."""
+    """A chart of series over time."""
     panel = (
         timeseries.Panel()
         .title(title)
@@ -82,7 +82,7 @@ def lines(
 
 
 def distribution(title: str, text: str, expression: str) -> heatmap.Panel:
-    """A histogram over time."""
+    """A heat map of a histogram over time."""
     return (
         heatmap.Panel()
         .title(title)
@@ -106,7 +106,7 @@ def distribution(title: str, text: str, expression: str) -> heatmap.Panel:
 def matrix(
     title: str, text: str, expression: str, *, row: str, column: str, limits: dict[float, str]
 ) -> table.Panel:
-    """One label against another, cells coloured by value."""
+    """A table of values by two labels. `limits` maps each lower bound to a cell colour."""
     return (
         _table(title, text, expression)
         .with_transformation(
@@ -131,7 +131,7 @@ def matrix(
 
 
 def rows(title: str, text: str, expression: str, *, value: str) -> table.Panel:
-    """The labels of series, one row each, and what their value means."""
+    """A table of series: their labels, and their values in a column named `value`."""
     return (
         _table(title, text, expression)
         .with_transformation(
@@ -146,7 +146,7 @@ def rows(title: str, text: str, expression: str, *, value: str) -> table.Panel:
 
 
 def ranking(title: str, text: str, expression: str, legend: str) -> bargauge.Panel:
-    """The largest values, as bars."""
+    """A bar for each series."""
     return (
         bargauge.Panel()
         .title(title)

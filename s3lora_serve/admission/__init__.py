@@ -1,1 +1,1 @@
-"""Scores and a policy in, a frozen verdict out."""
+"""Compute the frozen verdict on an adapter from its scores and the policy."""

@@ -1,4 +1,4 @@
-"""The admission decision: scores and a policy in, an outcome out. Pure: no files, no vLLM."""
+"""Compute the admission decision from scores and a policy. Pure: no files, no vLLM."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the command line starts without torch
     from s3lora_serve.spectral import ModuleScore
 
 UNINFORMATIVE_SPREAD = 1e-3
-"""Spread of relative SSI below which the index does not rank. Spec of MAS-SVD, facts."""
+"""Spread of relative SSI below which the index does not rank. Source: spec of MAS-SVD, facts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def decide(
 
     Args:
         scores: finite scores, one for each selected module.
-        scaling: s of every module of the adapter, by name.
+        scaling: the scaling of every module of the adapter, by name.
         digest: sha256 of the weights file, as the policy's deny and allow lists name it.
         policy: the policy for this adapter, rules applied.
     """
@@ -54,7 +54,7 @@ def decide(
         return _rejected(Denied(f"the adapter {digest} is on the policy's deny list"))
     if excess := _over_limit(scores, scaling, policy):
         return _rejected(excess)
-    if digest in policy.allow:  # it covers the weights alone; the scaling is checked above
+    if digest in policy.allow:  # the digest covers only the weights; the scaling is checked above
         return Outcome(Decision.ADMITTED)
     negligible = negligible_modules(scores, policy.negligible)
     significant = [score for score in scores if score.name not in negligible]
@@ -98,7 +98,7 @@ def _rejected(refusal: AdapterRejected) -> Outcome:
 def _over_limit(
     scores: Sequence["ModuleScore"], scaling: Mapping[str, float], policy: Policy
 ) -> OverLimit | None:
-    """Checks of the magnitudes that SSI ignores: s, and the norm of a module beside the others."""
+    """Check the magnitudes that SSI ignores: scaling, and norm relative to the median norm."""
     limits = policy.limits
     for name, value in scaling.items():
         if limits.max_scaling is not None and not abs(value) <= limits.max_scaling:
@@ -121,7 +121,7 @@ def _over_limit(
 def _ranking_obstacle(
     scores: Sequence["ModuleScore"], negligible: int = 0
 ) -> AdapterRejected | None:
-    """Why the index cannot rank these modules; None if it can."""
+    """The reason why the index cannot rank these modules; None if it can."""
     ranked = [score.relative_ssi for score in scores if score.relative_ssi is not None]
     if len(ranked) < 2:
         return Unrankable(

@@ -1,4 +1,4 @@
-"""The one path of every adapter: private copy, read, score, decide, verdict."""
+"""The admission of every adapter: private copy, read, score, decide, verdict."""
 
 import os
 import time
@@ -59,7 +59,7 @@ def admit(
     shapes: Collection[tuple[int, int]] = (),
     origin: Path | None = None,
 ) -> Admission:
-    """Take a private copy of an adapter and decide on it. A bad adapter is a rejected verdict.
+    """Take a private copy of an adapter and decide on it. A bad adapter gets a rejected verdict.
 
     Args:
         folder: the adapter's folder.

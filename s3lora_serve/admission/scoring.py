@@ -1,4 +1,4 @@
-"""Scores of an adapter's selected modules, and the checks that a score needs."""
+"""Score an adapter's selected modules, and check that the scores are valid."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,9 @@ from s3lora_serve.policy.schema import Policy
 from s3lora_serve.spectral import Factors, ModuleScore, Scorer, score_modules
 
 MAX_CANCELLATION = 1e3
-"""Largest ‖B‖_F·‖A‖_F/‖B·A‖_F scored. Trained factors have about √r. From 2^8 on, products rounded
-to bfloat16 err by as much as the product itself, and the index describes something never served."""
+"""Largest ‖B‖_F·‖A‖_F/‖B·A‖_F that is scored. Trained factors have about √r. From 2^8 on, rounding
+the product to bfloat16 causes an error as large as the product, so the index describes an update
+that is never served."""
 
 
 def score_adapter(

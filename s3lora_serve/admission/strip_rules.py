@@ -1,4 +1,4 @@
-"""Which modules the policy's strip rule picks, and which are negligible. Pure."""
+"""Select the modules that the policy's strip rule picks, and the negligible ones. Pure."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ if TYPE_CHECKING:  # the command line starts without torch
     from s3lora_serve.spectral import ModuleScore
 
 TIE_DIGITS = 9
-"""Scores that agree to 1e-9 are ties, broken by name. Spec of MAS-SVD, pruning."""
+"""Scores that agree to 1e-9 are ties, broken by name. Source: spec of MAS-SVD, pruning."""
 
 MAD_TO_SIGMA = 1.482602218505602
-"""Median absolute deviation to standard deviation of a normal: 1 / Φ⁻¹(3/4)."""
+"""Standard deviation of a normal over its median absolute deviation (MAD): 1 / Φ⁻¹(3/4)."""
 
 MEAN_AD_TO_SIGMA = math.sqrt(math.pi / 2)
-"""Mean absolute deviation to standard deviation of a normal; used where the median's is zero."""
+"""Standard deviation of a normal over its mean absolute deviation; used where the MAD is zero."""
 
 Rule = Callable[["ModuleScore"], bool]
 
@@ -40,7 +40,7 @@ def energy_shares(scores: Sequence["ModuleScore"]) -> list[float]:
 
 
 def negligible_modules(scores: Sequence["ModuleScore"], share: float) -> frozenset[str]:
-    """Modules with `‖ΔW‖_F² ≤ share · Σ‖ΔW'‖_F²`, the sum over larger modules; and zero ones.
+    """Modules with `‖ΔW‖_F² ≤ share · Σ‖ΔW'‖_F²` (sum over larger modules) or `ΔW = 0`.
 
     Small modules are not part of the sum, so no number of them changes which others count.
     """
@@ -74,7 +74,7 @@ def select(
 
 
 def strip_rule(scores: Sequence["ModuleScore"], policy: Policy) -> Rule:
-    """The policy's strip rule, with the bound that it sets on these modules."""
+    """The policy's strip rule, with its bound computed from these modules."""
     name, value = policy.strip.rule
     max_count = max_stripped_count(scores, policy)
     if name == "top_k":
@@ -87,7 +87,7 @@ def strip_rule(scores: Sequence["ModuleScore"], policy: Policy) -> Rule:
 
 
 def max_stripped_count(scores: Sequence["ModuleScore"], policy: Policy) -> int:
-    """How many of these modules limits.max_stripped_fraction allows to strip, rounded down."""
+    """`⌊limits.max_stripped_fraction · n⌋`: the number of these modules that may be stripped."""
     return _floor(policy.limits.max_stripped_fraction, len(scores))
 
 
@@ -129,5 +129,5 @@ def _outlying(scores: Sequence["ModuleScore"], bound: float) -> Rule:
 
 
 def _floor(fraction: float, count: int) -> int:
-    """`⌊fraction · count⌋`, tolerant of the last bit: 0.29 of 100 is 29."""
+    """`⌊fraction · count⌋`, corrected for rounding errors: 0.29 of 100 is 29."""
     return math.floor(round(fraction * count, TIE_DIGITS))

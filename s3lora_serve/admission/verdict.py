@@ -1,4 +1,4 @@
-"""The verdict: everything decided about one adapter, frozen, with what it was decided by."""
+"""The verdict: the frozen record of one decision, with the policy and scorer used for it."""
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -50,7 +50,7 @@ class Verdict:
 
     path: str
     name: str
-    digest: str | None  # sha256 of adapter_model.safetensors as it lay in the folder
+    digest: str | None  # sha256 of adapter_model.safetensors in the adapter folder
     config_digest: str | None  # sha256 of the canonical JSON of adapter_config.json
     decision: Decision
     reason: Reason | None
@@ -59,19 +59,19 @@ class Verdict:
     scorer: dict[str, Any]
     policy_digest: str
     modules: tuple[ModuleVerdict, ...] = ()
-    removed: tuple[str, ...] = ()  # unscorable tensors that are taken away (policy: strip)
+    removed: tuple[str, ...] = ()  # unscorable tensors that are removed (policy: strip)
     unscored: tuple[str, ...] = ()  # unscorable tensors that are served unscored (policy: admit)
     seconds: Seconds = field(default_factory=Seconds)
 
     @property
     def stripped(self) -> tuple[str, ...]:
-        """PEFT names of the modules that lose their update."""
+        """PEFT names of the stripped modules."""
         return tuple(module.name for module in self.modules if module.stripped)
 
     def as_json(self, *, spectra: bool = True) -> dict[str, Any]:
-        """The verdict as plain data, keys as the product's contract names them.
+        """The verdict as JSON values. Its keys are part of the product's contract.
 
-        `spectra=False` leaves out the spectra, which are most of its bytes.
+        `spectra=False` omits the spectra, which are most of its bytes.
         """
         return {
             "path": self.path,
@@ -96,7 +96,7 @@ class Verdict:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Verdict":
-        """The verdict that `as_json` wrote.
+        """The verdict from the output of `as_json`.
 
         Raises:
             KeyError, TypeError, ValueError: `data` was not written by `as_json`.
@@ -120,7 +120,7 @@ def is_refused(verdict: Verdict) -> bool:
 
 
 def served_stripped_count(verdict: Verdict) -> int:
-    """How many modules are stripped while the adapter is served; none in audit mode."""
+    """The number of modules stripped while the adapter is served; 0 in audit mode."""
     return len(verdict.stripped) if verdict.mode == "enforce" else 0
 
 
@@ -136,7 +136,7 @@ def _outcome(verdict: Verdict) -> tuple[object, ...]:
 
 
 def with_rejection(verdict: Verdict, reason: Reason) -> Verdict:
-    """The verdict with a rejection that came after the decision; no module counts as stripped."""
+    """The verdict, rejected after its decision. No module counts as stripped."""
     kept = tuple(replace(module, stripped=False) for module in verdict.modules)
     return replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from s3lora_serve.cli.options import stop, stop_at
-from s3lora_serve.offline.registry_summary import Registry, as_columns, collect
-from s3lora_serve.pages.registry_page import summary
+from s3lora_serve.offline.registry_summary import RegistrySummary, as_columns, summarize
+from s3lora_serve.pages.registry_page import registry_page
 
 
 def write_summary(
@@ -27,9 +27,9 @@ def write_summary(
         stop("name an HTML page (--output), a table (--parquet), or both")
     try:
         with verdicts.open() as lines:
-            registry = collect(lines)
+            registry = summarize(lines)
         if output is not None:
-            output.write_text(summary(registry))
+            output.write_text(registry_page(registry))
         if parquet is not None:
             _write_parquet(registry, parquet)
     except ValueError as error:
@@ -40,7 +40,7 @@ def write_summary(
     typer.echo(f"{len(registry.rows)} adapters: {counts}")
 
 
-def _write_parquet(registry: Registry, file: Path) -> None:
+def _write_parquet(registry: RegistrySummary, file: Path) -> None:
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,1 +1,1 @@
-"""What is done with adapters that are not being served: scan, strip, export, summarise."""
+"""Operations on adapters that are not being served: scan, strip, export, summarise."""

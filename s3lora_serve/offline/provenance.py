@@ -1,4 +1,4 @@
-"""Where a stripped adapter comes from: an in-toto statement beside it.
+"""Provenance of a stripped adapter: an in-toto statement in its folder.
 
 Source: in-toto Attestation Framework, Statement v1; SLSA Provenance v1.
 """
@@ -16,9 +16,10 @@ BUILD_TYPE = "urn:s3lora-serve:strip:v1"
 
 
 def statement(verdict: Verdict, source: dict[str, str], target: Path) -> dict[str, Any]:
-    """An in-toto statement that the files in `target` were stripped from others, and by what.
+    """An in-toto statement of the files in `target`, the files they were made from, and the policy.
 
-    `source` has sha256 digests by file name. Unsigned: sign the folder, or the statement.
+    `source` maps names of source files to their sha256 digests. The statement is unsigned: sign the
+    folder or the statement.
     """
     files = [target / name for name in (WEIGHTS_NAME, CONFIG_NAME)]
     return {

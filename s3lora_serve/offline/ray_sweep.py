@@ -18,23 +18,23 @@ from s3lora_serve.offline.sweep import AHEAD, Folder, scan_on_one_thread
 from s3lora_serve.policy.schema import Policy
 
 TRIES = 4
-"""Times an adapter is begun whose worker or machine dies: Ray's own default of three retries."""
+"""Attempts at an adapter if its worker or machine dies: one, and Ray's default of three retries."""
 
 
 def ray_sweep(
     folders: Iterable[Folder], policy: Policy, device: str, address: str
 ) -> Iterator[Verdict]:
-    """Verdicts in the order of `folders`, each scored by one of the cluster's CPUs.
+    """Verdicts in the order of `folders`, each scored on one CPU of the cluster.
 
-    What a machine dies over is begun again on another. `address` is `auto` or a cluster's; its
-    machines have this package installed, and see the same folders under the same paths.
+    An adapter whose worker or machine dies is retried on another. `address` is `auto` or that of a
+    cluster. Its machines need this package and the same folders under the same paths.
 
     Raises:
-        ConnectionError: no cluster is there.
+        ConnectionError: no cluster was found.
     """
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        # A task is retried when its process is gone, not when it returns: no verdict comes twice.
+        # Ray retries a task only if its process died, so each adapter has one verdict.
         task: Any = ray.remote(max_retries=TRIES - 1, num_gpus=1 if device == "cuda" else 0)(
             scan_on_one_thread
         )
@@ -43,21 +43,21 @@ def ray_sweep(
         ahead = AHEAD * max(1, _cores())
         while True:
             for folder in islice(waiting, ahead - len(pending)):
-                pending.append((folder, task.remote(_found_anywhere(folder), shared, device)))
+                pending.append((folder, task.remote(_absolute(folder), shared, device)))
             if not pending:
                 return
             folder, answer = pending.popleft()
             try:
                 verdict = ray.get(answer)
             except RayError as error:
-                verdict = _given_up(folder, policy, error)
+                verdict = _failure_verdict(folder, policy, error)
             yield replace(verdict, path=str(folder))
     finally:
         ray.shutdown()
 
 
-def _found_anywhere(folder: Folder) -> Folder:
-    """A path that does not depend on where a process stands."""
+def _absolute(folder: Folder) -> Folder:
+    """The folder with an absolute path: workers have other working folders."""
     return folder.absolute() if isinstance(folder, Path) else folder
 
 
@@ -66,7 +66,7 @@ def _cores() -> int:
     return int(resources.get("CPU", 1))
 
 
-def _given_up(folder: Folder, policy: Policy, error: RayError) -> Verdict:
+def _failure_verdict(folder: Folder, policy: Policy, error: RayError) -> Verdict:
     [cause, *_] = str(error).strip().splitlines() or [""]
     reason = Reason.of(GateFailed(f"begun {TRIES} times; {type(error).__name__}: {cause[:200]}"))
     return with_rejection(unread_verdict(folder_name(folder), str(folder), policy), reason)

@@ -1,4 +1,4 @@
-"""What a sweep found, over a whole registry: distribution, outliers, tenants."""
+"""Summarize the verdicts on a whole registry: distribution, outliers, tenants."""
 
 import json
 import os
@@ -14,18 +14,19 @@ from s3lora_serve.admission.strip_rules import MAD_TO_SIGMA
 from s3lora_serve.admission.verdict import Decision, Verdict
 
 BINS = 50
-"""Of the index, which lies in (0, 1]: steps of 0.02."""
+"""Bins of the index, which lies in (0, 1]: steps of 0.02."""
 
 OUTLYING = 3.5
-"""Robust z-score of an outlier. Iglewicz and Hoaglin (1993), How to Detect and Handle Outliers."""
+"""Robust z-score above which an adapter is an outlier. Source: Iglewicz and Hoaglin (1993), How to
+Detect and Handle Outliers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One adapter, flat: a row of a table."""
+    """One adapter as a row of a table."""
 
     path: str
-    tenant: str  # the folder below the registry's that it lies in; empty where there is none
+    tenant: str  # first folder below the registry's root; empty for an adapter in the root
     name: str
     digest: str | None
     decision: str
@@ -56,30 +57,30 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Outlier:
-    """An adapter whose sharpest module stands out among all adapters' sharpest."""
+    """An adapter whose highest relative index is far above that of most adapters."""
 
     row: Row
     score: float  # robust z-score
 
 
 @dataclass(frozen=True, slots=True)
-class Registry:
-    """All rows, and how many modules have an index in each bin."""
+class RegistrySummary:
+    """One row for each adapter, and the number of modules with an index in each bin."""
 
     rows: tuple[Row, ...]
     modules: tuple[int, ...]
 
     def decisions(self) -> dict[str, int]:
-        """Adapters by decision."""
+        """The number of adapters by decision."""
         found = Counter(row.decision for row in self.rows)
         return {decision.value: found[decision.value] for decision in Decision}
 
     def reasons(self) -> list[tuple[str, int]]:
-        """Adapters refused by code, the commonest first."""
+        """The number of rejected adapters by code, the most common code first."""
         return Counter(row.code for row in self.rows if row.code).most_common()
 
     def tenants(self) -> list[Tenant]:
-        """Each tenant, those with the most refused first."""
+        """All tenants, those with the most rejected adapters first."""
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
             groups.setdefault(row.tenant, []).append(row)
@@ -87,9 +88,9 @@ class Registry:
         return sorted(found, key=lambda one: (-one.rejected, -one.stripped, one.name))
 
     def outliers(self) -> list[Outlier]:
-        """Adapters whose highest relative index has a robust z-score over OUTLYING.
+        """Adapters whose highest relative index has a robust z-score above OUTLYING, highest first.
 
-        `z = (x − median) / (1.4826 · MAD)`.
+        `z = (x − median) / (1.4826 · MAD)`. No adapter is an outlier if the MAD is 0.
         """
         ranked = {row: row.highest_relative_ssi for row in self.rows}
         values = [value for value in ranked.values() if value is not None]
@@ -107,11 +108,11 @@ class Registry:
         return sorted((o for o in scored if o.score > OUTLYING), key=lambda o: -o.score)
 
 
-def collect(lines: Iterable[str]) -> Registry:
-    """The registry that the lines of `scan --format jsonl` tell of, one line at a time.
+def summarize(lines: Iterable[str]) -> RegistrySummary:
+    """Summarize the lines that `scan --format jsonl` wrote, reading one line at a time.
 
     Raises:
-        ValueError: a line is not a verdict; its number is in the text.
+        ValueError: a line is not a verdict; the message contains its number.
     """
     rows: list[Row] = []
     bins = [0] * BINS
@@ -127,8 +128,8 @@ def collect(lines: Iterable[str]) -> Registry:
     local = [row.path for row in rows if not is_url(row.path)]
     stored = [row.path for row in rows if is_url(row.path)]
     roots = {False: _root(local), True: _root(stored)}
-    told = (_of_tenant(row, roots[is_url(row.path)]) for row in rows)
-    return Registry(tuple(told), tuple(bins))
+    complete = (_with_tenant(row, roots[is_url(row.path)]) for row in rows)
+    return RegistrySummary(tuple(complete), tuple(bins))
 
 
 def as_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
@@ -157,11 +158,11 @@ def _row(verdict: Verdict, indices: Sequence[float]) -> Row:
 
 
 def _root(paths: Sequence[str]) -> str:
-    """The folder that all of them lie under."""
+    """The deepest folder that contains all of the paths."""
     return os.path.commonpath(paths) if paths else ""
 
 
-def _of_tenant(row: Row, root: str) -> Row:
+def _with_tenant(row: Row, root: str) -> Row:
     below = Path(row.path).relative_to(root).parts[:-1]
     return replace(row, tenant=below[0] if below else "")
 

@@ -16,22 +16,22 @@ from s3lora_serve.errors import meanings, rejections
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 SHARP = "S3LORA-SHARP"
-"""Rule of adapters that are served without some of their modules; refusals have their codes."""
+"""Rule id of stripped adapters. The rule id of a rejection is its code."""
 
 WHOLE_FILE = {"startLine": 1, "startColumn": 1, "endLine": 1, "endColumn": 1}
-"""Code-scanning pages ask for a line; weights have none."""
+"""Code-scanning pages require a line, but a weights file has none."""
 
 
 class SarifLog:
-    """Results of one run; an admitted adapter has none."""
+    """The results of one run. An admitted adapter has no result."""
 
     def __init__(self) -> None:
         self._results: list[dict[str, Any]] = []
         self._rules = {rule["id"]: rule for rule in _rules()}
-        self._places = {id_: place for place, id_ in enumerate(self._rules)}
+        self._rule_index = {id_: index for index, id_ in enumerate(self._rules)}
 
     def add(self, verdict: Verdict) -> None:
-        """Keep what is to be said about one adapter."""
+        """Add the result of one adapter, if it is rejected or stripped."""
         if verdict.decision is Decision.REJECTED and verdict.reason:
             self._add(verdict, verdict.reason.code, "error", verdict.reason.message)
         elif verdict.decision is Decision.STRIPPED:
@@ -48,7 +48,7 @@ class SarifLog:
         self._results.append(
             {
                 "ruleId": rule,
-                "ruleIndex": self._places[rule],
+                "ruleIndex": self._rule_index[rule],
                 "level": level,
                 "message": {"text": message},
                 "locations": [{"physicalLocation": place}],
@@ -58,7 +58,7 @@ class SarifLog:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The whole log as plain data."""
+        """The whole log as JSON values."""
         driver = {
             "name": "s3lora",
             "semanticVersion": version("s3lora-serve"),
@@ -87,7 +87,7 @@ def _rules() -> Iterator[dict[str, Any]]:
 
 
 def _rule(id_: str, name: str, level: str, meaning: str, why: str, remedy: str) -> dict[str, Any]:
-    """A reporting descriptor, with what code-scanning pages show of it."""
+    """A SARIF reportingDescriptor, with the texts that code-scanning pages show."""
     markdown = f"**What it means.** {why}\n\n**What to do.** {remedy}"
     return {
         "id": id_,
@@ -101,7 +101,10 @@ def _rule(id_: str, name: str, level: str, meaning: str, why: str, remedy: str) 
 
 
 def _uri(folder: str) -> str:
-    """Relative to the working folder where it can be: a checkout's pages know no other paths."""
+    """The URI of the weights file, relative to the working folder if the file lies in it.
+
+    Code-scanning pages resolve only paths relative to the checkout.
+    """
     if is_url(folder):
         return quote(f"{folder}/{WEIGHTS_NAME}", safe=":/")
     absolute = Path.cwd() / folder / WEIGHTS_NAME

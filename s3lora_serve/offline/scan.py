@@ -1,4 +1,4 @@
-"""Score an adapter folder and say what the gate would do; nothing is written."""
+"""Score an adapter folder and return the gate's verdict. Nothing is written."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from s3lora_serve.policy.schema import Policy
 def scan_adapter(
     path: str | Path | RemoteFolder, policy: Policy | None = None, device: str = "auto"
 ) -> Verdict:
-    """Verdict on an adapter folder, or on one in a storage; its name is the folder's name.
+    """The verdict on an adapter folder, local or in remote storage. Its name is the folder's name.
 
-    `policy=None` means `S3LORA_POLICY`, else the built-in default, the environment over either.
-    A bad adapter is a rejected verdict, never an exception.
+    `policy=None` means the file in `S3LORA_POLICY`, or the built-in default if that is unset;
+    environment variables override both. A bad adapter gives a rejected verdict, never an exception.
 
     Raises:
-        PolicyInvalid: the policy file is bad.
-        SettingInvalid: an environment variable is bad.
+        PolicyInvalid: the policy file is invalid.
+        SettingInvalid: an environment variable is invalid.
     """
     folder = RemoteFolder(str(path)) if is_url(str(path)) else Path(str(path))
     chosen = effective_policy() if policy is None else policy

@@ -1,4 +1,4 @@
-"""Write a PEFT adapter without its stripped modules; what is kept stays bit for bit."""
+"""Write a PEFT adapter without its stripped modules. The kept tensors stay bit-identical."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ def strip_adapter(
 ) -> Verdict:
     """Decide on `source` and write it to the new folder `target` without the stripped modules.
 
-    Nothing is written when it is rejected, or when no module would be left. The folder appears
-    whole or not at all, with an in-toto statement of where it comes from.
+    Nothing is written if the adapter is rejected or no module would remain. The folder appears
+    complete or not at all, and contains an in-toto statement of its provenance.
 
     Raises:
-        PolicyInvalid, SettingInvalid: the policy or the environment is bad.
+        PolicyInvalid, SettingInvalid: the policy or the environment is invalid.
         FileExistsError: `target` exists.
     """
     folder, written = Path(source), Path(target)
@@ -46,8 +46,8 @@ def strip_adapter(
             WEIGHTS_NAME: adapter.copy.digest,
             CONFIG_NAME: hashlib.sha256(adapter.copy.config).hexdigest(),
         }
-        told = json.dumps(statement(verdict, origin, staging), indent=2)
-        (staging / PROVENANCE_NAME).write_text(told + "\n")
+        provenance = json.dumps(statement(verdict, origin, staging), indent=2)
+        (staging / PROVENANCE_NAME).write_text(provenance + "\n")
         staging.chmod(0o755)
         staging.rename(written)
     except BaseException:
@@ -60,9 +60,9 @@ def write_adapter(
     adapter: Adapter, without: Iterable[str], folder: Path, removed: Iterable[str] = ()
 ) -> None:
     """Write config and weights into an existing folder, without the named modules and tensors."""
-    gone = set(without)
+    stripped = set(without)
     dropped = set(removed) | {
-        key for module in adapter.modules if module.name in gone for key in module.keys
+        key for module in adapter.modules if module.name in stripped for key in module.keys
     }
     kept = [entry for entry in adapter.header.entries if entry.name not in dropped]
     kept.sort(key=lambda entry: entry.start)
@@ -72,16 +72,17 @@ def write_adapter(
             file.write(adapter.copy.weights[entry.start : entry.end])
     config = adapter.copy.config
     if dropped:
-        names = [module.name for module in adapter.modules if module.name not in gone]
+        names = [module.name for module in adapter.modules if module.name not in stripped]
         config = _config_of(names, config, saves=bool(set(adapter.unscorable) - dropped))
     (folder / CONFIG_NAME).write_bytes(config)
 
 
 def _config_of(kept: list[str], config: bytes, *, saves: bool) -> bytes:
-    """The configuration of what is kept.
+    """The configuration for the kept modules. `saves`: whether tensors of modules_to_save remain.
 
-    PEFT makes a new layer for each module that `target_modules` matches and the file lacks, and
-    some ways of initialising those change the base model's weights: it has to name what is there.
+    PEFT creates a new layer for each module that `target_modules` matches and the file lacks. Some
+    of PEFT's initialisations of such a layer change the base model's weights, so `target_modules`
+    lists exactly the kept modules.
     """
     fields = json.loads(config)
     fields["target_modules"] = kept

@@ -1,4 +1,4 @@
-"""Scan many adapters: several processes, bounded memory, none stopped by another."""
+"""Scan many adapters with several processes and bounded memory. A failure affects one adapter."""
 
 import os
 from collections import deque
@@ -18,11 +18,11 @@ from s3lora_serve.policy.schema import Policy
 Folder = Path | RemoteFolder
 
 AHEAD = 4
-"""Adapters begun for each process before the first of them is asked for."""
+"""Adapters submitted for each process before the first result is awaited."""
 
 
 def default_jobs() -> int:
-    """As many processes as this one may use cores."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
@@ -31,7 +31,8 @@ def sweep(
 ) -> Iterator[Verdict]:
     """Verdicts in the order of `folders`, scored by `jobs` processes of one thread each.
 
-    An adapter that takes its process down (out of memory, a crash) is a rejected verdict too.
+    With `jobs=1`, this process scores them. With more, an adapter whose process dies (out of
+    memory, a crash) gets a rejected verdict.
     """
     if jobs == 1:
         for folder in folders:
@@ -43,11 +44,11 @@ def sweep(
             yield from _pooled(begun, waiting, policy, device, jobs)
         except _Broken as broken:
             for folder in broken.undecided:
-                yield _alone(folder, policy, device)
+                yield _scan_alone(folder, policy, device)
 
 
 class _Broken(Exception):
-    """A process of the pool died; which adapter it was is not known yet."""
+    """A process of the pool died. The adapter that caused it is one of `undecided`."""
 
     def __init__(self, undecided: list[Folder]) -> None:
         super().__init__()
@@ -81,8 +82,8 @@ def _pooled(
             begin(islice(waiting, 1))
 
 
-def _alone(folder: Folder, policy: Policy, device: str) -> Verdict:
-    """One adapter in a process of its own: what takes that down is to blame."""
+def _scan_alone(folder: Folder, policy: Policy, device: str) -> Verdict:
+    """Scan one adapter in its own process. If that process dies, this adapter is the cause."""
     with _pool(1) as pool:
         try:
             return pool.submit(scan_on_one_thread, folder, policy, device).result()
@@ -92,7 +93,7 @@ def _alone(folder: Folder, policy: Policy, device: str) -> Verdict:
 
 
 def scan_on_one_thread(folder: Folder, policy: Policy, device: str) -> Verdict:
-    """What a process does that has others beside it, one a core."""
+    """Scan with one torch thread, because one such process runs on each core."""
     import torch
 
     torch.set_num_threads(1)
@@ -100,12 +101,12 @@ def scan_on_one_thread(folder: Folder, policy: Policy, device: str) -> Verdict:
 
 
 def _scan(folder: Folder, policy: Policy, device: str) -> Verdict:
-    # Taken from the package when called: whoever only hands out work does without torch.
+    # Looked up at call time: a process that only submits work does not import torch.
     return s3lora_serve.scan_adapter(folder, policy, device)
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
-    # Forked off a process that has imported torch, once, and has no threads to lose.
+    # Fork from a server process that has imported torch once and runs no threads.
     context = get_context("forkserver")
     context.set_forkserver_preload(["s3lora_serve.offline.scan"])
     return ProcessPoolExecutor(jobs, context)

@@ -1,1 +1,1 @@
-"""Pages for people: the server's own, and parts that other reports are made of."""
+"""HTML pages: those of the server, the adapter report and the registry summary."""

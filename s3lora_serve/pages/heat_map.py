@@ -1,14 +1,14 @@
-"""An adapter's modules by layer and projection, and how sharp each is beside the others."""
+"""Heat map of an adapter's index: modules by layer and projection, shaded by sharpness."""
 
 from dataclasses import dataclass
 
 from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 
 SHADES = 10
-"""Steps of colour: eyes tell no more apart in a table."""
+"""Number of colour steps. Readers cannot distinguish more in a table."""
 
 USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Projections in the order in which a transformer layer applies them; others follow by name."""
+"""Projections in the order of a transformer layer. Other projections follow, sorted by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +16,19 @@ class Cell:
     """The modules of one layer and projection: one, or one for each expert."""
 
     modules: tuple[ModuleVerdict, ...]
-    ssi: float | None  # the largest; None where none has one
-    stripped: int  # how many of them
-    shade: int | None  # 0 for the adapter's least index to SHADES for its largest
+    ssi: float | None  # the largest index; None if no module has one
+    stripped: int  # number of stripped modules
+    shade: int | None  # from 0 for the adapter's smallest index to SHADES for its largest
 
     @property
     def sharpest(self) -> ModuleVerdict:
-        """The module with the largest index."""
+        """The module with the largest index; a stripped module precedes all others."""
         return max(self.modules, key=lambda module: (module.stripped, module.ssi or 0.0))
 
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Rows by layer, columns by projection; None where the adapter has no module."""
+    """Rows by layer, columns by projection. A cell is None if the adapter has no such module."""
 
     projections: tuple[str, ...]
     rows: tuple[tuple[int | None, tuple[Cell | None, ...]], ...]

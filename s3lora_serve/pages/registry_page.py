@@ -1,15 +1,15 @@
-"""One self-contained page on a whole registry."""
+"""The summary of a whole registry as one self-contained HTML page."""
 
 from s3lora_serve.errors import meanings
-from s3lora_serve.offline.registry_summary import OUTLYING, Registry
+from s3lora_serve.offline.registry_summary import OUTLYING, RegistrySummary
 from s3lora_serve.pages.html import html_of
 
 MAX_ROWS = 200
-"""Tenants and outliers on the page, the worst first; a table has all."""
+"""Maximum number of tenants and of outliers on the page, the worst first. The table has all."""
 
 
-def summary(registry: Registry) -> str:
-    """The page as HTML that needs nothing else: no file, no network, no script."""
+def registry_page(registry: RegistrySummary) -> str:
+    """The page as HTML without scripts. It loads no other file and needs no network."""
     return html_of(
         "registry.html",
         registry=registry,

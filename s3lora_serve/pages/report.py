@@ -1,4 +1,4 @@
-"""One self-contained page on an adapter, or on two: for people who decide before it is served."""
+"""A self-contained HTML page on one adapter or two, for a review before they are served."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ from s3lora_serve.pages.heat_map import HeatMap, heat_map
 from s3lora_serve.pages.html import html_of
 
 SPECTRA = 40
-"""Spectra shown of one adapter, of stripped and sharpest modules: more than are read."""
+"""Spectra shown for one adapter: stripped modules, then the sharpest. Reviewers read fewer."""
 
 MAX_LISTED = 20
-"""Modules listed of those on which two adapters, or two indices, disagree most."""
+"""Number of modules listed on which two adapters, or two indices, differ most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One adapter of a report, under the policy and with other numbers of stripped modules."""
+    """One adapter of a report, with its verdicts under the policy and under variants of it."""
 
     verdict: Verdict
-    by_count: Mapping[int, Verdict]  # what top_k of so many would decide
-    by_scorer: Mapping[str, Verdict]  # other indices than the policy's
+    by_count: Mapping[int, Verdict]  # verdicts with top_k set to each count
+    by_scorer: Mapping[str, Verdict]  # verdicts with other indices than the policy's
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What the template shows of a subject."""
+    """The values of a subject that the template shows."""
 
     subject: Subject
-    prefix: str  # of ids on the page
+    prefix: str  # of the ids on the page
     map: HeatMap
     shown: tuple[ModuleVerdict, ...]
     rankings: tuple["Ranking", ...]
@@ -38,22 +38,22 @@ class Part:
         return f"{self.prefix}m{self.subject.verdict.modules.index(module)}"
 
     def link(self, module: ModuleVerdict) -> str:
-        """To a module's spectrum, or to those that are shown."""
+        """The link to a module's spectrum, or to the list of spectra if it is not shown."""
         return f"#{self.anchor(module) if module in self.shown else self.prefix + 'spectra'}"
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Another index beside the policy's: how alike they rank, and where they differ most."""
+    """Rank correlation of another index with the policy's, and where they differ most."""
 
     scorer: str
     correlation: float | None  # Spearman's ρ
-    apart: tuple[tuple[str, int, int], ...]  # module, its place by the policy's index and by this
+    apart: tuple[tuple[str, int, int], ...]  # name, position by the policy's index and by this
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One module of two adapters."""
+    """The index of one module in two adapters."""
 
     name: str
     first: float | None
@@ -61,14 +61,14 @@ class Difference:
 
     @property
     def size(self) -> float:
-        """How far apart the indices are; a module that one lacks is farther than any."""
+        """Absolute difference of the indices, or 2.0, above any difference, if one is missing."""
         if self.first is None or self.second is None:
             return 2.0
         return abs(self.first - self.second)
 
 
 def report(subjects: Sequence[Subject]) -> str:
-    """The page as HTML that needs nothing else: no file, no network, no script."""
+    """The page as HTML without scripts. It loads no other file and needs no network."""
     parts = [_part(subject, "ab"[i]) for i, subject in enumerate(subjects)]
     return html_of("report.html", parts=parts, differences=_differences(subjects))
 
@@ -82,15 +82,15 @@ def _part(subject: Subject, prefix: str) -> Part:
     return Part(subject, prefix, heat_map(subject.verdict), tuple(sharp[:SPECTRA]), rankings)
 
 
-def _places(verdict: Verdict) -> dict[str, int]:
-    """Each ranked module's place, 1 for the sharpest."""
+def _positions(verdict: Verdict) -> dict[str, int]:
+    """The position of each ranked module by its relative index, 1 for the sharpest."""
     ranked = [m for m in verdict.modules if m.relative_ssi is not None]
     ranked.sort(key=lambda m: (-(m.relative_ssi or 0.0), m.name))
-    return {module.name: place for place, module in enumerate(ranked, 1)}
+    return {module.name: position for position, module in enumerate(ranked, 1)}
 
 
 def _ranking(scorer: str, ours: Verdict, theirs: Verdict) -> Ranking:
-    first, second = _places(ours), _places(theirs)
+    first, second = _positions(ours), _positions(theirs)
     both = first.keys() & second.keys()
     apart = sorted(both, key=lambda name: (-abs(first[name] - second[name]), name))
     return Ranking(
@@ -100,16 +100,16 @@ def _ranking(scorer: str, ours: Verdict, theirs: Verdict) -> Ranking:
     )
 
 
-def _spearman(places: Sequence[tuple[int, int]]) -> float | None:
+def _spearman(pairs: Sequence[tuple[int, int]]) -> float | None:
     """`1 − 6·Σd² / (n·(n² − 1))`, for ranks without ties.
 
     >>> _spearman([(1, 1), (2, 2), (3, 3)]), _spearman([(1, 3), (2, 2), (3, 1)])
     (1.0, -1.0)
     """
-    n = len(places)
+    n = len(pairs)
     if n < 2:
         return None
-    return 1 - 6 * sum((a - b) ** 2 for a, b in places) / (n * (n * n - 1))
+    return 1 - 6 * sum((a - b) ** 2 for a, b in pairs) / (n * (n * n - 1))
 
 
 def _differences(subjects: Sequence[Subject]) -> list[Difference]:

@@ -11,7 +11,7 @@ from s3lora_serve.pages.heat_map import heat_map
 from s3lora_serve.pages.html import Page, page_of
 
 ROWS = 50
-"""Adapters on one page: what an eye goes through before it filters."""
+"""Adapters on one page: about as many as a reader looks through before filtering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Row:
     decision: str
     stripped: int
     modules: int
-    seconds: float  # it took to decide
+    seconds: float  # duration of the decision
     time: datetime
     quarantined: bool = False
     code: str | None = None
@@ -38,7 +38,7 @@ def adapters_page(
     mode: str,
     policy_digest: str,
 ) -> Page:
-    """The adapters that are served and those lately refused, those that match a query."""
+    """The served and the recently refused adapters whose name contains `query`, in any case."""
     found = [row for row in served if query.lower() in row.name.lower()]
     pages = max(1, -(-len(found) // ROWS))
     number = min(max(number, 1), pages)
@@ -57,7 +57,7 @@ def adapters_page(
 
 
 def adapter_page(verdict: Verdict, chosen: str | None, *, quarantined: bool) -> Page:
-    """One adapter: heat map of the index, and the spectrum of a chosen module."""
+    """One adapter: heat map of the index, and spectrum of the chosen or else sharpest module."""
     modules = {module.name: module for module in verdict.modules}
     return page_of(
         "adapter.html",

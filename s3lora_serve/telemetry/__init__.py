@@ -1,1 +1,1 @@
-"""Metrics, log and audit log: they record decisions and change none."""
+"""Metrics, log and audit log. They record decisions and do not change them."""

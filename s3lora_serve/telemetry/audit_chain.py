@@ -1,7 +1,7 @@
-"""The chain of an audit log: every line carries the digest of the line before it.
+"""The digest chain of an audit log: each line contains the digest of the line before it.
 
-The chain has no key. It shows what was changed inside the log; whoever rewrites all that follows,
-or cuts off the end, is found out by a digest that was noted elsewhere.
+The chain has no key. It shows changes inside the log. If all later lines were rewritten too, or the
+end was cut off, only the comparison with a digest that was noted elsewhere shows it.
 """
 
 import errno
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 MAX_LINE_BYTES = 64 * 2**20
-"""The names in the largest header that is read, escaped, take 48 MB; nothing longer is a line."""
+"""Maximum length of a line. The escaped names in the largest header that is read take 48 MB."""
 
 MAX_BREAKS = 100
-"""Breaks told apart and named; those beyond are counted."""
+"""Maximum number of breaks that are described. Further breaks are only counted."""
 
 _BLOCK = 8192
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", re.ASCII)
@@ -29,7 +29,7 @@ Files = Sequence[tuple[str, BinaryIO, int]]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is to say about one line."""
+    """A break or a note, with the line that it is about."""
 
     place: str  # file:line
     text: str
@@ -37,17 +37,17 @@ class Finding:
 
 @dataclass(slots=True)
 class Chain:
-    """What walking the files showed."""
+    """The result of checking the files."""
 
     files: int
     lines: int = 0
-    first: str | None = None  # times
-    last: str | None = None
-    begins: str | None = None  # digest of the line that the first kept one follows
+    first: str | None = None  # time of the first line that has one
+    last: str | None = None  # time of the last line that has one
+    begins: str | None = None  # digest of the line before the first kept line
     ends: str | None = None  # digest of the last line
-    expected: bool = False  # whether the digest looked for is one of a line, or `begins`
+    expected: bool = False  # whether the expected digest is that of a line, or `begins`
     breaks: list[Finding] = field(default_factory=list)
-    broken: int = 0  # number of breaks, those not named too
+    broken: int = 0  # number of breaks, including those not described
     notes: list[Finding] = field(default_factory=list)
 
 
@@ -55,9 +55,9 @@ class Chain:
 class _Line:
     place: str
     text: bytes
-    ended: bool
+    ended: bool  # whether a newline follows
     digest: str
-    entry: dict[str, Any] | None  # None: not a JSON object
+    entry: dict[str, Any] | None  # None if the line is not a JSON object
 
 
 def digest_of(line: bytes) -> str:
@@ -66,11 +66,12 @@ def digest_of(line: bytes) -> str:
 
 
 def last_line(descriptor: int) -> tuple[bytes | None, bool]:
-    """The last line of a file without its newline, and whether the file ends with one; read from
-    the end. An empty file has no line.
+    """The last line of a file without its newline, and whether the file ends with a newline.
+
+    The file is read from its end. The line of an empty file is None.
 
     Raises:
-        OSError: the file cannot be read, or has no line that this log could have written.
+        OSError: the file cannot be read, or its last line is longer than any line of this log.
     """
     size = os.fstat(descriptor).st_size
     if size == 0:
@@ -89,13 +90,13 @@ def last_line(descriptor: int) -> tuple[bytes | None, bool]:
 
 
 def walk(files: Files, expected: str | None = None) -> Chain:
-    """Follow the chain through all files.
+    """Check the chain through all files.
 
     Raises:
         OSError: a file cannot be read.
     """
     chain = Chain(files=len(files))
-    wanted: list[tuple[_Line, _Line]] = []
+    pairs: list[tuple[_Line, _Line]] = []
     before: _Line | None = None
     for line in _lines(files):
         _count(chain, line, expected)
@@ -104,8 +105,8 @@ def walk(files: Files, expected: str | None = None) -> Chain:
                 _note(chain, before, line)
             else:
                 chain.broken += 1
-                if len(wanted) < MAX_BREAKS:
-                    wanted.append((before, line))
+                if len(pairs) < MAX_BREAKS:
+                    pairs.append((before, line))
         before = line
     if before is not None:
         chain.ends = before.digest
@@ -114,9 +115,9 @@ def walk(files: Files, expected: str | None = None) -> Chain:
             chain.breaks.append(Finding(before.place, "is no entry: edited"))
         else:
             _note(chain, before, None)
-    if wanted:
-        places = _places(files, {str(_claim(line)) for _, line in wanted})
-        chain.breaks[:0] = [_told_apart(before, line, places) for before, line in wanted]
+    if pairs:
+        places = _places(files, {str(_claim(line)) for _, line in pairs})
+        chain.breaks[:0] = [_described(before, line, places) for before, line in pairs]
     return chain
 
 
@@ -159,7 +160,7 @@ def _claim(line: _Line) -> object:
 def _follows(line: _Line, before: _Line) -> bool:
     if line.entry is not None:
         return _claim(line) == before.digest
-    # Cut off while being written: as much as there is of it must be what would have been written.
+    # The line was cut off during its write: the part that exists must have the expected start.
     start = _start(before)
     return start.startswith(line.text) or line.text.startswith(start)
 
@@ -169,7 +170,7 @@ def _start(before: _Line) -> bytes:
 
 
 def _note(chain: Chain, line: _Line, after: _Line | None) -> None:
-    """A crash is not tampering: it is told, and the chain over the bytes that it left holds."""
+    """Note a line that a crash cut off. It is no tampering, and the chain includes its bytes."""
     if line.entry is not None and line.ended:
         return
     text = "torn: cut off while being written"
@@ -184,7 +185,7 @@ def _places(files: Files, digests: set[str]) -> dict[str, str]:
     return {line.digest: line.place for line in _lines(files) if line.digest in digests}
 
 
-def _told_apart(before: _Line, line: _Line, places: dict[str, str]) -> Finding:
+def _described(before: _Line, line: _Line, places: dict[str, str]) -> Finding:
     claim = _claim(line)
     if line.entry is None:
         return Finding(line.place, f"is no entry that follows {before.place}: edited")

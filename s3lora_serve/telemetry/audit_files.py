@@ -1,7 +1,7 @@
 """The files of an audit log (PATH, PATH.1 … PATH.keep, newest first), and its writers' lock.
 
-A link at PATH is followed, so that lock and rotated files lie beside the file itself and all who
-name it, by whichever link, share them.
+If PATH is a link, it is resolved. The lock and the rotated files lie beside the real file, so
+processes that use different links share them.
 """
 
 import errno
@@ -17,46 +17,47 @@ from pathlib import Path
 from typing import BinaryIO
 
 LOCK_SECONDS = 1.0
-"""A writer holds it for less than a millisecond; an engine's loop must not wait for a stuck one."""
+"""Maximum wait for the lock. A writer holds it for less than a millisecond, and an engine's loop
+must not wait for a stuck writer."""
 
 _POLL_SECONDS = 0.002
 APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
-_COMMON = os.O_CLOEXEC | os.O_NONBLOCK  # opening a pipe would wait for its other end
+_COMMON = os.O_CLOEXEC | os.O_NONBLOCK  # otherwise opening a pipe waits for its other end
 
 
 def real(path: Path) -> Path:
-    """Where the log lies, links resolved."""
+    """The real path of the log, with links resolved."""
     return Path(os.path.realpath(path))
 
 
 def numbered(path: Path, number: int) -> Path:
-    """The file that was rotated away `number` rotations ago."""
+    """The path of the file that was rotated `number` rotations ago."""
     return path.with_name(f"{path.name}.{number}")
 
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of a log; readers take it shared and make no lock file.
+    """Hold the lock of a log. Readers hold it shared and create no lock file.
 
     Raises:
-        TimeoutError: somebody else held it all the time.
-        OSError: there is no right to it, or no room.
+        TimeoutError: other processes held the lock for LOCK_SECONDS.
+        OSError: no permission or no space.
     """
     descriptor = _take(path.with_name(path.name + ".lock"), shared)
     try:
         yield
     finally:
-        # Closing alone would leave it to a child that was forked meanwhile.
+        # If it is only closed, a child that was forked meanwhile still holds the lock.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 @contextmanager
 def opened(path: Path, flags: int = APPENDING) -> Iterator[int]:
-    """A descriptor of one file of a log; to append with, it is made if missing.
+    """A descriptor of one file of a log. A missing file is created if `flags` is APPENDING.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: the file cannot be opened, or is not a regular file.
     """
     descriptor = _open(path, flags)
     try:
@@ -67,17 +68,17 @@ def opened(path: Path, flags: int = APPENDING) -> Iterator[int]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[list[tuple[str, BinaryIO, int]]]:
-    """Name, stream and size of each kept file, oldest first, as they are at one moment.
+    """Name, stream and size of each kept file at one moment, oldest first.
 
-    Nothing is held up while they are read: what writers do later is beyond the sizes.
+    The lock is not held while the files are read: later writes lie beyond the sizes.
 
     Raises:
-        OSError: the log is missing, or a file of it cannot be read.
+        OSError: the log is missing, or one of its files cannot be read.
     """
     path = real(path)
     with ExitStack() as stack:
         with ExitStack() as moment:
-            # A copy of a log has no lock, and its reader may have no right to one.
+            # A copied log has no lock file, and a reader may lack the permission to open one.
             with suppress(FileNotFoundError, PermissionError):
                 moment.enter_context(locked(path, shared=True))
             files: list[tuple[str, BinaryIO, int]] = []
@@ -88,14 +89,14 @@ def readable(path: Path) -> Iterator[list[tuple[str, BinaryIO, int]]]:
 
 
 def rotate(path: Path, keep: int) -> None:
-    """Number the log's files up by one; what would be beyond `keep` is dropped.
+    """Increase the number of each of the log's files by one, and delete those beyond `keep`.
 
-    Killed at any point, it leaves the order of the files as it was.
+    If the process is killed at any point, the order of the files is unchanged.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    for number in count(max(keep, 1)):  # more than one where the policy used to keep more
+    for number in count(max(keep, 1)):  # several if `audit.keep` was larger before
         try:
             numbered(path, number).unlink()
         except FileNotFoundError:
@@ -110,10 +111,10 @@ def rotate(path: Path, keep: int) -> None:
 
 
 def append(descriptor: int, data: bytes) -> None:
-    """Write at the end of a file, all or nothing as far as the disk lets us.
+    """Append all of `data` to a file, or nothing if the disk still allows truncation.
 
     Raises:
-        OSError: it could not be written; what was is cut off again.
+        OSError: a write failed. The part that was written is cut off again.
     """
     # No fsync: an engine must not wait for a disk, and the chain shows what a power cut lost.
     size = os.fstat(descriptor).st_size
@@ -134,7 +135,7 @@ def _take(lock: Path, shared: bool) -> int:
         descriptor = os.open(lock, flags | os.O_NOFOLLOW | _COMMON, 0o600)
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            # A lock file that was deleted or replaced meanwhile keeps nobody out.
+            # A lock on a file that was deleted or replaced meanwhile excludes no other process.
             if os.path.samestat(os.fstat(descriptor), lock.stat()):
                 return descriptor
         except (BlockingIOError, FileNotFoundError):
@@ -158,7 +159,7 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _rotated(path: Path) -> list[int]:
-    """Numbers of the rotated files there are, oldest first; a gap is no fault by itself."""
+    """The numbers of the rotated files, oldest first. A gap alone is not an error."""
     number = re.compile(re.escape(path.name) + r"\.([1-9]\d{0,8})", re.ASCII)
     found = (number.fullmatch(file.name) for file in path.parent.iterdir())
     return sorted((int(match[1]) for match in found if match), reverse=True)

@@ -1,5 +1,7 @@
-"""The audit log: one JSON line per decision, appended whole, so that processes can share it. Each
-line carries the digest of the line before it; `audit_chain.py` reads them back."""
+"""The audit log: one JSON line per decision, with the digest of the line before it.
+
+A line is appended as a whole, so processes can share a log. `audit_chain.py` checks the digests.
+"""
 
 import json
 import os
@@ -12,13 +14,13 @@ from s3lora_serve.telemetry.audit_chain import digest_of, last_line
 from s3lora_serve.telemetry.audit_files import append, locked, numbered, opened, real, rotate
 
 MAX_TEXT = 4096
-"""Characters kept of a name or path, which tenants choose: Linux opens no longer path. With the
-bounds on what is read of an adapter, it keeps lines below `audit_chain.MAX_LINE_BYTES`."""
+"""Characters kept of a name or path, which tenants choose. Linux opens no longer path. With the
+limits on what is read of an adapter, it keeps lines below `audit_chain.MAX_LINE_BYTES`."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditLog:
-    """Appends decisions to a file, and rotates it when it grows over `max_bytes`."""
+    """Appends decisions to a file, and rotates the file before it exceeds `max_bytes`."""
 
     path: Path
     vllm_version: str
@@ -35,35 +37,35 @@ class AuditLog:
         path = real(self.path)
         with locked(path):
             with opened(path) as file:
-                # Read back every time: another process may have written, and remembering the
-                # digest by inode and size saves 9 µs and errs where inode numbers come again.
+                # The last line is read every time: another process may have appended to the file. A
+                # digest cached by inode and size saves 9 µs, and is wrong if an inode is reused.
                 size = os.fstat(file).st_size
                 previous, ended = last_line(file)
                 line = self._line(verdict, door, previous if size else _last_rotated(path))
                 if not size or size + len(line) <= self.max_bytes:
-                    # What a killed writer left is evidence, so it stays, on a line of its own.
+                    # The partial line of a killed writer is evidence: it stays, on its own line.
                     append(file, line if ended else b"\n" + line)
                     return
             rotate(path, self.keep)
-            # By its name again: the descriptor above is that of a file rotated away.
+            # Opened by name again: the descriptor above belongs to the rotated file.
             with opened(path) as file:
                 append(file, line)
 
     def check(self) -> None:
-        """See whether a line could be written.
+        """Check that a line could be written.
 
         Raises:
-            OSError: the lock cannot be had, or the file cannot be opened.
+            OSError: the lock cannot be taken, or the file cannot be opened.
         """
         path = real(self.path)
         with locked(path), opened(path):
             pass
 
     def _line(self, verdict: Verdict, door: str, previous: bytes | None) -> bytes:
-        # First, so that a line which is cut off still vouches for the one before it.
+        # The first key, so that a line that is cut off still contains the digest.
         linked = {"previous": None if previous is None else digest_of(previous)}
         entry = linked | self._entry(verdict, door)
-        # ASCII only: lone surrogates in a name are escaped like any other.
+        # ASCII only, so that lone surrogates in a name are escaped too.
         return json.dumps(entry, separators=(",", ":")).encode("ascii") + b"\n"
 
     def _entry(self, verdict: Verdict, door: str) -> dict[str, object]:
@@ -85,7 +87,7 @@ class AuditLog:
 
 
 def _last_rotated(path: Path) -> bytes | None:
-    """The line that the first one of a new file follows; None where the log begins."""
+    """The line before the first line of a new file; None if the log has no rotated file."""
     try:
         with opened(numbered(path, 1), os.O_RDONLY) as file:
             return last_line(file)[0]

@@ -1,12 +1,11 @@
-"""The gate's metrics: one table. Names are `s3lora_<noun>_<unit or total>`, base units.
+"""All metrics of the gate. Names are `s3lora_<noun>_<unit or total>`, units are base units.
 
-Closed label sets exist at 0 from the start. Workers are other processes than the API server, so
-everything here also works in prometheus_client's multiprocess mode, where only counters,
-histograms and gauges with a mode exist.
+Series of closed label sets exist with value 0 from the start. Workers and the API server are
+separate processes, so all metrics also work in prometheus_client's multiprocess mode, which
+supports only counters, histograms and gauges with a mode.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -21,14 +20,14 @@ FAILURES = ("audit", "score", "deadline", "store", "policy")
 SOURCES = ("store", "path")
 
 SSI_BUCKETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
-"""SSI lies in [1/M, 1]; isotropic updates of common ranks crowd at its low end."""
+"""SSI lies in [1/M, 1]. Isotropic updates of common ranks lie close together at its low end."""
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-"""From one small module to the default deadline."""
+"""From the time for one small module to the default deadline."""
 
 
 class Metrics:
-    """The gate's collectors in one registry; made once per process, never at import."""
+    """The gate's collectors in one registry. Created once per process, never at import."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
@@ -66,7 +65,7 @@ class Metrics:
         self._worker: tuple[Gauge, Gauge] | None = None
         self._policy: tuple[str, str, str] | None = None
         self._served: AdapterGauge | None = None
-        self._places: frozenset[tuple[str, str]] = frozenset()
+        self._modules: frozenset[tuple[str, str]] = frozenset()
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
@@ -85,17 +84,18 @@ class Metrics:
             self.quarantined.labels(code)
 
     def set_model_modules(self, places: Iterable[tuple[str, str]]) -> None:
-        """Take (layer, projection) of the base model's modules as the closed label sets."""
-        self._places = frozenset(places) | {(OTHER, OTHER)}
-        for layer, projection in self._places:
+        """Set the closed label sets from (layer, projection) of each module of the base model."""
+        self._modules = frozenset(places) | {(OTHER, OTHER)}
+        for layer, projection in self._modules:
             self.modules_stripped.labels(layer, projection)
             self.modules_scored.labels(projection)
             self.module_ssi.labels(projection)
 
     def activate(self, policy_digest: str, mode: str, version: str) -> None:
-        """Say which policy is in force, and whether this worker is guarded by it.
+        """Set the gauges that show the policy in force, and whether the gate is active.
 
-        Only a worker has these gauges: elsewhere even their 0 would read as a worker unguarded.
+        Only workers have these gauges: in another process, a 0 would look like a worker without
+        the gate.
         """
         if self._worker is None:
             active = Gauge(
@@ -120,18 +120,18 @@ class Metrics:
         info.labels(*self._policy).set(1)
 
     def serve(self, verdict: Verdict) -> None:
-        """An adapter is served from now on. Only an API server serves under names."""
+        """Record that an adapter is served. Only API servers serve adapters by name."""
         if self._served is None:
             self._served = AdapterGauge(self._registry)
         self._served.serve(verdict.name, served_stripped_count(verdict))
 
     def withdraw(self, name: str) -> None:
-        """An adapter is no longer served."""
+        """Record that an adapter is no longer served."""
         if self._served is not None:
             self._served.withdraw(name)
 
     def record(self, verdict: Verdict, device: str) -> None:
-        """Count one decision."""
+        """Record one decision."""
         self.admissions.labels(verdict.decision.value, verdict.mode).inc()
         self._observe("read", verdict.seconds.read)
         self._observe("total", verdict.seconds.total)
@@ -139,7 +139,7 @@ class Metrics:
             self._observe("score", verdict.seconds.score)
             self.scoring_seconds.labels(device).observe(verdict.seconds.score)
         for module in verdict.modules:
-            layer, projection = self._place(module.layer, module.projection)
+            layer, projection = self._labels_of(module.layer, module.projection)
             if module.ssi is not None:
                 self.modules_scored.labels(projection).inc()
                 self.module_ssi.labels(projection).observe(module.ssi)
@@ -147,12 +147,12 @@ class Metrics:
                 self.modules_stripped.labels(layer, projection).inc()
 
     def observe_strip(self, seconds: float) -> None:
-        """Time from the verdict to an adapter that vLLM may take."""
+        """Record the time from the verdict until the adapter is ready for vLLM to load."""
         self._observe("strip", seconds)
 
     def _observe(self, phase: str, seconds: float) -> None:
         self.admission_seconds.labels(phase).observe(seconds)
 
-    def _place(self, layer: int | None, projection: str) -> tuple[str, str]:
-        place: Any = (OTHER if layer is None else str(layer), projection)
-        return place if place in self._places else (OTHER, OTHER)
+    def _labels_of(self, layer: int | None, projection: str) -> tuple[str, str]:
+        labels = (OTHER if layer is None else str(layer), projection)
+        return labels if labels in self._modules else (OTHER, OTHER)

@@ -70,7 +70,7 @@ def around_registration(context: Callable[[], AbstractContextManager[None]]) -> 
 
 
 def wrap_add_lora(wrapper: Callable[..., Awaitable[bool]]) -> None:
-    """Put `wrapper(engine, request, original)` in the place of the API server's `add_lora`."""
+    """Replace the API server's `add_lora` by `wrapper(engine, request, original)`."""
     original = AsyncLLM.add_lora
 
     async def add_lora(self: Any, lora_request: LoRARequest) -> bool:

@@ -1,4 +1,4 @@
-"""The private copy is out of its owner's reach."""
+"""Changes to an adapter's folder do not change its private copy."""
 
 import os
 
@@ -47,12 +47,12 @@ def test_writing_to_the_copy_reaches_no_file(folder, into):
 @pytest.mark.parametrize("change", ["grows", "shrinks", "is written in place"])
 def test_a_file_that_changes_while_it_is_copied_is_refused(folder, into, monkeypatch, change):
     monkeypatch.setattr(private_copy, "CHUNK_BYTES", 64 * 1024)
-    read, done = os.preadv, []
+    preadv, changed = os.preadv, []
 
-    def meddling(descriptor, buffers, offset):
-        count = read(descriptor, buffers, offset)
-        if offset > 100_000 and not done:
-            done.append(True)
+    def preadv_and_change(descriptor, buffers, offset):
+        count = preadv(descriptor, buffers, offset)
+        if offset > 100_000 and not changed:
+            changed.append(True)
             size = (folder / WEIGHTS).stat().st_size
             if change == "grows":
                 os.truncate(folder / WEIGHTS, size + 1000)
@@ -63,10 +63,10 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(folder, into, monkeyp
                     file.write(b"edited in place")
         return count
 
-    monkeypatch.setattr(os, "preadv", meddling)
+    monkeypatch.setattr(os, "preadv", preadv_and_change)
     with pytest.raises(ChangedWhileCopying, match="S3LORA-105"):
         copy_adapter(folder, Limits(), into)
-    assert done
+    assert changed
 
 
 def test_the_private_folder_is_the_servers_alone_and_gone_afterwards(tmp_path):

@@ -1,4 +1,4 @@
-"""rank_pattern and alpha_pattern mean what they mean to PEFT and to vLLM, however many keys."""
+"""rank_pattern and alpha_pattern match as in PEFT and vLLM, for any number of keys."""
 
 import math
 import re
@@ -15,30 +15,30 @@ from s3lora_serve.errors import ConfigInvalid
 from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import PatternMatching
 from tests.support.adapters import copy_with
 
-# Few letters and many dots, so that keys match and forms meet.
+# Few letters and many dots, so that keys often match and share forms.
 NAMES = st.text("ab.", min_size=1, max_size=6) | st.text("ab1._-", min_size=1, max_size=14)
 KEYS = NAMES | st.text(r"ab.|^$\*+", min_size=1, max_size=6)
 
 
 def reference(keys, name):
-    """The place of the first key that vLLM and PEFT match; None where none does."""
+    """The index of the first key that vLLM and PEFT match, or None."""
     found = [re.match(rf"(.*\.)?({key})$", name) is not None for key in keys]
     return found.index(True) if any(found) else None
 
 
 @given(keys=st.lists(KEYS, unique=True, max_size=12), name=NAMES)
 def test_the_first_key_that_peft_would_match_wins(keys, name):
-    values = {key: place for place, key in enumerate(keys)}
+    values = {key: i for i, key in enumerate(keys)}
     try:
         patterns = ModulePatterns("rank_pattern", values)
     except ConfigInvalid:
         return
     expected = reference(keys, name)
     assert patterns.get(name) == expected
-    assert PEFTHelper._match_pattern(values, name) == expected, "vLLM's own"
+    assert PEFTHelper._match_pattern(values, name) == expected, "vLLM's own matching differs"
     key = get_pattern_key(keys, name)
-    assert key == (name if expected is None else keys[expected]), "PEFT's own"
-    assert PatternMatching().first_value(values, name) == expected, "a worker's"
+    assert key == (name if expected is None else keys[expected]), "PEFT's own matching differs"
+    assert PatternMatching().first_value(values, name) == expected, "a worker's matching differs"
 
 
 @given(maps=st.lists(st.dictionaries(NAMES, st.integers(1, 9), max_size=3), max_size=30))

@@ -1,4 +1,4 @@
-"""Adapters in storages that fsspec opens: S3 over HTTP, and memory."""
+"""Adapters in remote storage that fsspec opens: S3 over HTTP, and memory."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TWO = Policy(strip=Strip(top_k=2))
 
 @pytest.fixture(scope="module")
 def s3():
-    """A server that speaks S3, told to fsspec as an operator would: by the environment."""
+    """An S3 server, configured for fsspec by environment variables as an operator does."""
     server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -58,7 +58,7 @@ def run(*arguments, **more):
     return CliRunner().invoke(app, ["scan", *map(str, arguments)], **more)
 
 
-def told(verdict):
+def comparable(verdict):
     return {k: v for k, v in verdict.items() if k not in ("path", "name", "seconds")}
 
 
@@ -71,7 +71,9 @@ def test_a_bucket_is_swept_and_each_verdict_is_that_of_the_local_copy(bucket, tr
     ]
     for name, folder in (("acme/a", trained), ("acme/b", spiked)):
         assert verdicts[f"{bucket}/{name}"]["name"] == name[-1]
-        assert told(verdicts[f"{bucket}/{name}"]) == told(scan_adapter(folder).as_json())
+        assert comparable(verdicts[f"{bucket}/{name}"]) == comparable(
+            scan_adapter(folder).as_json()
+        )
     reasons = [v["reason"] and v["reason"]["code"] for v in verdicts.values()]
     assert reasons == [None, None, "S3LORA-109", "S3LORA-102"]
 
@@ -105,7 +107,7 @@ def test_what_cannot_be_listed_ends_the_command_with_a_reason(bucket, url):
 
 @pytest.fixture
 def memory(trained):
-    """One adapter in fsspec's memory, whose objects a test can change at will."""
+    """One adapter in fsspec's memory file system, whose objects a test can change."""
     fs = fsspec.filesystem("memory")
     for file in (WEIGHTS, CONFIG):
         fs.pipe(f"/hub/one/{file}", (trained / file).read_bytes())
@@ -133,10 +135,10 @@ def test_an_object_that_is_replaced_while_it_is_read_is_refused(memory, monkeypa
     real = type(memory).info
 
     def info(self, path, **options):
-        told = real(self, path, **options)
+        details = real(self, path, **options)
         if path.endswith(WEIGHTS):
             memory.pipe(f"/hub/one/{WEIGHTS}", memory.cat(f"/hub/one/{WEIGHTS}")[::-1])
-        return told
+        return details
 
     monkeypatch.setattr(type(memory), "info", info)
     assert code() == "S3LORA-105"

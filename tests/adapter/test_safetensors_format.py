@@ -1,4 +1,4 @@
-"""The safetensors reader takes what the library writes and refuses headers that lie."""
+"""The safetensors reader accepts files of the library and rejects inconsistent headers."""
 
 import json
 from contextlib import suppress

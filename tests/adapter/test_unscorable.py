@@ -1,4 +1,4 @@
-"""What the index is not defined for: refused, served unscored, or taken away."""
+"""Tensors for which the index is not defined are rejected, served unscored, or removed."""
 
 import pytest
 import torch
@@ -40,9 +40,9 @@ def test_it_is_taken_away_where_the_rest_keeps_its_meaning(trained, tmp_path, na
         assert verdict.reason.code == "S3LORA-110"
         return
     assert verdict.removed == (name,)
-    kept = load_file(tmp_path / "stripped" / WEIGHTS)
-    assert name not in kept
-    assert len(kept) == len(load_file(folder / WEIGHTS)) - 1 - 2 * len(verdict.stripped)
+    remaining = load_file(tmp_path / "stripped" / WEIGHTS)
+    assert name not in remaining
+    assert len(remaining) == len(load_file(folder / WEIGHTS)) - 1 - 2 * len(verdict.stripped)
 
 
 def test_it_must_be_finite_even_where_it_is_admitted(trained, tmp_path):
@@ -81,7 +81,7 @@ def test_numbers_that_nothing_serves_are_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("word", ["admit", "strip", "reject"])
 def test_an_embeddings_factors_cannot_stand_in_for_a_scored_modules(trained, tmp_path, word):
-    # vLLM takes lora_embedding_B for the lora_B of the module of that name.
+    # vLLM reads lora_embedding_B as the lora_B of the module of that name.
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_embedding_B"
     folder = copy_with(trained, tmp_path / "with", adding(name))
     verdict = scan_adapter(folder, policy(word))

@@ -1,4 +1,4 @@
-"""The gate rules by the policy alone."""
+"""The admission decision depends on the scores and the policy alone."""
 
 import pytest
 from hypothesis import given
@@ -22,13 +22,13 @@ def scores(*relatives):
     return [score(f"m{i:02}", relative) for i, relative in enumerate(relatives)]
 
 
-def ruled(found, scaling=None, **policy):
+def decide_by(found, scaling=None, **policy):
     return decide(found, scaling or {}, DIGEST, Policy(**policy))
 
 
 def strip(found, half=1.0, **choice):
     limits = Limits(max_stripped_fraction=half)
-    return ruled(found, strip=Strip(**choice), limits=limits)
+    return decide_by(found, strip=Strip(**choice), limits=limits)
 
 
 def test_top_k_takes_the_sharpest():
@@ -60,10 +60,10 @@ def test_threshold_compares_the_index_itself_and_includes_it():
 @pytest.mark.parametrize("choice", [{"threshold": 0.5}, {"outliers": 0.1}])
 def test_threshold_and_outliers_beyond_the_share_reject(choice):
     found = scores(0.1, 0.6, 0.7, 0.8, 0.9)
-    ruling = strip(found, half=0.3, **choice)
-    assert ruling.decision is Decision.REJECTED
-    assert isinstance(ruling.refusal, TooManySharp)
-    assert not ruling.stripped
+    outcome = strip(found, half=0.3, **choice)
+    assert outcome.decision is Decision.REJECTED
+    assert isinstance(outcome.refusal, TooManySharp)
+    assert not outcome.stripped
 
 
 def test_outliers_takes_only_those_above():
@@ -76,28 +76,28 @@ def test_outliers_works_where_most_modules_agree():
 
 
 def test_nothing_sharp_admits():
-    ruling = strip(scores(0.1, 0.2), threshold=0.9)
-    assert ruling.decision is Decision.ADMITTED
-    assert ruling.refusal is None
+    outcome = strip(scores(0.1, 0.2), threshold=0.9)
+    assert outcome.decision is Decision.ADMITTED
+    assert outcome.refusal is None
 
 
 @pytest.mark.parametrize("choice", [{"top_k": 1}, {"fraction": 0.5}, {"outliers": 3.5}])
 def test_equal_indices_are_uninformative_and_no_module_is_picked(choice):
     found = scores(0.2, 0.2005, 0.2009)
-    ruling = strip(found, **choice)
-    assert isinstance(ruling.refusal, Uninformative)
-    assert ruling.uninformative
-    admitted = ruled(found, strip=Strip(**choice), on_uninformative="admit")
+    outcome = strip(found, **choice)
+    assert isinstance(outcome.refusal, Uninformative)
+    assert outcome.uninformative
+    admitted = decide_by(found, strip=Strip(**choice), on_uninformative="admit")
     assert (admitted.decision, admitted.stripped) == (Decision.ADMITTED, frozenset())
     assert admitted.uninformative
 
 
 @pytest.mark.parametrize("found", [scores(0.5), [score("a", None, 1.0), score("b", None, 1.0)]])
 def test_one_module_or_rank_one_throughout_is_unrankable(found):
-    ruling = ruled(found)
-    assert isinstance(ruling.refusal, Unrankable)
-    assert not ruling.uninformative
-    assert ruled(found, on_uninformative="admit").decision is Decision.ADMITTED
+    outcome = decide_by(found)
+    assert isinstance(outcome.refusal, Unrankable)
+    assert not outcome.uninformative
+    assert decide_by(found, on_uninformative="admit").decision is Decision.ADMITTED
 
 
 def test_modules_without_relative_index_are_never_ranked():
@@ -107,28 +107,28 @@ def test_modules_without_relative_index_are_never_ranked():
 
 def test_denied_digest_is_refused_and_allowed_one_passes_whole():
     found = scores(0.1, 0.9)
-    assert isinstance(ruled(found, deny=[DIGEST], allow=[DIGEST]).refusal, Denied)
-    allowed = ruled(found, allow=[DIGEST])
+    assert isinstance(decide_by(found, deny=[DIGEST], allow=[DIGEST]).refusal, Denied)
+    allowed = decide_by(found, allow=[DIGEST])
     assert (allowed.decision, allowed.stripped) == (Decision.ADMITTED, frozenset())
 
 
 def test_allowed_weights_are_still_bound_by_the_scaling_limit():
-    ruling = decide(scores(0.1, 0.9), {"m00": 1e9}, DIGEST, Policy(allow=[DIGEST]))
-    assert isinstance(ruling.refusal, OverLimit)
+    outcome = decide(scores(0.1, 0.9), {"m00": 1e9}, DIGEST, Policy(allow=[DIGEST]))
+    assert isinstance(outcome.refusal, OverLimit)
 
 
 @pytest.mark.parametrize("value", [65.0, -65.0, float("nan"), float("inf")])
 def test_scaling_over_the_limit_is_refused(value):
-    ruling = ruled(scores(0.1, 0.9), {"m00": 1.0, "m01": value})
-    assert isinstance(ruling.refusal, OverLimit)
-    assert "m01" in str(ruling.refusal)
+    outcome = decide_by(scores(0.1, 0.9), {"m00": 1.0, "m01": value})
+    assert isinstance(outcome.refusal, OverLimit)
+    assert "m01" in str(outcome.refusal)
 
 
 def test_norm_over_the_ratio_is_refused():
     found = [score("a", 0.1), score("b", 0.2), score("c", 0.9, norm=11.0)]
-    ruling = ruled(found, limits=Limits(max_norm_ratio=10.0))
-    assert isinstance(ruling.refusal, OverLimit)
-    assert ruled(found, limits=Limits(max_norm_ratio=12.0)).refusal is None
+    outcome = decide_by(found, limits=Limits(max_norm_ratio=10.0))
+    assert isinstance(outcome.refusal, OverLimit)
+    assert decide_by(found, limits=Limits(max_norm_ratio=12.0)).refusal is None
 
 
 CHOICES = st.one_of(
@@ -145,14 +145,14 @@ CHOICES = st.one_of(
     most=st.floats(0, 1),
     seed=st.randoms(use_true_random=False),
 )
-def test_any_scores_and_policy_give_one_consistent_ruling(relatives, choice, most, seed):
+def test_any_scores_and_policy_give_one_consistent_outcome(relatives, choice, most, seed):
     found = scores(*relatives)
     policy = {"strip": choice, "limits": Limits(max_stripped_fraction=most)}
-    ruling = ruled(found, **policy)
-    assert (ruling.decision is Decision.REJECTED) == (ruling.refusal is not None)
-    assert (ruling.decision is Decision.STRIPPED) == bool(ruling.stripped)
-    assert len(ruling.stripped) <= most * len(found) + 1e-6
-    assert ruling.stripped <= {s.name for s in found if s.ssi is not None}
+    outcome = decide_by(found, **policy)
+    assert (outcome.decision is Decision.REJECTED) == (outcome.refusal is not None)
+    assert (outcome.decision is Decision.STRIPPED) == bool(outcome.stripped)
+    assert len(outcome.stripped) <= most * len(found) + 1e-6
+    assert outcome.stripped <= {s.name for s in found if s.ssi is not None}
     seed.shuffle(found)
-    shuffled = ruled(found, **policy)
-    assert (shuffled.decision, shuffled.stripped) == (ruling.decision, ruling.stripped)
+    shuffled = decide_by(found, **policy)
+    assert (shuffled.decision, shuffled.stripped) == (outcome.decision, outcome.stripped)

@@ -1,6 +1,6 @@
-"""What an adapter's owner who knows the rule can try: what is held, and what stays a limit.
+"""Evasions by an adapter's owner who knows the strip rule: those that fail and known limits.
 
-Figures of limits are told in docs/threat-model.md; a test that no longer finds one is good news.
+docs/threat-model.md gives the figures of the limits. A limit test that fails shows an improvement.
 """
 
 from itertools import count
@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.policy.schema import Limits, Strip
 from s3lora_serve.spectral import Factors, Scorer, score_modules
-from tests.support.adapters import copy_with, key, q_proj, rewritten, spike, written
+from tests.support.adapters import (
+    copy_with,
+    key,
+    make_nearly_rank_one,
+    q_proj,
+    spike,
+    write_adapter,
+)
 from tests.support.factors import gaussian
 
 PLANTED = "model.layers.2.self_attn.v_proj"
@@ -27,14 +34,17 @@ def others(trained):
 
 @pytest.fixture
 def decoyed(trained, others, tmp_path):
-    """The trained adapter with a module planted and others rewritten to nearly rank 1."""
+    """Makes the trained adapter with one planted module and others replaced by decoys.
+
+    A decoy's update is nearly rank 1, of `size` times the norm of the original update.
+    """
     number = count()
 
     def make(how_many, size, factor=3.0):
         def change(tensors):
             spike(PLANTED, factor)(tensors)
             for module in others[:how_many]:
-                rewritten(module, size)(tensors)
+                make_nearly_rank_one(module, size)(tensors)
 
         return copy_with(trained, tmp_path / f"decoyed-{next(number)}", change)
 
@@ -46,7 +56,7 @@ def outcome(folder, **policy):
     return verdict.decision.value, frozenset(verdict.stripped)
 
 
-# What is held.
+# Evasions that fail.
 
 
 @pytest.mark.parametrize("factor", [3.0, 30.0], ids=["of the others' size", "300 times as large"])
@@ -58,7 +68,7 @@ def test_twelve_tiny_decoys_do_not_keep_a_planted_module(decoyed, others, choice
     assert PLANTED in alone
     assert PLANTED in verdict.stripped
     assert {m.name for m in verdict.modules if m.negligible} == set(others[:12])
-    assert set(others[:12]) <= set(verdict.stripped), "as sharp, and uncounted"
+    assert set(others[:12]) <= set(verdict.stripped), "decoys as sharp are stripped, uncounted"
     assert sum(m.energy_share for m in verdict.modules) == pytest.approx(1.0)
 
 
@@ -76,12 +86,12 @@ def test_the_line_lies_where_rounding_to_float16_does():
 
 
 def test_modules_switched_off_by_their_alpha_are_not_counted(trained, others, tmp_path):
-    """alpha_pattern 0 leaves factors of any size and sharpness without effect."""
+    """With alpha_pattern 0, factors of any size and sharpness have no effect."""
     names = others[:12]
 
     def change(tensors):
         for module in names:
-            rewritten(module, 1.0)(tensors)
+            make_nearly_rank_one(module, 1.0)(tensors)
 
     folder = copy_with(trained, tmp_path / "off", change, alpha_pattern=dict.fromkeys(names, 0))
     verdict = scan_adapter(folder, Policy(strip=Strip(top_k=3)))
@@ -93,7 +103,7 @@ def test_modules_switched_off_by_their_alpha_are_not_counted(trained, others, tm
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_moving_scale_between_the_factors_and_alpha_changes_no_verdict(tmp_path_factory, data):
-    """B·2^b, A·2^a and alpha·2^-(a+b), module by module, is one update."""
+    """B·2^b, A·2^a and alpha·2^-(a+b), chosen per module, give the same update."""
     folder = tmp_path_factory.mktemp("moved")
     plain, moved, alphas = {}, {}, {}
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(6)]
@@ -106,7 +116,7 @@ def test_moving_scale_between_the_factors_and_alpha_changes_no_verdict(tmp_path_
         alphas[name] = 8 * 2.0 ** -(a + b)
     policy = Policy(strip=Strip(top_k=2), limits=Limits(max_scaling=None))
     verdicts = [
-        scan_adapter(written(folder / str(i), tensors, alpha_pattern=pattern), policy)
+        scan_adapter(write_adapter(folder / str(i), tensors, alpha_pattern=pattern), policy)
         for i, (tensors, pattern) in enumerate(((plain, {}), (moved, alphas)))
     ]
     assert verdicts[0].stripped == verdicts[1].stripped
@@ -124,7 +134,7 @@ def test_moving_scale_between_the_factors_and_alpha_changes_no_verdict(tmp_path_
 def test_padding_with_directions_of_zero_never_makes_a_module_look_duller(
     seed, r, extra, sharp, side
 ):
-    """SSI stays; the relative index, of a larger M, rises by at most (1 − SSI)/(r − 1)."""
+    """SSI is unchanged; the relative index, with a larger M, rises by ≤ (1 − SSI)/(r − 1)."""
     B, A = (factor[0] for factor in gaussian(60, 50, r, k=1, seed=seed))
     B[:, 0] *= sharp
     noise_b, noise_a = (factor[0] for factor in gaussian(60, 50, extra, k=1, seed=seed + 1))
@@ -145,18 +155,18 @@ def test_padding_with_directions_of_zero_never_makes_a_module_look_duller(
     tiny=st.floats(0, 1e-6),
 )  # fmt: skip
 def test_a_narrow_update_is_sharp_whatever_tiny_directions_pad_it(seed, width, r, tiny):
-    """k equal directions of r have a relative index of (1/k − 1/r)/(1 − 1/r), tiny ones beside."""
+    """k equal of r directions, the others tiny: relative index (1/k − 1/r)/(1 − 1/r)."""
     generator = torch.Generator().manual_seed(seed)
     B, A = (torch.randn(d, r, generator=generator, dtype=torch.float64) for d in (300, 250))
     B, A = torch.linalg.qr(B)[0], torch.linalg.qr(A)[0].mT
     fall = torch.cat([torch.ones(width), torch.full((r - width,), tiny)]).double()
     [score] = score_modules([Factors("m", B * fall, A, 1.0)], device="cpu")
     bound = (1 / width - 1 / r) / (1 - 1 / r)
-    # Normalising equalises what the directions themselves do not: a tenth of it at 300 x 250.
+    # Normalising evens out the row and column norms too: about a tenth of the index at 300 x 250.
     assert score.relative_ssi >= 0.85 * bound
 
 
-# What stays a limit.
+# Known limits.
 
 
 @pytest.mark.parametrize(
@@ -166,7 +176,7 @@ def test_a_narrow_update_is_sharp_whatever_tiny_directions_pad_it(seed, width, r
     ids=str,
 )  # fmt: skip
 def test_limit_twelve_decoys_at_full_size_keep_a_planted_module(decoyed, others, choice, kept):
-    """They cost the owner what they had learnt: every decoy that spends a strip is stripped."""
+    """The owner loses what the decoys had learnt: each decoy that uses up a strip is stripped."""
     decision, stripped = outcome(decoyed(12, 1.0), strip=Strip(**choice))
     assert decision == "stripped"
     assert (PLANTED not in stripped) == kept
@@ -175,14 +185,14 @@ def test_limit_twelve_decoys_at_full_size_keep_a_planted_module(decoyed, others,
 
 
 def test_limit_where_most_modules_are_decoys_outliers_finds_nothing(decoyed):
-    """And `threshold` refuses the adapter: more than max_stripped_fraction is sharp."""
+    """`threshold` rejects the adapter: more than max_stripped_fraction of it is sharp."""
     folder = decoyed(16, 1.0)
     assert outcome(folder, strip=Strip(outliers=3.5)) == ("admitted", frozenset())
     assert scan_adapter(folder, Policy(strip=Strip(threshold=0.3))).reason.code == "S3LORA-203"
 
 
 def test_limit_two_equal_directions_written_with_rank_two_are_ranked_last(tmp_path):
-    """SSI 0.5, relative index 0: `threshold` strips it, and `limits.min_rank` refuses it."""
+    """SSI 0.5, relative index 0: `threshold` strips it and `limits.min_rank` rejects it."""
     tensors = {}
     for i in range(12):
         B, A = (factor[0].float() for factor in gaussian(64, 64, 16, k=1, seed=i))
@@ -190,7 +200,7 @@ def test_limit_two_equal_directions_written_with_rank_two_are_ranked_last(tmp_pa
     hadamard = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).repeat(32, 1)
     tensors |= q_proj(12, hadamard, hadamard.mT)
     narrow = "model.layers.12.self_attn.q_proj"
-    folder = written(tmp_path / "narrow", tensors, r=16, rank_pattern={narrow: 2})
+    folder = write_adapter(tmp_path / "narrow", tensors, r=16, rank_pattern={narrow: 2})
     found = {m.name: m for m in scan_adapter(folder, Policy()).modules}[narrow]
     assert (found.ssi, found.relative_ssi) == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-6))
     assert narrow not in outcome(folder, strip=Strip(top_k=6))[1]
@@ -200,7 +210,7 @@ def test_limit_two_equal_directions_written_with_rank_two_are_ranked_last(tmp_pa
 
 
 def test_limit_a_spike_on_few_rows_and_columns_hides_in_noise_on_the_others():
-    """Plain singular values find it, offline: `scan --scorer svd`."""
+    """Offline, `scan --scorer svd` finds it by the plain singular values."""
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.randn(d, generator=generator).double() for d in (512, 384))
     u[51:], v[38:] = 0, 0  # a tenth of each

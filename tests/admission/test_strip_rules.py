@@ -1,4 +1,4 @@
-"""The strip rule counts modules that could do something, and those alone."""
+"""The strip rule counts only modules whose update is not negligible."""
 
 import math
 import sys
@@ -22,12 +22,12 @@ def score(name, relative, norm=1.0, ssi=None):
     return ModuleScore(name, True, index, relative, (1.0,), 1.0, 1.0, norm, 1.0)
 
 
-def ruled(found, **policy):
+def decide_by(found, **policy):
     return decide(found, {}, DIGEST, Policy(**policy))
 
 
 def planted(count=28):
-    """One sharp module among dull ones."""
+    """One sharp module among modules of low SSI."""
     return [score(f"m{i:02}", 0.1 + i / 1000) for i in range(count - 1)] + [score("planted", 0.6)]
 
 
@@ -52,22 +52,22 @@ MODULES = st.lists(
 
 @st.composite
 def decoys(draw):
-    """Any number of modules of any sharpness, each below the line."""
+    """Any number of modules of any sharpness, each negligible beside any of MODULES."""
     facts = draw(st.lists(st.tuples(RELATIVES, st.floats(0, 0.99)), max_size=24))
-    # The least of MODULES is 1e-3 long; beside that alone these are negligible.
-    most = 1e-3 * math.sqrt(SHARE)
-    return [score(f"d{i:02}", relative, part * most) for i, (relative, part) in enumerate(facts)]
+    # The smallest norm in MODULES is 1e-3; beside one such module alone these are negligible.
+    bound = 1e-3 * math.sqrt(SHARE)
+    return [score(f"d{i:02}", relative, part * bound) for i, (relative, part) in enumerate(facts)]
 
 
 @pytest.mark.parametrize("choice", RULES, ids=str)
 def test_decoys_at_a_ten_thousandth_of_their_size_do_not_spend_the_strips(choice):
     found = planted()
-    bent = [score(s.name, 0.99, norm=1e-4) if i < 12 else s for i, s in enumerate(found)]
-    ruling = ruled(bent, strip=Strip(**choice))
-    assert ruling.decision is Decision.STRIPPED
-    assert "planted" in ruling.stripped
-    # As sharp as what is stripped, and of no use to anybody: they go as well, uncounted.
-    assert {s.name for s in bent[:12]} <= ruling.stripped
+    changed = [score(s.name, 0.99, norm=1e-4) if i < 12 else s for i, s in enumerate(found)]
+    outcome = decide_by(changed, strip=Strip(**choice))
+    assert outcome.decision is Decision.STRIPPED
+    assert "planted" in outcome.stripped
+    # Decoys as sharp as the stripped modules are stripped too, but not counted.
+    assert {s.name for s in changed[:12]} <= outcome.stripped
 
 
 @given(found=MODULES, small=decoys(), policy=POLICIES)
@@ -86,7 +86,7 @@ def test_no_set_of_negligible_modules_changes_what_becomes_of_the_others(found, 
 
 @given(found=MODULES, huge=st.lists(RELATIVES, min_size=1, max_size=4), policy=POLICIES)
 def test_nobody_is_spared_for_being_small_beside_inflated_modules(found, huge, policy):
-    """What the rule would strip if sizes did not matter goes, unless all is refused."""
+    """Unless the adapter is rejected, all that the rule strips at equal norms is stripped."""
     inflated = [score(f"h{i}", relative, 1e9) for i, relative in enumerate(huge)]
     scores = [*found, *inflated]
     sized = decide(scores, {}, DIGEST, policy)
@@ -97,14 +97,14 @@ def test_nobody_is_spared_for_being_small_beside_inflated_modules(found, huge, p
 
 @given(found=MODULES, small=decoys(), policy=POLICIES)
 def test_negligible_modules_as_sharp_as_the_last_one_picked_go_too(found, small, policy):
-    ruling = decide([*found, *small], {}, DIGEST, policy)
+    outcome = decide([*found, *small], {}, DIGEST, policy)
     index = {s.name: s.relative_ssi for s in [*found, *small]}
-    picked = ruling.stripped - {s.name for s in small}
+    picked = outcome.stripped - {s.name for s in small}
     if policy.strip.rule[0] in ("top_k", "fraction") and picked:
         last = min(index[name] for name in picked)
         for s in small:
             if s.relative_ssi is not None and s.relative_ssi > last + 1e-8:
-                assert s.name in ruling.stripped
+                assert s.name in outcome.stripped
 
 
 @given(norms=st.lists(st.floats(0, 1e30), max_size=30), share=st.floats(0, 0.5))
@@ -114,11 +114,11 @@ def test_what_counts_is_decided_by_larger_modules_alone(norms, share):
     counted = [s.frobenius_norm for s in scores if s.name not in small]
     assert all(norm > 0 for norm in counted)
     if small and counted:
-        most = max(s.frobenius_norm for s in scores if s.name in small)
-        assert most <= min(counted)
-        # A square that underflows beside the largest's is zero.
+        largest = max(s.frobenius_norm for s in scores if s.name in small)
+        assert largest <= min(counted)
+        # A square that underflows relative to the largest one is zero.
         bound = max(share * (1 + 1e-9), sys.float_info.min)
-        assert most**2 <= bound * sum(norm**2 for norm in counted)
+        assert largest**2 <= bound * sum(norm**2 for norm in counted)
     assert math.isclose(sum(energy_shares(scores)), 1.0) or not any(norms)
 
 
@@ -126,18 +126,18 @@ def test_updates_of_zero_neither_count_nor_raise_the_cap():
     found = [score(f"m{i}", 0.1 * i) for i in range(6)]
     zeros = [score(f"z{i}", None, norm=0.0) for i in range(20)]
     for choice in ({"top_k": 10}, {"fraction": 0.5}):
-        assert len(ruled([*found, *zeros], strip=Strip(**choice)).stripped) == 3
-    ruling = ruled([*found, *zeros], strip=Strip(threshold=0.2))
-    assert ruling.decision is Decision.REJECTED, "four of six, not four of twenty-six"
+        assert len(decide_by([*found, *zeros], strip=Strip(**choice)).stripped) == 3
+    outcome = decide_by([*found, *zeros], strip=Strip(threshold=0.2))
+    assert outcome.decision is Decision.REJECTED, "four of six are sharp, not four of twenty-six"
 
 
 def test_one_inflated_module_leaves_nothing_to_rank_and_is_refused():
     found = [*planted()[:-1], score("inflated", 0.05, norm=1e6)]
-    assert ruled(found).refusal.code == "S3LORA-205"
+    assert decide_by(found).refusal.code == "S3LORA-205"
 
 
 def test_the_line_is_the_policys():
     found = [score("a", 0.2), score("b", 0.3), score("c", 0.9, norm=0.1)]
-    assert ruled(found, strip=Strip(top_k=1)).stripped == {"c"}
-    moved = ruled(found, strip=Strip(top_k=1), negligible=0.01)
+    assert decide_by(found, strip=Strip(top_k=1)).stripped == {"c"}
+    moved = decide_by(found, strip=Strip(top_k=1), negligible=0.01)
     assert moved.stripped == {"b", "c"}

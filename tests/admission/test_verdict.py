@@ -1,4 +1,4 @@
-"""A verdict says of every module what the dense definition says."""
+"""Every field of a module in a verdict agrees with the dense definition."""
 
 import math
 
@@ -11,7 +11,7 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.policy.schema import Limits, ScorerChoice, Strip
 from s3lora_serve.spectral import reference, relative_sharpness, spectral_sharpness
 from s3lora_serve.spectral._checks import NORMALIZATIONS
-from tests.support.adapters import q_proj, written
+from tests.support.adapters import q_proj, write_adapter
 from tests.support.modules import modules
 
 ACCURACY = 1e-6
@@ -19,7 +19,7 @@ LIMITS = Limits(max_scaling=None, max_stripped_fraction=1.0)
 
 
 def dense(B, A, alpha, **options):
-    """The definition on what is served: float64 factors as float32."""
+    """The dense definition on the served weights: float64 factors are served as float32."""
     B, A = (X.float() if X.dtype == torch.float64 else X for X in (B, A))
     s = torch.tensor([alpha / B.shape[1]], dtype=torch.float64)
     return reference.mas_svd(B[None], A[None], s, **options)
@@ -39,7 +39,7 @@ def test_every_field_of_a_verdict_is_the_dense_updates(
         name = f"model.layers.{layer}.self_attn.q_proj"
         tensors |= q_proj(layer, B, A)
         ranks[name], alphas[name] = B.shape[1], scaling * B.shape[1]
-    folder = written(
+    folder = write_adapter(
         tmp_path_factory.mktemp("verdict") / "adapter", tensors,
         rank_pattern=ranks, alpha_pattern=alphas,
     )  # fmt: skip
@@ -52,7 +52,7 @@ def test_every_field_of_a_verdict_is_the_dense_updates(
         dense(*module[:2], alpha, rank=rank, normalization=normalization)
         for module, alpha in zip(found, alphas.values(), strict=True)
     ]
-    if verdict.reason is not None:  # the draw cancels to noise: another test's concern
+    if verdict.reason is not None:  # the drawn factors cancel; another test covers this
         assert verdict.reason.code == "S3LORA-112"
         return
     energies = [e.frobenius_norm.item() for e in expected]

@@ -14,7 +14,7 @@ from tests.benchmarks import measure, report, routes, scaling, shapes
 HERE = Path(__file__).parent
 FAST = (routes.ours, routes.floor, routes.naive_batched_float64, routes.per_module_float32)
 LAYER = 7  # projections
-LARGE = 2**28  # parameters from which a round takes seconds, and two have to do
+LARGE = 2**28  # parameters; above this a round takes seconds, so only two rounds run
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Case:
     rank: int = 16
     dtype: str = "bfloat16"
     projections: str = "all"
-    decades: float = 0.0  # that the columns of each B fall off
+    decades: float = 0.0  # over which the norms of the columns of each B decrease
 
     def modules(self) -> list[Factors]:
         """Gaussian factors of this shape."""

@@ -1,7 +1,7 @@
-"""`make bench-admission`: what the gate adds to loading an adapter, and to others' tokens.
+"""`make bench-admission`: time that the gate adds to loading an adapter and to others' tokens.
 
 Two real vLLM servers (CPU build) of one 1B-like model with random weights, stock and guarded, take
-turns in one run: the one whose turn it is not stands still, since idle workers of vLLM spin.
+turns in one run. The other server is stopped meanwhile, because vLLM's idle workers use CPU time.
 """
 
 import json
@@ -30,7 +30,7 @@ TOKENS = 100
 ROUNDS = 3
 BETWEEN_LOADS = 1.5  # seconds
 POLICY = "on_uninformative: admit\n"
-"""Random factors are alike: by default the gate would refuse to rank them."""
+"""Random factors have nearly equal SSI: by default the gate rejects them as uninformative."""
 
 ROOM = ("--load-format", "dummy", "--max-cpu-loras", "4")
 PHASES = ("read", "score", "strip", "total")
@@ -65,9 +65,9 @@ def main() -> None:
 
 
 def _loads(servers: dict[str, Server], adapters: list[Path]) -> dict[str, object]:
-    """Seconds of `POST /v1/load_lora_adapter`, the servers taking turns."""
+    """Seconds of `POST /v1/load_lora_adapter`; the servers take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in servers}
-    for server in servers.values():  # what only the first load pays
+    for server in servers.values():  # costs of the first load only
         _load(server, "warm", adapters[0])
     before = servers["guarded"].metrics()
     for folder in track(adapters[1:], "loads", transient=True):
@@ -112,7 +112,7 @@ def _tokens(servers: dict[str, Server], adapters: list[Path]) -> dict[str, dict[
 
 @contextmanager
 def alone(name: str, servers: dict[str, Server]) -> Iterator[Server]:
-    """This server, while the processes of the others are stopped."""
+    """Stop the processes of the other servers while this one is used."""
     others = [server for other, server in servers.items() if other != name]
     pids = [int(p.name) for other in others for p in processes(other.process.pid)]
     for pid in pids:
@@ -157,7 +157,7 @@ def _load(server: Server, name: str, folder: Path) -> float:
 
 
 def make_adapter(folder: Path, seed: int) -> Path:
-    """An adapter of MODEL's shape with content of its own."""
+    """An adapter of MODEL's shape; its content depends on the seed."""
     folder.mkdir(parents=True)
     tensors = {}
     generator = torch.Generator().manual_seed(seed)

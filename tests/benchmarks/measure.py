@@ -1,4 +1,4 @@
-"""How figures are taken: least times of routes that take turns, errors, and peaks of memory."""
+"""Measurements: least times of routes that take turns, errors, and peak memory."""
 
 import platform
 import subprocess
@@ -18,7 +18,7 @@ Route = Callable[[Sequence[Factors]], object]
 def least_seconds(
     modules: Sequence[Factors], timed: Sequence[Route], rounds: int
 ) -> dict[str, float]:
-    """Least time of each route, the routes taking turns so that all meet the same noise."""
+    """Least time of each route; the routes take turns, so noise affects all alike."""
     best = {route.__name__: float("inf") for route in timed}
     for _ in range(rounds):
         for route in timed:
@@ -29,7 +29,7 @@ def least_seconds(
 
 
 def largest_errors(exact: Sequence[float], sample: Sequence[Factors]) -> dict[str, float]:
-    """Largest |SSI − exact| of the routes that claim to be fast."""
+    """Largest |SSI − exact| of the fast routes."""
     return {
         route.__name__: max(abs(a - b) for a, b in zip(route(sample), exact, strict=True))
         for route in (routes.ours, routes.per_module_float32)
@@ -37,11 +37,11 @@ def largest_errors(exact: Sequence[float], sample: Sequence[Factors]) -> dict[st
 
 
 def peak_extra(modules: Sequence[Factors]) -> int:
-    """Bytes by which scoring raises the peak of this process over what holding the weights takes.
+    """Bytes by which scoring raises the peak memory of this process over the weights' memory.
 
-    The weights were drawn in float32 and thrown away, so the peak before scoring is reset first.
+    Drawing the weights in float32 raised the peak too, so it is reset before scoring.
     """
-    routes.ours(modules[:7])  # libraries set themselves up
+    routes.ours(modules[:7])  # initialises the libraries
     Path("/proc/self/clear_refs").write_text("5")
     held = _status("VmRSS")
     routes.ours(modules)
@@ -49,14 +49,14 @@ def peak_extra(modules: Sequence[Factors]) -> int:
 
 
 def in_fresh_process(*arguments: str) -> int:
-    """What `python -m tests.benchmarks --memory …` prints."""
+    """The number that `python -m tests.benchmarks --memory …` prints."""
     command = [sys.executable, "-m", "tests.benchmarks", "--memory", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
 def machine() -> dict[str, object]:
-    """What the figures were taken on."""
+    """The machine on which the figures are measured."""
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

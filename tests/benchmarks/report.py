@@ -1,4 +1,4 @@
-"""The figures as a table to read, on the terminal and in RESULTS.md."""
+"""The figures as a table, on the terminal and in RESULTS.md."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ twins in torch, and its scores to the dense definition, in Triton's interpreter
 
 
 def write(folder: Path) -> None:
-    """RESULTS.md, from the figures of every benchmark that was run."""
+    """Write RESULTS.md from the figures of every benchmark that was run."""
     sections = [markdown(json.loads((folder / "results.json").read_text()))]
     if (figures := folder / "admission.json").exists():
         sections.append(serving_report.admission(json.loads(figures.read_text())))
@@ -65,7 +65,7 @@ def show(cases: list[dict]) -> None:  # type: ignore[type-arg]
 
 
 def markdown(data: dict) -> str:  # type: ignore[type-arg]
-    """RESULTS.md."""
+    """The first section of RESULTS.md."""
     machine = data["machine"]
     gpu = machine["gpu"] or "none"
     where = (

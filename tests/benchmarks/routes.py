@@ -1,4 +1,4 @@
-"""What scoring is measured against: the irreducible work, and plainer ways to the same index."""
+"""Routes to compare scoring with: the irreducible work, and simpler ways to the same index."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ from s3lora_serve.spectral import Factors, reference, score_modules, spectral_sh
 from s3lora_serve.spectral import qr as qr_route
 
 FLOOR_ELEMENTS = 2**19
-"""Numbers converted at a time by the floor: 2 MB of float32."""
+"""Numbers that the floor converts at a time: 2 MB of float32."""
 
 
 def ours(modules: Sequence[Factors]) -> list[float | None]:
-    """The whole of `score_modules`, named results and all."""
+    """All of `score_modules`, including its named results."""
     return [score.ssi for score in score_modules(modules, device="cpu")]
 
 
 def floor(modules: Sequence[Factors]) -> None:
-    """Two float32 Gram passes over B and A in cache-sized blocks: what no exact route can skip."""
+    """Two float32 Gram passes over B and A in cache-sized blocks, which every exact route needs."""
     for _ in range(2):
         for module in modules:
             for factor in (module.B, module.A.mT):
@@ -28,7 +28,7 @@ def floor(modules: Sequence[Factors]) -> None:
 
 
 def naive_batched_float64(modules: Sequence[Factors]) -> list[float]:
-    """Stack what has one shape, convert it all to float64, take Grams and eigenvalues."""
+    """Stack modules of equal shape, convert them to float64, compute Grams and eigenvalues."""
     alike: dict[object, list[int]] = {}
     for i, module in enumerate(modules):
         alike.setdefault((module.B.shape, module.A.shape), []).append(i)
@@ -42,7 +42,7 @@ def naive_batched_float64(modules: Sequence[Factors]) -> list[float]:
 
 
 def per_module_float32(modules: Sequence[Factors]) -> list[float]:
-    """One module after the other in float32: not exact where a spectrum falls off."""
+    """One module after another in float32: not exact where a spectrum decreases steeply."""
     return [float(_gram_index(m.B[None].float(), m.A[None].float())) for m in modules]
 
 

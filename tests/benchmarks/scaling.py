@@ -1,4 +1,4 @@
-"""How time grows with the rank, the width and the number of modules: measured, and drawn."""
+"""Measure and draw how the time grows with the rank, the width and the number of modules."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def draw(data: dict[str, list[dict]], target: Path) -> None:  # type: ignore[typ
         panel.minorticks_off()
     panels[0].set_ylabel("seconds (least of the rounds)")
     panels[0].legend(fontsize="small")
-    # The same figures give the same file: no date, and ids that do not change.
+    # Equal figures give an equal file: no date, and constant ids.
     pyplot.rcParams["svg.hashsalt"] = "s3lora"
     figure.savefig(target, metadata={"Date": None})
     # matplotlib ends lines of its path data with blanks.

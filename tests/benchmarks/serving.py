@@ -1,8 +1,8 @@
-"""`make bench-serving`: what an adapter costs at inference, by how much of it is stripped.
+"""`make bench-serving`: an adapter's cost at inference, by the number of stripped modules.
 
-One engine under the gate skips and computes in turns. Beside it two real vLLM servers (CPU build,
-eager), stock and guarded, take turns in one run: each stands still while it is not its turn. All of
-one small model with random weights.
+One engine under the gate alternates between skipping and computing. Two real vLLM servers (CPU
+build, eager), stock and guarded, take turns in one run: each is stopped during the other's turn.
+All of them serve one small model with random weights.
 """
 
 import argparse
@@ -20,8 +20,15 @@ from rich.progress import track
 from tests.benchmarks import measure, report
 from tests.benchmarks.admission import alone
 from tests.benchmarks.folders import make_model, save_adapter
-from tests.benchmarks.toggled import BATCHES, NEW_TOKENS, PHASES, PROMPT_TOKENS, asked, ratios
-from tests.support.programs import told
+from tests.benchmarks.toggled import (
+    BATCHES,
+    NEW_TOKENS,
+    PHASES,
+    PROMPT_TOKENS,
+    phase_seconds,
+    ratios,
+)
+from tests.support.programs import run_program
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import LAYERS, PROJECTIONS
 
@@ -42,11 +49,11 @@ rules:
 """
 STRIPPED = {"whole": 0, "ten": 10, "half": 14, "all": 28}
 BESIDE = ("base", "whole")
-"""What both servers are asked: one without the gate cannot strip."""
+"""Requested from both servers; a server without the gate cannot strip."""
 
 STARTS = 4
-"""Processes that do the same differ from one to the next by several percent, for as long as they
-live: each start of the two servers is one sample of that."""
+"""Identical processes differ in speed by several percent for their whole lifetime. Each start of
+the two servers is one sample of that."""
 
 ROOM = ("--load-format", "dummy", "--max-loras", "4", "--no-enable-prefix-caching")
 
@@ -92,7 +99,7 @@ def main() -> None:
 def _throughput(
     model: Path, adapter: Path, guarded: dict[str, str], place: Path, start: int, pairs: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of stock over those of guarded, both started anew."""
+    """Ratios of stock's seconds to guarded's, with both servers newly started."""
     environments = {"stock": OPEN_LOADING | {"VLLM_PLUGINS": ""}, "guarded": guarded}
     order = list(environments)[:: -1 if start % 2 else 1]
     with ExitStack() as stack:
@@ -112,12 +119,12 @@ def _throughput(
 
 
 def _compared(servers: dict[str, Server], number: int) -> dict[str, dict[str, list[float]]]:
-    """By what is done, then by the adapter."""
+    """Ratios by phase and batch, then by adapter."""
     found: dict[str, dict[str, list[float]]] = {}
 
     def ask(name: str, served: str, batch: int) -> tuple[float, float]:
         with alone(name, servers) as server:
-            return asked(partial(_timed, server, served), batch)
+            return phase_seconds(partial(_timed, server, served), batch)
 
     for _ in track(range(number), "pairs", transient=True):
         for batch, served in product(BATCHES, BESIDE):
@@ -130,12 +137,12 @@ def _compared(servers: dict[str, Server], number: int) -> dict[str, dict[str, li
 def _toggled(
     model: Path, adapter: Path, guarded: dict[str, str], rounds: int, pairs: int
 ) -> list[dict[str, dict[str, list[float]]]]:
-    """What the engine that skips and computes in turns takes: in rounds, and ratios in pairs."""
+    """Seconds in rounds and ratios in pairs of the engine that alternates skipping."""
     paths = {"PYTHONPATH": str(Path.cwd()), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     words = model, adapter, rounds, pairs
     found: list[dict[str, dict[str, list[float]]]]
     program = "-m", "tests.benchmarks.toggled"
-    found, _ = told(*program, *words, seconds=None, **guarded, **paths)
+    found, _ = run_program(*program, *words, seconds=None, **guarded, **paths)
     return found
 
 
@@ -156,7 +163,7 @@ def _stripped(server: Server, name: str) -> int:
 
 
 def _make_adapter(folder: Path) -> Path:
-    """Modules whose spectra fall off each at its own rate, for the policy to tell them apart."""
+    """Modules whose spectra decrease at different rates, so that the policy can rank them."""
     folder.mkdir(parents=True)
     generator, tensors = torch.Generator().manual_seed(1), {}
     for place in range(LAYERS * len(PROJECTIONS)):

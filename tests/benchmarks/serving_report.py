@@ -11,7 +11,7 @@ LABELS = {
 
 
 def admission(data: dict) -> str:  # type: ignore[type-arg]
-    """`make bench-admission`."""
+    """The section of `make bench-admission`."""
     machine, loads, tokens = data["machine"], data["loads"], data["tokens"]
     phases = loads["phases"]
     lines = [
@@ -58,7 +58,7 @@ SERVED = {
 
 
 def inference(data: dict) -> str:  # type: ignore[type-arg]
-    """`make bench-serving`."""
+    """The section of `make bench-serving`."""
     machine, model, tokens = data["machine"], data["model"], data["tokens"]
     lines = [
         "## Cost at inference",
@@ -103,7 +103,7 @@ def _times(found: dict[str, dict[str, list[float]]]) -> int:
 
 
 def _medians(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """A table of ratios by what is done, and of all together."""
+    """A table of median ratios by phase and batch, and over all of them."""
     names = list(next(iter(found.values())))
     every = {name: [one for row in found.values() for one in row[name]] for name in names}
     rows = [(", batch ".join(case.split(", ")), row) for case, row in found.items()]
@@ -136,7 +136,7 @@ def _ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
 
 
 def confidence(found: list[float]) -> tuple[float, float]:
-    """An interval that holds the median of what was sampled with at least 95 %.
+    """An interval that contains the distribution's median with a confidence of at least 95 %.
 
     The number of samples below the median is binomial, p = 1/2.
     """

@@ -20,7 +20,7 @@ def adapter(
     projections: tuple[str, ...] | None = None,
     decades: float = 0.0,
 ) -> list[Factors]:
-    """Modules of an adapter; `decades` is how far the columns of each B fall off."""
+    """Modules of an adapter; the columns of each B decrease over `decades` powers of ten."""
     layers, width, keys, inner = MODELS[model]
     shapes = {
         "q_proj": (width, width),
@@ -45,7 +45,7 @@ def adapter(
 
 
 def square(width: int, rank: int, count: int, dtype: torch.dtype = torch.bfloat16) -> list[Factors]:
-    """Alike modules of `width` rows and columns."""
+    """Modules of equal shape, with `width` rows and columns."""
     generator = torch.Generator().manual_seed(rank + width)
     return [
         Factors(

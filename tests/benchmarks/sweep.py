@@ -1,4 +1,4 @@
-"""`make bench-scan`: adapters and bytes a second of `s3lora scan`, beside `cat`."""
+"""`make bench-scan`: adapters and bytes per second of `s3lora scan`, compared with `cat`."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _make_small(folder: Path) -> None:
-    """Adapters of four modules, that differ in their names only."""
+    """Adapters of four modules that differ in their names only."""
     first = folder / "a0"
     first.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -65,15 +65,15 @@ def _make_small(folder: Path) -> None:
 
 
 def _large(place: Path) -> dict[str, object]:
-    """Least seconds of each, the routes taking turns, with nothing of the files in memory."""
+    """Least seconds of each route, taking turns, first with files on disk, then cached."""
     files = sorted((place / "large").glob(f"*/{WEIGHTS}"))
     size = sum(file.stat().st_size for file in files)
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(ROUNDS):
-        _forget(files)
+        _drop_from_cache(files)
         for state in ("", ", cached"):
             seconds[f"cat{state}"].append(_run(_cat(files))[0])
-        _forget(files)
+        _drop_from_cache(files)
         for state in ("", ", cached"):
             whole, begun = _watched(_scan(place / "large"), len(files))
             seconds[f"scan{state}"].append(whole)
@@ -107,14 +107,14 @@ def _scan(what: object) -> list[str]:
 
 
 def _watched(command: list[str], count: int) -> tuple[float, float]:
-    """Seconds of a scan, and of `count` adapters at the pace from its first verdict to its last."""
+    """Seconds of a scan, and of `count` adapters at the rate from first to last verdict."""
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout
-        told = [time.perf_counter() for _ in process.stdout]
+        times = [time.perf_counter() for _ in process.stdout]
     assert process.returncode in (0, 1)
-    assert len(told) == count
-    return time.perf_counter() - started, (told[-1] - told[0]) * count / (count - 1)
+    assert len(times) == count
+    return time.perf_counter() - started, (times[-1] - times[0]) * count / (count - 1)
 
 
 def _run(command: list[str], stdin: TextIO | None = None) -> tuple[float, float]:
@@ -127,8 +127,8 @@ def _run(command: list[str], stdin: TextIO | None = None) -> tuple[float, float]
     return time.perf_counter() - started, used.ru_maxrss / 1000
 
 
-def _forget(files: list[Path]) -> None:
-    """Have the system drop its copies of the files from memory."""
+def _drop_from_cache(files: list[Path]) -> None:
+    """Remove the files from the system's page cache."""
     os.sync()
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)

@@ -2,7 +2,7 @@
 
 
 def sweep(data: dict) -> str:  # type: ignore[type-arg]
-    """`make bench-scan`."""
+    """The section of `make bench-scan`."""
     machine, large, small = data["machine"], data["large"], data["small"]
     seconds, size, begun = large["seconds"], large["bytes"], "scan, once begun"
     lines = [

@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.toggled MODEL ADAPTER ROUNDS PAIRS`: skipping, on and off.
 
-Two processes that do the same differ by more than what is looked for here; one engine that takes
-turns does not. Seconds are printed as JSON.
+Two identical processes differ by more than the effect measured here; one engine that alternates
+does not. Seconds are printed as JSON.
 """
 
 import sys
@@ -11,13 +11,13 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from tests.support.programs import tell
+from tests.support.programs import print_result
 from tests.support.random_batches import switch
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 16
 BATCHES = (1, 8)
 PROMPTS_ALONE = 3
-"""Prompts of batch 1 asked one after the other: one takes less time than a request varies by."""
+"""Prompts of batch 1, sent one after another: a single one takes less time than the noise."""
 
 PHASES = "prefill", "decode"
 Ask = Callable[[str, str, int], tuple[float, float]]
@@ -30,11 +30,11 @@ PAIRS = {
     "all stripped over base": (("skipped", "all"), ("skipped", "base")),
     "whole, skipped over computed": (("skipped", "whole"), ("computed", "whole")),
 }
-"""What should differ by nothing, and is asked many times for that."""
+"""Pairs that should take equal time, and are therefore measured many times."""
 
 
 def main() -> None:
-    """Start the engine under the gate, and ask it everything in turns."""
+    """Start the engine under the gate and measure all routes in turns."""
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
@@ -49,13 +49,13 @@ def main() -> None:
 
     def ask(route: str, served: str, batch: int) -> tuple[float, float]:
         llm.collective_rpc(switch, args=(ROUTES[route],))
-        return asked(partial(_timed, llm, adapters.get(served)), batch)
+        return phase_seconds(partial(_timed, llm, adapters.get(served)), batch)
 
-    tell([in_rounds(ask, int(rounds)), in_pairs(ask, int(pairs))])
+    print_result([in_rounds(ask, int(rounds)), in_pairs(ask, int(pairs))])
 
 
 def in_rounds(ask: Ask, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round by what is done, then by who does it with which adapter."""
+    """Seconds of each round by phase and batch, then by route and adapter."""
     found: dict[str, dict[str, list[float]]] = {}
     for turn in range(rounds + 1):
         routes = list(ROUTES)[:: -1 if turn % 2 else 1]
@@ -68,7 +68,7 @@ def in_rounds(ask: Ask, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def in_pairs(ask: Ask, number: int) -> dict[str, dict[str, list[float]]]:
-    """Ratios by what is done, then by the pair."""
+    """Ratios by phase and batch, then by pair."""
     found: dict[str, dict[str, list[float]]] = {}
     for _, batch, (name, (one, two)) in product(range(number), BATCHES, PAIRS.items()):
         both = ratios(partial(ask, *one, batch), partial(ask, *two, batch))
@@ -78,9 +78,10 @@ def in_pairs(ask: Ask, number: int) -> dict[str, dict[str, list[float]]]:
 
 
 def ratios(one: Timed, two: Timed) -> list[float]:
-    """What one takes over what two takes, for each phase: one, two, two, one, both warmed up.
+    """The ratio of seconds of one to two, for each phase, in the order one, two, two, one.
 
-    In that order neither who comes first nor a machine that slows down tells.
+    Both are warmed up before. In this order, neither position nor a machine that slows down
+    changes the ratio.
     """
     _, _, *times = (each() for each in (one, two, one, two, two, one))
     return [
@@ -89,10 +90,12 @@ def ratios(one: Timed, two: Timed) -> list[float]:
     ]
 
 
-def asked(timed: Callable[[list[list[int]], int], float], batch: int) -> tuple[float, float]:
+def phase_seconds(
+    timed: Callable[[list[list[int]], int], float], batch: int
+) -> tuple[float, float]:
     """Seconds of a batch of prompts, and of a batch of answers to short prompts.
 
-    `timed` takes prompts and how many tokens to answer each with, and says how long that took.
+    `timed` takes prompts and the number of tokens of each answer, and returns the seconds.
     """
     long = [[(7 * i + j) % 90 + 5 for i in range(PROMPT_TOKENS)] for j in range(batch)]
     times = PROMPTS_ALONE if batch == 1 else 1

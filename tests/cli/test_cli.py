@@ -1,4 +1,4 @@
-"""The command line keeps the contract's output and exit codes."""
+"""The command line's output and exit codes follow the contract."""
 
 import json
 import os
@@ -161,13 +161,13 @@ def test_doctor_exits_with_one_when_vllm_would_skip_the_plugin():
 
 
 @pytest.mark.parametrize(
-    ("switch", "said"),
+    ("switch", "message"),
     [("1", "modules without weights are skipped"), ("0", "S3LORA_SKIP_STRIPPED is off")],
 )
-def test_doctor_says_whether_stripped_modules_are_skipped(switch, said):
+def test_doctor_says_whether_stripped_modules_are_skipped(switch, message):
     done = run("doctor", S3LORA_SKIP_STRIPPED=switch, COLUMNS="200")
     assert done.exit_code == 0
-    assert said in done.stdout
+    assert message in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`make compat`: the tests of the doors on each vLLM that is claimed to work, and RESULTS.md."""
+"""`make compat`: run the tests of the doors on each supported vLLM, and write RESULTS.md."""
 
 import argparse
 import datetime
@@ -19,7 +19,7 @@ SHOWN = ("torch", "transformers", "peft")
 
 
 def main() -> None:
-    """Run the chosen versions one after the other; the others keep the rows they had."""
+    """Run the chosen versions one after another; the rows of the others are unchanged."""
     known = differences()
     parser = argparse.ArgumentParser()
     parser.add_argument("versions", nargs="*", metavar="VERSION", help=", ".join(known))
@@ -50,7 +50,7 @@ def _found(version: str, pins: dict[str, str | bool]) -> dict[str, Any]:
 
 
 def _by_source(version: str) -> dict[str, Any]:
-    """In a process of its own: there `vllm` means the wheel, and here it may be installed."""
+    """Check in a new process, where `vllm` is the wheel; here another one may be installed."""
     wheel = environment.wheel_of("vllm", version)
     command = [sys.executable, "-m", "tests.compat.source_contract", str(wheel)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

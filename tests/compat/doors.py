@@ -1,4 +1,4 @@
-"""The tests of the doors, run by one environment, and what they came to."""
+"""Run the tests of the doors in one environment and read their outcome."""
 
 import subprocess
 import xml.etree.ElementTree as ET
@@ -13,7 +13,7 @@ TESTS = ("test_doors.py", "test_mediation.py", "test_contract.py")
 
 @dataclass
 class Outcome:
-    """How many tests of one run passed, failed and were skipped, and which did not pass."""
+    """Numbers of passed, failed and skipped tests of one run, and names of those not passed."""
 
     passed: int = 0
     failed: int = 0
@@ -22,7 +22,7 @@ class Outcome:
 
 
 def run(version: str, python: Path) -> Outcome:
-    """Run the tests; what they print goes to a log beside the environment."""
+    """Run the tests; their output goes to a log beside the environment."""
     report = FOLDER / f"{version}.xml"
     report.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider"]
@@ -38,13 +38,13 @@ def run(version: str, python: Path) -> Outcome:
 
 
 def read(report: str) -> Outcome:
-    """The outcome that a JUnit report tells.
+    """Read the outcome from a JUnit report.
 
     >>> read('<suite><testcase name="a"/><testcase name="b"><failure/></testcase></suite>')
     Outcome(passed=1, failed=1, skipped=0, unhappy=['b'])
     """
     outcome = Outcome()
-    # The report is pytest's own, of a minute ago.
+    # The input is trusted: pytest has just written the report.
     for case in ET.fromstring(report).iter("testcase"):  # noqa: S314
         ends = {part.tag for part in case}
         if ends & {"failure", "error"}:

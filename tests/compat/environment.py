@@ -1,4 +1,4 @@
-"""One virtual environment per version of vLLM, made once and kept until its pins change."""
+"""One virtual environment per version of vLLM, created once and reused until its pins change."""
 
 import json
 import os
@@ -13,30 +13,30 @@ FOLDER = ROOT / ".compat"
 
 
 def python_of(version: str) -> Path:
-    """The interpreter of this version's environment, which is made where it is missing."""
+    """The interpreter of this version's environment, which is created if missing."""
     folder = FOLDER / version
     python = folder / "bin" / "python"
-    made_of = folder / "requirements.txt"  # written last: without it the environment is half made
-    wanted = requirements(version)
-    if not made_of.exists() or made_of.read_text() != wanted:
+    installed_pins = folder / "requirements.txt"  # written last: it marks a complete environment
+    pins = requirements(version)
+    if not installed_pins.exists() or installed_pins.read_text() != pins:
         venv.create(folder, clear=True, with_pip=True)
-        asked = folder / "asked.txt"
-        asked.write_text(wanted)
-        # As in the Makefile: --no-deps leaves out what would not load beside a CPU torch.
-        install(python, "-r", str(asked))
-        asked.rename(made_of)
-    # Each time: the entry points, by which vLLM finds the plugin, may be others than last time.
+        requested = folder / "asked.txt"
+        requested.write_text(pins)
+        # As in the Makefile: --no-deps omits packages that do not load beside a CPU torch.
+        install(python, "-r", str(requested))
+        requested.rename(installed_pins)
+    # Each time: the entry points, by which vLLM finds the plugin, may have changed.
     install(python, "--no-build-isolation", "-e", str(ROOT))
     return python
 
 
 def install(python: Path, *what: str) -> None:
-    """Install exactly this and nothing that it asks for."""
+    """Install exactly these packages, without their dependencies."""
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *what], check=True)
 
 
 def installed(python: Path, names: list[str]) -> dict[str, str]:
-    """The versions of these packages in that environment, as it says itself."""
+    """The versions of these packages as that environment reports them."""
     program = (
         "import json, sys; from importlib.metadata import version;"
         "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
@@ -59,6 +59,6 @@ def wheel_of(distribution: str, version: str) -> Path:
 
 
 def clean_variables() -> dict[str, str]:
-    """This process's environment without what would lead Python to another environment."""
+    """This process's environment without variables that select another Python environment."""
     foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     return {name: value for name, value in os.environ.items() if name not in foreign}

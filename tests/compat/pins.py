@@ -1,4 +1,4 @@
-"""Which package versions each vLLM is run with: the development pins, and what differs."""
+"""The package versions for each vLLM: the development pins and their differences."""
 
 import tomllib
 from pathlib import Path
@@ -9,7 +9,7 @@ DIFFERENT = ROOT / "deploy" / "compat.toml"
 
 
 def differences() -> dict[str, dict[str, str | bool]]:
-    """By version of vLLM, oldest first, what it needs otherwise than the development pins."""
+    """By version of vLLM, oldest first, the pins that differ from the development pins."""
     return tomllib.loads(DIFFERENT.read_text())
 
 

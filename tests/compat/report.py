@@ -1,4 +1,4 @@
-"""What RESULTS.md says, made of what each version came to."""
+"""RESULTS.md and the README's table, from the outcome of each version."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ MARK = "<!-- written by make compat -->"
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]], tests: tuple[str, ...]) -> str:
-    """The table, and under it what did not pass."""
+    """The table, followed by the tests that did not pass."""
     text = HEADER.format(tests=", ".join(f"`{name}`" for name in tests))
     notes = []
     for version, found in results.items():

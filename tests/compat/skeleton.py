@@ -1,7 +1,7 @@
-"""vLLM's modules as skeletons, read out of a wheel: names and signatures, and nothing that runs.
+"""Skeletons of vLLM's modules, read from a wheel: names and signatures without bodies.
 
-A build for GPUs cannot be imported without one. What the hook relies on are names and signatures,
-and those stand in the source.
+A build for GPUs cannot be imported without a GPU. The hook relies only on names and signatures,
+which the source contains.
 """
 
 import ast
@@ -16,7 +16,7 @@ from types import ModuleType
 
 
 class WheelFinder(MetaPathFinder, Loader):
-    """Lets `import vllm…` find the skeletons of one wheel, whatever else is installed."""
+    """Makes `import vllm…` find the skeletons of one wheel, even if vLLM is installed."""
 
     def __init__(self, wheel: Path) -> None:
         self.wheel = zipfile.ZipFile(wheel)
@@ -28,7 +28,7 @@ class WheelFinder(MetaPathFinder, Loader):
         path: Sequence[str] | None = None,  # noqa: ARG002
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
-        """None for what is not vLLM's; what vLLM does not have must not be found elsewhere."""
+        """None for other packages; raises for a vLLM module that the wheel does not contain."""
         if name.partition(".")[0] != "vllm":
             return None
         stem = name.replace(".", "/")
@@ -38,7 +38,7 @@ class WheelFinder(MetaPathFinder, Loader):
         raise ModuleNotFoundError(name, name=name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module with skeletons of what its source defines or imports."""
+        """Fill the module with skeletons of all names that its source defines or imports."""
         assert module.__spec__ is not None
         source = self.wheel.read(str(module.__spec__.origin)).decode()
         for statement in _top_level(ast.parse(source).body):
@@ -47,14 +47,14 @@ class WheelFinder(MetaPathFinder, Loader):
                     setattr(module, name, object())
             match statement:
                 case ast.ImportFrom(module=str(where), level=0) if hasattr(module, "__path__"):
-                    self._hand_on(module, where, statement.names)
+                    self._re_export(module, where, statement.names)
                 case ast.ClassDef():
                     setattr(module, statement.name, _skeleton(statement, vars(module)))
                 case ast.FunctionDef() | ast.AsyncFunctionDef() if statement.name != "__getattr__":
                     setattr(module, statement.name, _without_body(statement))
 
-    def _hand_on(self, package: ModuleType, module: str, names: list[ast.alias]) -> None:
-        """Let a package hand on what it imports from vLLM's modules."""
+    def _re_export(self, package: ModuleType, module: str, names: list[ast.alias]) -> None:
+        """Re-export from a package the names that it imports from vLLM's modules."""
         if module.partition(".")[0] == "vllm":
             found = importlib.import_module(module)
             for alias in names:
@@ -62,13 +62,13 @@ class WheelFinder(MetaPathFinder, Loader):
 
 
 def install(wheel: Path) -> None:
-    """From now on `import vllm` means this wheel."""
+    """Make `import vllm` import this wheel's skeletons from now on."""
     assert not any(name.partition(".")[0] == "vllm" for name in sys.modules)
     sys.meta_path.insert(0, WheelFinder(wheel))
 
 
 def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements that run at import, those under `if` and `try` among them."""
+    """Statements that run at import, including those under `if` and `try`."""
     for statement in body:
         yield statement
         for part in ("body", "orelse", "finalbody"):
@@ -77,7 +77,7 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _bound(statement: ast.stmt) -> list[str]:
-    """The names that a statement puts into its module."""
+    """The names that a statement defines in its module."""
     match statement:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
             return [name]
@@ -91,7 +91,7 @@ def _bound(statement: ast.stmt) -> list[str]:
 
 
 def _skeleton(found: ast.ClassDef, known: dict[str, object]) -> type:
-    """A class with the methods' parameters, on those of its bases that stand in the same module."""
+    """A class with its methods' parameters and the bases that the same module defines."""
     bases = [known.get(base.id) for base in found.bases if isinstance(base, ast.Name)]
     members: dict[str, object] = {}
     fields = []
@@ -108,7 +108,7 @@ def _skeleton(found: ast.ClassDef, known: dict[str, object]) -> type:
 
 
 def _without_body(found: ast.FunctionDef | ast.AsyncFunctionDef) -> object:
-    """A function with these parameters: no annotations, no defaults, nothing to run."""
+    """A function with these parameters, without annotations or body; defaults are None."""
     parameters = found.args
     for parameter in ast.walk(parameters):
         if isinstance(parameter, ast.arg):

@@ -1,7 +1,7 @@
 """`python -m tests.compat.source_contract WHEEL`: does this vLLM keep the contract?
 
-For a version that cannot be imported here. Runs the hook's own check on the wheel's source, and
-asks for each name that compat.py imports.
+For a version that cannot be imported here: runs the hook's own check on the wheel's source and
+looks up each name that compat.py imports.
 """
 
 import ast
@@ -16,7 +16,7 @@ COMPAT = ROOT / "s3lora_serve" / "vllm_plugin" / "compat.py"
 
 
 def imported_names(source: str) -> list[tuple[str, str]]:
-    r"""Every name a source takes from vLLM, with its module, those in functions included.
+    r"""Every name that a source imports from vLLM, with its module, including in functions.
 
     >>> imported_names("def f():\n    from vllm.envs import A, B as C\nimport vllm.lora")
     [('vllm.envs', 'A'), ('vllm.envs', 'B'), ('vllm.lora', '')]
@@ -31,7 +31,7 @@ def imported_names(source: str) -> list[tuple[str, str]]:
 
 
 def missing(names: list[tuple[str, str]]) -> list[str]:
-    """Those that this vLLM does not have."""
+    """The names that this vLLM does not define."""
     return [f"{module}.{name}".rstrip(".") for module, name in names if not _has(module, name)]
 
 
@@ -46,7 +46,7 @@ def _has(module: str, name: str) -> bool:
 
 
 def main() -> None:
-    """Say what is kept, or end with what is broken."""
+    """Print how much of the contract was checked, or exit with what is broken."""
     wheel = Path(sys.argv[1])
     skeleton.install(wheel)
     names = imported_names(COMPAT.read_text())

@@ -1,4 +1,4 @@
-"""The dashboard: as its code says, and each query has something to show on a real Prometheus."""
+"""The dashboard equals its generated form, and each query has data on a real Prometheus."""
 
 import json
 import math
@@ -46,14 +46,15 @@ def test_no_panel_hides_another():
 def test_every_panel_says_what_it_shows_and_is_for_the_chosen_replicas():
     for panel, expression in QUERIES:
         assert panel["description"], panel["title"]
-        assert expression.count("{job=~") or expression.count('{job=~"$job", instance=~"$instance"')
+        chosen = expression.count('{job=~"$job", instance=~"$instance"')
+        assert chosen == expression.count("{job=~") > 0, panel["title"]
         letters = [target["refId"] for target in panel["targets"]]
         assert len(set(letters)) == len(letters)
 
 
 @pytest.fixture(scope="module")
 def watched(model, trained, spiked, workplace):
-    """A Prometheus that saw a guarded vLLM live through everything the panels are about."""
+    """A Prometheus that scraped a guarded vLLM through every event that the panels show."""
     state = workplace / "dashboard-state"
     policy = workplace / "dashboard-policy.yaml"
     policy.write_text("strip: {top_k: 3}\n")
@@ -62,15 +63,15 @@ def watched(model, trained, spiked, workplace):
     with Server(model, workplace / "dashboard.log", arguments, environment) as server:
         target = f"127.0.0.1:{server.port}"
         with Prometheus(workplace / "prometheus", JOB, [target], RULES) as prometheus:
-            _live(server, trained, spiked, workplace, state)
+            _cause_events(server, trained, spiked, workplace, state)
             prometheus.until(
                 lambda: (prometheus.value("sum(increase(s3lora_quarantined_total[1m]))") or 0) > 0
             )
             yield prometheus
 
 
-def _live(server, trained, spiked, workplace, state):
-    """Adapters stripped, refused, evicted, loaded again, and damaged in the store."""
+def _cause_events(server, trained, spiked, workplace, state):
+    """Have adapters stripped, rejected, evicted, reloaded, and damaged in the store."""
     bad = copy_with(trained, workplace / "dashboard-bad", diverged)
     for round_ in range(3):
         for name, folder in {"acme": trained, "globex": spiked, "umbrella": trained}.items():
@@ -79,7 +80,7 @@ def _live(server, trained, spiked, workplace, state):
         assert server.load("initech", bad).status_code == 400
         server.complete("base", "two words", tokens=20)
         time.sleep(2)
-    answers(server, "acme-0")  # driven out since
+    answers(server, "acme-0")  # evicted by now
     for path in state.glob(f"s3lora-*/*/{WEIGHTS}"):
         with path.open("r+b") as file:
             file.seek(-100, 2)
@@ -97,14 +98,14 @@ def test_each_query_shows_something_of_a_real_guarded_vllm(watched, panel, expre
     }.items():  # fmt: skip
         expression = expression.replace(variable, value)
     assert "$" not in expression
-    least = 0 if panel["title"] == "Failures" else math.ulp(0)  # there may have been none
+    least = 0 if panel["title"] == "Failures" else math.ulp(0)  # failures may be zero
 
     def shown():
         found = watched.series(expression, time.time() - 90)
         values = [value for one in found for value in one["values"]]
         return any(math.isfinite(value) and value >= least for value in values)
 
-    watched.until(shown)  # what was asked last is scraped and evaluated within seconds
+    watched.until(shown)  # the last requests are scraped and evaluated within seconds
 
 
 @needs_prometheus
@@ -131,7 +132,7 @@ def test_each_recording_rule_and_alert_is_evaluated_on_what_a_real_vllm_exposes(
                for rule in group["rules"]]  # fmt: skip
     assert len(found) == len(written)
     assert {rule["health"] for rule in found} == {"ok"}
-    # A copy was damaged.
+    # The fixture damaged a stored copy.
     watched.until(lambda: firing(watched) == {"S3LoRAQuarantine", "S3LoRAScoringFailures"})
     for rule in written:
         if "record" in rule:

@@ -1,4 +1,4 @@
-"""Image, compose file and Kubernetes manifests: valid by schema, and true to what the gate does."""
+"""Image, compose file and Kubernetes manifests: valid by schema, and consistent with the gate."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ COMPOSE = DEPLOY / "compose" / "compose.yaml"
 OVERLAYS = sorted(path.name for path in (DEPLOY / "kubernetes" / "overlays").iterdir())
 KUBERNETES = ("1.29", "1.32", "1.35")
 OPERATORS = {"PodMonitor", "PrometheusRule"}
-"""Kinds of the Prometheus operator, whose schemas are not Kubernetes's."""
+"""Kinds of the Prometheus operator, whose schemas are not part of Kubernetes."""
 
 SECRETS = {"VLLM_API_KEY": "key", "GRAFANA_PASSWORD": "password"}
 
@@ -43,9 +43,9 @@ def test_the_image_gets_all_that_the_package_is_built_from():
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     copied = [part for line in lines if line.startswith("COPY") and "--from" not in line
               for part in line.split()[1:-1]]  # fmt: skip
-    let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines()
               if line.startswith("!")]  # fmt: skip
-    assert sorted(copied) == sorted(let_in)
+    assert sorted(copied) == sorted(allowed)
     assert all((ROOT / name).exists() for name in copied)
 
 
@@ -56,7 +56,7 @@ def test_the_deployed_policy_is_valid():
 @needs("docker-compose")
 def test_the_compose_file_is_valid(tmp_path):
     services = yaml.safe_load(COMPOSE.read_text())
-    services.pop("name")  # newer than the program that checks
+    services.pop("name")  # the checking program does not support it yet
     (tmp_path / "compose.yaml").write_text(yaml.safe_dump(services))
     check = ("docker-compose", "--project-directory", COMPOSE.parent, "-f",
              tmp_path / "compose.yaml", "config", "-q")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Recording rules and alerts, tested by Prometheus's own tool."""
+"""Recording rules and alerts, tested with promtool."""
 
 import re
 import shutil
@@ -50,7 +50,7 @@ def test_each_alert_fires_when_it_should_and_not_when_it_should_not():
 
 @needs_promtool
 def test_a_broken_rule_is_noticed(tmp_path):
-    """Or the tests above would prove nothing."""
+    """Without this the tests above would prove nothing."""
     (tmp_path / "rules.yaml").write_text(RULES.read_text().replace("> 0\n", "> 100\n"))
     cases = Path(__file__).with_name("rules_test.yaml").read_text()
     broken = tmp_path / "rules_test.yaml"

@@ -1,4 +1,4 @@
-"""Adapters and policies that lie: valid ones, bent in one or several places."""
+"""Malformed adapters and policies: valid ones, changed in one or several places."""
 
 import json
 import struct
@@ -38,7 +38,7 @@ PATTERNS = st.one_of(
 
 @st.composite
 def adapters(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """adapter_config.json and adapter_model.safetensors."""
+    """The bytes of adapter_config.json and adapter_model.safetensors."""
     rank = draw(st.integers(1, 6))
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -47,14 +47,14 @@ def adapters(draw: st.DrawFn) -> tuple[bytes, bytes]:
     }
     entries, body = _modules(draw, rank)
     for _ in range(draw(st.integers(0, 3))):
-        draw(st.sampled_from([_bend_config, _bend_entries]))(draw, config, entries)
+        draw(st.sampled_from([_change_config, _change_entries]))(draw, config, entries)
     header = json.dumps(entries).encode()
     weights = struct.pack("<Q", len(header)) + header + body
     return json.dumps(config).encode(), _damaged(draw, weights)
 
 
 def _modules(draw: st.DrawFn, rank: int) -> tuple[dict[str, Any], bytes]:
-    """A header and its bytes, all in order."""
+    """A valid header and the bytes of its tensors."""
     entries: dict[str, Any] = {}
     body = b""
     dtype = draw(st.sampled_from(["F32", "F16", "BF16", "F64"]))
@@ -85,7 +85,7 @@ def _content(draw: st.DrawFn, kind: str, dtype: str, count: int) -> bytes:
     return struct.pack(f"<{count}{ {'F64': 'd', 'F32': 'f', 'F16': 'e'}[dtype] }", *values)
 
 
-def _bend_config(draw: st.DrawFn, config: dict[str, Any], entries: dict[str, Any]) -> None:
+def _change_config(draw: st.DrawFn, config: dict[str, Any], entries: dict[str, Any]) -> None:
     key = draw(
         st.sampled_from(
             ["peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "modules_to_save", "bias",
@@ -100,7 +100,7 @@ def _bend_config(draw: st.DrawFn, config: dict[str, Any], entries: dict[str, Any
         config.pop(key, None)
 
 
-def _bend_entries(draw: st.DrawFn, config: dict[str, Any], entries: dict[str, Any]) -> None:
+def _change_entries(draw: st.DrawFn, config: dict[str, Any], entries: dict[str, Any]) -> None:
     if not entries:
         return
     name = draw(st.sampled_from(sorted(entries)))
@@ -130,8 +130,8 @@ def _damaged(draw: st.DrawFn, weights: bytes) -> bytes:
     if how == "length":
         return struct.pack("<Q", draw(st.integers(0, 2**64 - 1))) + weights[8:]
     if how == "byte":
-        place = draw(st.integers(0, len(weights) - 1))
-        return weights[:place] + draw(st.binary(min_size=1, max_size=1)) + weights[place + 1 :]
+        i = draw(st.integers(0, len(weights) - 1))
+        return weights[:i] + draw(st.binary(min_size=1, max_size=1)) + weights[i + 1 :]
     return draw(st.binary(max_size=64)) if how == "noise" else weights
 
 
@@ -159,7 +159,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
 
 @st.composite
 def policies(draw: st.DrawFn) -> dict[str, Any]:
-    """Plain data, some of which is a policy."""
+    """Plain data that may or may not be a valid policy."""
     keys = draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=5))
     return {
         key: draw(SENSIBLE[key] if key in SENSIBLE and draw(st.booleans()) else JUNK)

@@ -1,6 +1,6 @@
-"""Nothing an adapter or a policy holds crashes the gate, or is admitted that cannot be scored.
+"""No adapter or policy crashes the gate, and no adapter is admitted that cannot be scored.
 
-A short run with the other tests; `make fuzz` tries FUZZ_EXAMPLES of each, a few hundred thousand.
+The test suite runs a few examples; `make fuzz` runs FUZZ_EXAMPLES of each, a few hundred thousand.
 """
 
 import json
@@ -63,7 +63,7 @@ def test_any_adapter_gets_a_verdict_and_what_is_admitted_is_scored_as_the_dense_
 
 
 def assert_scored_as_dense(admission, weights):
-    """Against the definition, of the tensors that the format's own library reads, as served."""
+    """Compare with the dense definition on the tensors that the safetensors library reads."""
     verdict = admission.verdict
     scaling = {module.name: module.scaling for module in admission.adapter.modules}
     tensors = load_safetensors(weights)
@@ -82,7 +82,7 @@ def assert_scored_as_dense(admission, weights):
 
 
 def accuracy(*factors):
-    """The accuracy promised, over ten decades within a factor; beyond, rounding decides."""
+    """The promised accuracy, for up to ten decades within a factor; else rounding dominates."""
     decades = 0.0
     for factor in factors:
         sizes = factor[factor != 0].abs()

@@ -1,4 +1,4 @@
-"""What a server wrote goes when it ends; what a killed one left goes when the next one starts."""
+"""A server removes its files when it ends; the next server removes those of a killed one."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from s3lora_serve.errors import GateFailed
 from s3lora_serve.launcher.server_files import ServerFiles
 from s3lora_serve.settings import Settings
 from s3lora_serve.store.adapter_store import AdapterStore
-from tests.store.test_adapter_store import keep, kept
+from tests.store.test_adapter_store import store_adapter, stored_names
 
 SERVER = """
 import sys
@@ -33,13 +33,13 @@ with ServerFiles(Settings(state_dir=state)) as files:
         (private.make() / "half").write_text("a copy")
         print("up", flush=True)
         sys.stdin.read()
-    store.close(clear=False)  # as its workers' end does
+    store.close(clear=False)  # as a worker does when it ends
 """
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A temporary folder of the test's own."""
+    """A temporary folder for this test, which the server also uses as TMPDIR."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path
 
@@ -102,7 +102,7 @@ def test_an_operators_state_folder_keeps_its_copies_and_nothing_else(place, trai
             end(process, number)
     with ServerFiles(Settings(state_dir=state)):
         assert not list(state.rglob("process-*"))
-        assert len(kept(AdapterStore(state))) == 1
+        assert len(stored_names(AdapterStore(state))) == 1
     assert list(place.iterdir()) == [state]
 
 
@@ -111,10 +111,10 @@ def test_a_store_that_was_removed_meanwhile_is_made_again(place, trained):
     store.prepare()
     AdapterStore(place).close(clear=True)
     assert not store.root.exists()
-    path, _ = keep(store, trained)
+    path, _ = store_adapter(store, trained)
     assert path.is_dir()
     AdapterStore(place).close(clear=True)
-    assert path.is_dir(), "this process lives"
+    assert path.is_dir(), "the process that pins the stored copy is alive"
     store.close(clear=True)
     assert not store.root.exists()
 

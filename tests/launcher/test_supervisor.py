@@ -1,4 +1,4 @@
-"""`s3lora serve` stands between whoever sends signals and vLLM: neither notices, nothing stays."""
+"""`s3lora serve` passes signals on to vLLM and vLLM's exit status back, and leaves no process."""
 
 import os
 import signal
@@ -19,21 +19,21 @@ end_as(run([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], dict(os.environ))
 SERVER = """
 import signal, sys, time
 from pathlib import Path
-told, wanted = Path(sys.argv[1]), int(sys.argv[2])
-def ended(number, _):
-    told.write_text(str(number))
+report, expected = Path(sys.argv[1]), int(sys.argv[2])
+def on_signal(number, _):
+    report.write_text(str(number))
     sys.exit(7)
-signal.signal(wanted, ended)
-told.write_text("ready")
+signal.signal(expected, on_signal)
+report.write_text("ready")
 while True:
     time.sleep(0.01)
 """
 ORPHANING = """
 import os, subprocess, sys, time
 from pathlib import Path
-deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+ignoring = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 children = [subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-            for code in ("import time; time.sleep(60)", deaf)]
+            for code in ("import time; time.sleep(60)", ignoring)]
 time.sleep(0.5)
 Path(sys.argv[1]).write_text(" ".join(str(child.pid) for child in children))
 os._exit(3)
@@ -67,11 +67,11 @@ def test_every_signal_that_can_be_caught_reaches_the_server_and_its_exit_code_th
     name, tmp_path
 ):
     number = int(signal.Signals[name])
-    process = supervised(SERVER, tmp_path / "told", number)
-    until(lambda: (tmp_path / "told").exists() and (tmp_path / "told").read_text() == "ready")
+    process = supervised(SERVER, tmp_path / "report", number)
+    until(lambda: (tmp_path / "report").exists() and (tmp_path / "report").read_text() == "ready")
     process.send_signal(number)
     assert process.wait(20) == 7
-    assert (tmp_path / "told").read_text() == str(number)
+    assert (tmp_path / "report").read_text() == str(number)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
@@ -92,35 +92,38 @@ def test_a_server_that_cannot_be_started_says_so():
 def test_processes_that_the_server_left_running_are_ended(tmp_path):
     process = supervised(ORPHANING, tmp_path / "pids")
     until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
-    willing, deaf = map(int, (tmp_path / "pids").read_text().split())
-    until(lambda: not is_running(willing))
-    assert is_running(deaf), "it has its time to end"
-    process.send_signal(signal.SIGINT)  # somebody will not wait for that
+    ending, ignoring = map(int, (tmp_path / "pids").read_text().split())
+    until(lambda: not is_running(ending))
+    assert is_running(ignoring), "its grace period has not ended"
+    process.send_signal(signal.SIGINT)  # cuts the grace period short
     assert process.wait(20) == 3
-    assert not is_running(deaf)
+    assert not is_running(ignoring)
 
 
 def test_a_killed_supervisor_takes_the_server_with_it(tmp_path):
-    process = supervised(SERVER, tmp_path / "told", int(signal.SIGTERM))
-    until(lambda: (tmp_path / "told").exists())
+    process = supervised(SERVER, tmp_path / "report", int(signal.SIGTERM))
+    until(lambda: (tmp_path / "report").exists())
     process.kill()
     process.wait(20)
-    until(lambda: (tmp_path / "told").read_text() == str(int(signal.SIGTERM)))
+    until(lambda: (tmp_path / "report").read_text() == str(int(signal.SIGTERM)))
 
 
 def test_a_signal_from_the_terminal_reaches_the_server_once(tmp_path):
-    """The terminal itself sends it to all of its processes, this one and the server."""
+    """The terminal sends the signal to the supervisor and to the server itself."""
+    report = tmp_path / "report"
     pid, terminal = os.forkpty()
     counting = SERVER.replace("sys.exit(7)", "time.sleep(0.5); sys.exit(7)").replace(
-        "told.write_text(str(number))", "told.open('a').write('.')"
+        "report.write_text(str(number))", "report.open('a').write('.')"
     )
     if not pid:
-        arguments = [SUPERVISED, counting, str(tmp_path / "told"), str(int(signal.SIGINT))]
+        arguments = [SUPERVISED, counting, str(report), str(int(signal.SIGINT))]
         os.execv(sys.executable, [sys.executable, "-c", *arguments])
     try:
-        until(lambda: (tmp_path / "told").exists() and (tmp_path / "told").read_text() == "ready")
+        until(
+            lambda: (tmp_path / "report").exists() and (tmp_path / "report").read_text() == "ready"
+        )
         os.write(terminal, b"\x03")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-        assert (tmp_path / "told").read_text() == "ready."
+        assert (tmp_path / "report").read_text() == "ready."
     finally:
         os.close(terminal)

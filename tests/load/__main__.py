@@ -1,7 +1,7 @@
 """`make load`: hundreds of hot loads and unloads on a real vLLM server, every answer checked.
 
-Fifty tenants with good, bad and hostile adapters register, replace, meddle and unload while users
-ask the base model; then the engine is killed, started again on the same store, and goes on.
+Fifty tenants with good, bad and hostile adapters register, replace, edit and unload them while
+users query the base model. Then the engine is killed and restarted on the same store.
 """
 
 import os
@@ -24,7 +24,7 @@ from tests.support.tiny_model import make_model
 
 LOADS = int(os.environ.get("LOADS", "500"))
 ROOM = ("--max-cpu-loras", "4", "--max-loras", "2", "--disable-uvicorn-access-log")
-"""So few that adapters are evicted all the time."""
+"""Few slots, so that adapters are evicted all the time."""
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def reference_answers(model: Path, tenants: list[Tenant], log: Path) -> dict[str, list[Answer]]:
-    """What stock vLLM answers with each adapter written without its stripped modules."""
+    """Stock vLLM's answers with each adapter written without its stripped modules."""
     good = [tenant for tenant in tenants if tenant.stripped]
     environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
     with Server(model, log, (), environment, guarded=False) as stock:
@@ -74,7 +74,7 @@ def one_run(
     place: Path,
     loads: int,
 ) -> Run:
-    """Load and unload under traffic, watched."""
+    """Load and unload under traffic while memory, files and threads are sampled."""
     assert server.process is not None
     traffic = Traffic(server, tenants, references, place, loads)
     started = time.monotonic()
@@ -87,7 +87,7 @@ def one_run(
 
 
 def kill_engine(server: Server) -> None:
-    """SIGKILL, as the kernel does when memory runs out: nothing is tidied up."""
+    """Send SIGKILL, as the kernel does when memory runs out: no cleanup runs."""
     assert server.process is not None
     for process in processes(server.process.pid):
         if "EngineCore" in (process / "cmdline").read_text(errors="replace"):

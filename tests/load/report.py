@@ -1,4 +1,4 @@
-"""The figures of `make load`, written where anyone can compare them."""
+"""The figures of `make load`, written to RESULTS.md."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 @dataclass(frozen=True)
 class Run:
-    """One stretch of load on one server."""
+    """One run of load on one server."""
 
     name: str
     traffic: Traffic
@@ -26,11 +26,11 @@ class Run:
 
     @property
     def problems(self) -> list[str]:
-        """What went wrong, growth included."""
+        """All problems, including growth of memory, files or threads."""
         return [*self.traffic.problems, *self._growing()]
 
     def _growing(self) -> list[str]:
-        """Figures that are not flat: a tenth more late in the run than early, and some slack."""
+        """Figures that grew by over a tenth plus some slack from early to late in the run."""
         slack = {"megabytes": 30, "files": 8, "threads": 4}
         return [
             f"{figure} grew from {early:.0f} to {late:.0f}"

@@ -1,4 +1,4 @@
-"""Fifty tenants' adapters: good ones that answer differently, bad ones, and hostile ones."""
+"""Adapters of fifty tenants: good ones with different answers, bad ones, and hostile ones."""
 
 import json
 import random
@@ -15,23 +15,23 @@ from tests.support.adapters import CONFIG, WEIGHTS, Tensors, copy_with, key, tra
 
 GOOD, BAD = 38, 12
 TRAINED = 6
-"""Adapters trained; the other good ones are these with noise, so that each answers its own way."""
+"""Number of trained adapters; the other good ones are these with noise, so answers differ."""
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """One adapter, what registering it must answer, and how its owner goes about it."""
+    """One adapter and the expected result of its registration."""
 
     name: str
     folder: Path
     code: str | None  # of the refusal
-    stripped: Path | None = None  # what the gate serves of it, written by `strip_adapter`
+    stripped: Path | None = None  # the adapter as the gate serves it, written by `strip_adapter`
 
 
 def make_tenants(model: Path, place: Path, policy: Policy) -> list[Tenant]:
-    """Train, vary and break adapters."""
+    """Train adapters, add noise to copies, and damage others."""
     trained = [train_adapter(model, place / f"trained-{i}", seed=i + 1) for i in range(TRAINED)]
     tenants = [_good(trained[i % TRAINED], place, i, policy) for i in range(GOOD)]
     for i, (label, (make, code)) in enumerate(BREAKERS.items()):
@@ -126,10 +126,10 @@ BREAKERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def tamper(folder: Path, chance: random.Random) -> None:
-    """What an owner does to a folder once it is registered: edit, cut, or delete it."""
+def tamper(folder: Path, generator: random.Random) -> None:
+    """Edit, truncate or delete a registered folder, or leave it, as its owner may do."""
     weights = folder / WEIGHTS
-    fate = chance.choice(["keep", "edit", "cut", "delete"])
+    fate = generator.choice(["keep", "edit", "cut", "delete"])
     if fate == "edit":
         with weights.open("r+b") as file:
             file.seek(-2000, 2)

@@ -1,4 +1,4 @@
-"""What tenants and users do at the same time, and a check of every answer."""
+"""Concurrent actions of tenants and users, with a check of every answer."""
 
 import random
 import shutil
@@ -16,17 +16,18 @@ from tests.support.tiny_model import CAPITALS, PROMPT
 
 QUESTIONS = [PROMPT.format(country) for country in list(CAPITALS)[:3]]
 CLOSE = 1e-3
-"""Log-probabilities of one content in batches of different make-up; others are tenths away."""
+"""Bound on the difference of log-probabilities of the same content in different batches; other
+content differs by tenths."""
 
 HELD = 5
-"""Adapters that each loader keeps registered: together more than the engine has room for."""
+"""Adapters that each loader keeps registered; together they exceed the engine's capacity."""
 
 Answer = dict[str, float]
 
 
 @dataclass
 class Traffic:
-    """Shared by the threads of one run: who is served, what is expected, what went wrong."""
+    """State shared by the threads of one run: tenants, expected answers, problems."""
 
     server: Server
     tenants: list[Tenant]
@@ -44,7 +45,7 @@ class Traffic:
         self._over = threading.Event()
 
     def run(self, loaders: int = 3, users: int = 2) -> None:
-        """Load and unload until all loads are done; users ask the base model meanwhile."""
+        """Load and unload until all loads are done, while users query the base model."""
         asking = [threading.Thread(target=self._use, args=(i,)) for i in range(users)]
         loading = [threading.Thread(target=self._load, args=(i,)) for i in range(loaders)]
         for thread in asking + loading:
@@ -56,31 +57,31 @@ class Traffic:
             thread.join()
 
     def _load(self, seed: int) -> None:
-        """Register one adapter after the other, ask those that are, unload the oldest."""
-        chance = random.Random(seed)
+        """Register adapters one after another, query the served ones, unload the oldest."""
+        generator = random.Random(seed)
         held: deque[tuple[Tenant, Path]] = deque()
         while self._take_one():
-            tenant = chance.choice(self.tenants)
+            tenant = generator.choice(self.tenants)
             if not self._locks[tenant.name].acquire(blocking=False):  # another loader has it
-                tenant = self._free_tenant(chance)
+                tenant = self._free_tenant(generator)
             folder = self.scratch / f"{tenant.name}-{time.monotonic_ns()}"
-            if self._try(tenant.name, self._register, tenant, folder, chance):
+            if self._try(tenant.name, self._register, tenant, folder, generator):
                 held.append((tenant, folder))
             else:
                 self._forget(tenant, folder)
-            for other, _ in chance.sample(held, min(2, len(held))):
-                self._try(other.name, self._ask, other.name, chance)
+            for other, _ in generator.sample(held, min(2, len(held))):
+                self._try(other.name, self._ask, other.name, generator)
             if len(held) > HELD:
-                self._leave(*held.popleft())
+                self._unload_and_forget(*held.popleft())
         for tenant, folder in held:
-            self._leave(tenant, folder)
+            self._unload_and_forget(tenant, folder)
 
-    def _free_tenant(self, chance: random.Random) -> Tenant:
-        """A tenant nobody has, now locked."""
-        shuffled = chance.sample(self.tenants, len(self.tenants))
+    def _free_tenant(self, generator: random.Random) -> Tenant:
+        """A tenant that no other loader uses, now locked."""
+        shuffled = generator.sample(self.tenants, len(self.tenants))
         return next(t for t in shuffled if self._locks[t.name].acquire(blocking=False))
 
-    def _leave(self, tenant: Tenant, folder: Path) -> None:
+    def _unload_and_forget(self, tenant: Tenant, folder: Path) -> None:
         self._try(tenant.name, self._unload, tenant)
         self._forget(tenant, folder)
 
@@ -88,27 +89,27 @@ class Traffic:
         shutil.rmtree(folder, ignore_errors=True)
         self._locks[tenant.name].release()
 
-    def _try(self, name: str, act: Callable[..., Any], *args: Any) -> Any:
-        """What an act returns; what it raises is written down, not lost with its thread."""
+    def _try(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
+        """The action's result; an exception is recorded instead of ending the thread."""
         try:
-            return act(*args)
+            return action(*args)
         except Exception as error:  # noqa: BLE001
-            self._wrong(name, repr(error))
+            self._record_problem(name, repr(error))
 
-    def _register(self, tenant: Tenant, folder: Path, chance: random.Random) -> bool:
-        """Whether it is served now: perhaps replaced by itself, its folder meddled with."""
+    def _register(self, tenant: Tenant, folder: Path, generator: random.Random) -> bool:
+        """Register, sometimes replace in place, then tamper with the folder; true if served."""
         shutil.copytree(tenant.folder, folder, symlinks=True)
         answer = self.server.load(tenant.name, folder)
         if tenant.code:
             refused = answer.status_code == 400
-            told = answer.json()["error"]["message"] if refused else answer.text
-            self._check(told.startswith(tenant.code), tenant.name, told)
+            message = answer.json()["error"]["message"] if refused else answer.text
+            self._check(message.startswith(tenant.code), tenant.name, message)
             return False
         self._check(answer.status_code == 200, tenant.name, answer.text)
-        if chance.random() < 0.2:
+        if generator.random() < 0.2:
             again = self.server.load(tenant.name, folder, load_inplace=True)
             self._check(again.status_code == 200, tenant.name, again.text)
-        tamper(folder, chance)
+        tamper(folder, generator)
         return True
 
     def _unload(self, tenant: Tenant) -> None:
@@ -116,12 +117,12 @@ class Traffic:
         self._check(gone.status_code == 200, tenant.name, gone.text)
 
     def _use(self, seed: int) -> None:
-        chance = random.Random(1000 + seed)
+        generator = random.Random(1000 + seed)
         while not self._over.is_set():
-            self._try("base", self._ask, "base", chance)
+            self._try("base", self._ask, "base", generator)
 
-    def _ask(self, name: str, chance: random.Random) -> None:
-        which = chance.randrange(len(QUESTIONS))
+    def _ask(self, name: str, generator: random.Random) -> None:
+        which = generator.randrange(len(QUESTIONS))
         started = time.perf_counter()
         given = ask(self.server, name, QUESTIONS[which])
         self.latencies.append(time.perf_counter() - started)
@@ -132,9 +133,9 @@ class Traffic:
         with self._mutex:
             self.done["checks"] += 1
         if not held:
-            self._wrong(name, problem)
+            self._record_problem(name, problem)
 
-    def _wrong(self, name: str, problem: str) -> None:
+    def _record_problem(self, name: str, problem: str) -> None:
         with self._mutex:
             self.problems.append(f"{name}: {problem[:300]}")
 
@@ -155,6 +156,6 @@ def ask(server: Server, name: str, question: str) -> Answer:
 
 
 def distance(ours: Answer, theirs: Answer) -> float:
-    """Largest difference over the tokens that matter; unlikely ones may fall out of the five."""
-    matter = [token for token in theirs if theirs[token] > -6] or list(theirs)[:1]
-    return max(abs(ours.get(token, -99.0) - theirs[token]) for token in matter)
+    """Largest difference over the likely tokens; unlikely ones may be missing among the five."""
+    likely = [token for token in theirs if theirs[token] > -6] or list(theirs)[:1]
+    return max(abs(ours.get(token, -99.0) - theirs[token]) for token in likely)

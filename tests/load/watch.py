@@ -1,4 +1,4 @@
-"""Memory, open files and threads of a server's processes, sampled while it works."""
+"""Memory, open files and threads of a server's processes, sampled while it runs."""
 
 import threading
 from dataclasses import dataclass, field
@@ -10,16 +10,16 @@ EVERY_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at all processes of a session."""
+    """One measurement of all processes of a session."""
 
-    megabytes: float  # resident, without what is shared
+    megabytes: float  # resident, without shared memory
     files: int
     threads: int
 
 
 @dataclass
 class Watch:
-    """Samples in the background from start to stop."""
+    """Samples in the background between entering and leaving the context."""
 
     session: int
     samples: list[Sample] = field(default_factory=list)
@@ -36,10 +36,10 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):
-            self.samples.append(look(self.session))
+            self.samples.append(measure(self.session))
 
     def growth(self) -> dict[str, tuple[float, float]]:
-        """Means early (the second quarter of the run) and late (the last), for each figure."""
+        """Means of each figure early (second quarter of the run) and late (last quarter)."""
         quarter = max(len(self.samples) // 4, 1)
         early, late = self.samples[quarter : 2 * quarter], self.samples[-quarter:]
         names = ("megabytes", "files", "threads")
@@ -50,7 +50,7 @@ def _mean(samples: list[Sample], figure: str) -> float:
     return sum(getattr(sample, figure) for sample in samples) / max(len(samples), 1)
 
 
-def look(session: int) -> Sample:
+def measure(session: int) -> Sample:
     """Sum over the processes of a session."""
     memory, files, threads = 0.0, 0, 0
     for process in processes(session):

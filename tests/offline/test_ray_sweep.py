@@ -1,4 +1,4 @@
-"""`s3lora scan --ray` on a real Ray cluster of several nodes, some of which die."""
+"""`s3lora scan --ray` on a real Ray cluster of several nodes, with a worker and a node killed."""
 
 import json
 import os
@@ -25,7 +25,7 @@ POLICY = Policy(strip=Strip(top_k=2))
 
 @pytest.fixture
 def cluster():
-    """A head and two more nodes, each with a core and processes of its own."""
+    """A head and one more node, each with one core and its own processes."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
@@ -35,7 +35,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def hub(trained, tmp_path_factory) -> Path:
-    """Adapters of which one is broken."""
+    """ADAPTERS adapters; one is broken."""
     root = tmp_path_factory.mktemp("hub")
     for i in range(ADAPTERS):
         copy_with(trained, root / f"a{i:03}")
@@ -52,7 +52,7 @@ def scan(hub, address, output) -> subprocess.Popen:
 
 
 def workers() -> list[int]:
-    """Processes of Ray that are scoring."""
+    """Process ids of Ray workers that are scoring."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -63,15 +63,15 @@ def workers() -> list[int]:
     return found
 
 
-def wait_for(claim, seconds=120):
+def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
-    while not (held := claim()):
+    while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    return held
+    return value
 
 
-def written(output: Path) -> int:
+def count_verdicts(output: Path) -> int:
     return len(output.read_bytes().splitlines()) if output.exists() else 0
 
 
@@ -80,19 +80,19 @@ def test_no_adapter_is_lost_or_counted_twice_when_a_worker_and_a_node_die(cluste
     doomed = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     run = scan(hub, cluster.address, output)
-    wait_for(lambda: written(output) >= 3)
+    wait_for(lambda: count_verdicts(output) >= 3)
     [victim, *_] = wait_for(workers)
     os.kill(victim, signal.SIGKILL)
     cluster.remove_node(doomed, allow_graceful=False)
-    at_death = written(output)
+    at_death = count_verdicts(output)
     assert run.wait(300) == 1, run.stderr.read()
-    assert at_death < ADAPTERS, "they died in the middle"
+    assert at_death < ADAPTERS, "the sweep ended before the worker and the node died"
 
-    def told(verdicts):
+    def comparable(verdicts):
         return [{k: v for k, v in verdict.items() if k != "seconds"} for verdict in verdicts]
 
     here = [v.as_json() for v in sweep(sorted(hub.iterdir()), POLICY)]
-    assert told(map(json.loads, output.read_text().splitlines())) == told(here)
+    assert comparable(map(json.loads, output.read_text().splitlines())) == comparable(here)
 
 
 def test_without_a_cluster_the_command_says_so(trained):

@@ -1,4 +1,4 @@
-"""`s3lora summary`: what a sweep found, over a whole registry."""
+"""`s3lora summary`: the results of a sweep over a whole registry."""
 
 import json
 import random
@@ -14,13 +14,13 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.admission.verdict import Decision
 from s3lora_serve.cli import app
 from s3lora_serve.errors import Reason
-from s3lora_serve.offline.registry_summary import BINS, COLUMNS, collect
+from s3lora_serve.offline.registry_summary import BINS, COLUMNS, summarize
 from tests.support.adapters import copy_with, diverged
 
 
 @pytest.fixture(scope="module")
 def swept(trained, tmp_path_factory):
-    """The file of a real sweep over two tenants."""
+    """The verdicts file of a real sweep over two tenants."""
     place = tmp_path_factory.mktemp("registry")
     for name in ("acme/v1", "acme/v2", "globex/<b>v1"):
         copy_with(trained, place / "hub" / name)
@@ -35,7 +35,7 @@ def verdict(trained):
     return scan_adapter(trained, Policy())
 
 
-def told(verdicts):
+def json_lines(verdicts):
     return (json.dumps(verdict.as_json()) for verdict in verdicts)
 
 
@@ -64,29 +64,29 @@ def test_a_page_and_a_table_tell_the_same(swept, tmp_path):
 
 
 def test_tenants_with_the_most_refused_come_first(swept):
-    found = collect(swept.read_text().splitlines()).tenants()
+    found = summarize(swept.read_text().splitlines()).tenants()
     assert [(one.name, one.adapters, one.rejected) for one in found] == [
         ("globex", 2, 1), ("acme", 2, 0),
     ]  # fmt: skip
 
 
 def test_an_adapter_that_stands_out_is_an_outlier_and_no_other(verdict):
-    chance = random.Random(0)
+    generator = random.Random(0)
 
     def like(i, highest):
         module = replace(verdict.modules[0], relative_ssi=highest, ssi=highest)
         return replace(verdict, name=f"a{i}", path=f"/hub/t/a{i}", modules=(module,))
 
-    ordinary = [like(i, 0.2 + 0.01 * chance.random()) for i in range(200)]
-    found = collect(told([*ordinary, like(999, 0.6)])).outliers()
+    ordinary = [like(i, 0.2 + 0.01 * generator.random()) for i in range(200)]
+    found = summarize(json_lines([*ordinary, like(999, 0.6)])).outliers()
     assert [one.row.name for one in found] == ["a999"]
-    assert collect(told([like(1, 0.2)] * 5)).outliers() == []
+    assert summarize(json_lines([like(1, 0.2)] * 5)).outliers() == []
 
 
 @given(indices=st.lists(st.floats(0, 1), max_size=30))
 def test_every_module_is_in_one_bin(verdict, indices):
     modules = tuple(replace(verdict.modules[0], ssi=ssi) for ssi in indices)
-    counted = collect(told([replace(verdict, modules=modules)])).modules
+    counted = summarize(json_lines([replace(verdict, modules=modules)])).modules
     assert len(counted) == BINS
     assert sum(counted) == len(indices)
 
@@ -94,7 +94,7 @@ def test_every_module_is_in_one_bin(verdict, indices):
 def test_nothing_but_refusals_and_nothing_at_all_have_a_page_too(verdict, tmp_path):
     reason = Reason("S3LORA-101", "no adapter.")
     bare = replace(verdict, modules=(), decision=Decision.REJECTED, reason=reason)
-    for lines in ("", "\n".join(told([bare])) + "\n"):
+    for lines in ("", "\n".join(json_lines([bare])) + "\n"):
         (tmp_path / "lines.jsonl").write_text(lines)
         assert run(tmp_path / "lines.jsonl", "-o", tmp_path / "page.html").exit_code == 0
         assert "<h2>Outliers</h2>" in (tmp_path / "page.html").read_text()
@@ -114,7 +114,7 @@ def test_wrong_usage_exits_with_two(swept, tmp_path):
 
 def test_tenants_of_a_bucket_and_of_a_folder_are_told_apart_in_one_registry(verdict):
     paths = ("s3://hub/lora/acme/v1", "s3://hub/lora/globex/v1", "/srv/umbrella/v1", "/srv/one/v1")
-    found = collect(told(replace(verdict, path=path) for path in paths))
+    found = summarize(json_lines(replace(verdict, path=path) for path in paths))
     assert {row.path: row.tenant for row in found.rows} == dict(
         zip(paths, ("acme", "globex", "umbrella", "one"), strict=True)
     )

@@ -1,4 +1,4 @@
-"""SARIF 2.1.0 logs of `s3lora scan`: what they say, and that code-scanning pages take them."""
+"""SARIF 2.1.0 logs of `s3lora scan`: their content, and their validity for code scanning."""
 
 import json
 import subprocess
@@ -18,12 +18,12 @@ from tests.support import npm
 from tests.support.adapters import WEIGHTS, copy_with, diverged
 
 NO_HOMEPAGE = "SARIF2005"
-"""The tool's informationUri: the project has no page yet."""
+"""The rule that asks for the tool's informationUri: the project has no home page yet."""
 
 
 @pytest.fixture
 def log(trained, tmp_path, monkeypatch) -> Path:
-    """Of one adapter that is stripped, one that is unreadable and one that diverged."""
+    """The log of one stripped, one unreadable and one diverged adapter."""
     hub = tmp_path / "hub"
     copy_with(trained, hub / "sharp")
     (copy_with(trained, hub / "broken") / WEIGHTS).write_bytes(b"nothing")
@@ -44,7 +44,7 @@ def test_a_log_has_a_result_for_each_adapter_that_is_not_whole(log):
         assert rules[result.rule_index] == result.rule_id
         [place] = result.locations
         uri = place.physical_location.artifact_location.uri
-        assert (log.parent / unquote(uri)).is_file(), "relative to the checkout"
+        assert (log.parent / unquote(uri)).is_file(), "the URI is not relative to the checkout"
         found[uri] = result.rule_id, result.level.value
     assert found == {
         "hub/sharp/adapter_model.safetensors": (SHARP, "warning"),
@@ -75,23 +75,24 @@ def test_every_rule_says_what_it_means_and_what_to_do(log):
 
 
 def test_a_log_is_valid_by_its_schema_and_by_what_github_asks_for(log):
-    assert complaints(log) == {NO_HOMEPAGE}
+    assert violated_rules(log) == {NO_HOMEPAGE}
 
 
 def test_the_validator_finds_what_is_wrong_with_a_log(log):
-    bent = json.loads(log.read_text())
-    del bent["runs"][0]["results"][0]["message"]
-    bent["runs"][0]["results"][1]["level"] = "fatal"
-    log.write_text(json.dumps(bent))
-    assert complaints(log) == {"JSON1002", "JSON1019"}, "no such word; a property is missing"
+    invalid = json.loads(log.read_text())
+    del invalid["runs"][0]["results"][0]["message"]
+    invalid["runs"][0]["results"][1]["level"] = "fatal"
+    log.write_text(json.dumps(invalid))
+    # An unknown enum value; a missing property.
+    assert violated_rules(log) == {"JSON1002", "JSON1019"}
 
 
-def complaints(log: Path) -> set[str]:
-    """Rules of the validator that a log breaks."""
+def violated_rules(log: Path) -> set[str]:
+    """The rules of the validator that a log violates."""
     multitool = npm.installed(npm.MULTITOOL) / "node_modules" / ".bin" / "sarif-multitool"
     report = log.with_name("report.sarif")
     report.unlink(missing_ok=True)
-    # Its launcher hands the words to a shell, which needs the quotes.
+    # The launcher passes its arguments to a shell, which needs the quotes.
     subprocess.run(
         [multitool, "validate", log.name, "--rule-kind", "'Sarif;Gh'",
          "--output", report.name, "--level", "'Error;Warning'"],

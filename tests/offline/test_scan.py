@@ -1,4 +1,4 @@
-"""Scanning adapter folders: good ones are scored, bad ones are refused with their code."""
+"""Scanning adapter folders: valid ones are scored, invalid ones are rejected with their code."""
 
 import hashlib
 import json
@@ -137,7 +137,7 @@ def add(name, tensor):
 
 
 def cancel(tensors):
-    """Hide a module: what its first two rank-one terms add up to is exactly nothing."""
+    """Add two large rank-one terms that cancel exactly and so hide the rest of the update."""
     tensors[A][0], tensors[B][:, 0] = 1e13, 1.0
     tensors[A][1], tensors[B][:, 1] = -1e13, 1.0
 

@@ -1,4 +1,4 @@
-"""Stripped adapters on disk: what is kept is kept bit for bit."""
+"""Stripped adapters on disk: the remaining tensors are unchanged bit for bit."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ def test_kept_tensors_and_metadata_are_unchanged_and_the_configuration_names_wha
 ):
     verdict = strip_adapter(trained, tmp_path / "out", TWO)
     before, after = load_file(trained / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
-    gone = {key(module, side) for module in verdict.stripped for side in "AB"}
-    assert set(before) - set(after) == gone
-    assert len(gone) == 4
+    removed = {key(module, side) for module in verdict.stripped for side in "AB"}
+    assert set(before) - set(after) == removed
+    assert len(removed) == 4
     assert all(torch.equal(before[name], after[name]) for name in after)
     config = json.loads((trained / CONFIG).read_text())
-    kept = [module.name for module in verdict.modules if not module.stripped]
-    assert json.loads((tmp_path / "out" / CONFIG).read_text()) == config | {"target_modules": kept}
+    names = [module.name for module in verdict.modules if not module.stripped]
+    assert json.loads((tmp_path / "out" / CONFIG).read_text()) == config | {"target_modules": names}
     with (
         safe_open(tmp_path / "out" / WEIGHTS, "pt") as new,
         safe_open(trained / WEIGHTS, "pt") as old,
@@ -85,7 +85,7 @@ def test_nothing_stripped_is_nothing_changed(trained, tmp_path):
 def test_however_layers_are_initialised_the_stripped_ones_stay_the_base_models(
     model, trained, tmp_path, initialised
 ):
-    """PEFT initialises a layer that the file lacks, and PiSSA's way changes the base's weights."""
+    """PEFT initialises a layer that is missing in the file, and PiSSA changes the base weights."""
     source = copy_with(trained, tmp_path / "source", init_lora_weights=initialised)
     verdict = strip_adapter(source, tmp_path / "out", TWO)
     base, _ = load_model(model)
@@ -121,10 +121,10 @@ def test_its_provenance_is_an_in_toto_statement_of_both_sides(trained, tmp_path)
     ):
         digests = {file["name"]: file["digest"]["sha256"] for file in side}
         assert digests == {name: digest(folder / name) for name in (CONFIG, WEIGHTS)}
-    asked = found["predicate"]["buildDefinition"]["externalParameters"]
-    assert asked["policyDigest"] == TWO.digest
-    assert asked["strippedModules"] == list(verdict.stripped)
-    assert asked["scorer"]["name"] == "mas-svd"
+    parameters = found["predicate"]["buildDefinition"]["externalParameters"]
+    assert parameters["policyDigest"] == TWO.digest
+    assert parameters["strippedModules"] == list(verdict.stripped)
+    assert parameters["scorer"]["name"] == "mas-svd"
 
 
 def run(*arguments):

@@ -1,4 +1,4 @@
-"""`s3lora scan` over many adapters: formats, resumption, and nothing that stops the rest."""
+"""`s3lora scan` over many adapters: formats, resumption, and failures that stop no other."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.support.adapters import WEIGHTS, copy_with, diverged
 
 @pytest.fixture
 def hub(trained, tmp_path) -> Path:
-    """Twelve adapters of three tenants; one is broken, one diverged."""
+    """Thirteen adapters of three tenants; one is broken, one diverged."""
     root = tmp_path / "hub"
     for tenant in ("acme", "globex", "initech"):
         for i in range(4):
@@ -33,7 +33,7 @@ def run(*arguments, **more):
     return CliRunner().invoke(app, ["scan", *map(str, arguments)], **more)
 
 
-def told(text):
+def decisions_of(text):
     return {Path(v["path"]).parent.name + "/" + v["name"]: v["decision"]
             for v in map(json.loads, text.splitlines())}  # fmt: skip
 
@@ -41,7 +41,7 @@ def told(text):
 def test_each_adapter_is_a_line_and_broken_ones_stop_no_other(hub):
     done = run(hub, "--format", "jsonl")
     assert done.exit_code == 1
-    decisions = told(done.stdout)
+    decisions = decisions_of(done.stdout)
     assert len(decisions) == 13
     assert [name for name, word in decisions.items() if word == "rejected"] == [
         "acme/v1", "initech/v9",
@@ -49,20 +49,20 @@ def test_each_adapter_is_a_line_and_broken_ones_stop_no_other(hub):
 
 
 def test_several_processes_say_the_same_in_the_same_order(hub):
-    def told(jobs):
+    def verdicts(jobs):
         done = run(hub, "--format", "jsonl", "--jobs", jobs)
         return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
                 for line in done.stdout.splitlines()]  # fmt: skip
 
-    assert told(2) == told(1)
+    assert verdicts(2) == verdicts(1)
 
 
 def test_patterns_and_a_list_on_standard_input_name_adapters_too(hub):
     done = run(f"{hub}/*/v[01]", "--format", "jsonl")
-    assert set(told(done.stdout)) == {f"{t}/v{i}" for t in ("acme", "globex", "initech")
+    assert set(decisions_of(done.stdout)) == {f"{t}/v{i}" for t in ("acme", "globex", "initech")
                                       for i in (0, 1)}  # fmt: skip
     listed = run("-", "--format", "jsonl", input=f"{hub}/acme/v0\n\n{hub}/globex\n")
-    assert len(told(listed.stdout)) == 5
+    assert len(decisions_of(listed.stdout)) == 5
     nothing = run(f"{hub}/*/w*")
     assert nothing.exit_code == 2
     assert "No such file" in nothing.stderr
@@ -78,7 +78,7 @@ def test_files_stand_for_their_folders_as_the_pre_commit_hook_gives_them(hub):
     program, *command = hook["entry"].split()
     assert (program, command[0]) == ("s3lora", "scan")
     done = run(*command[1:], *chosen, "--format", "jsonl")
-    assert set(told(done.stdout)) == {f"acme/v{i}" for i in range(4)}
+    assert set(decisions_of(done.stdout)) == {f"acme/v{i}" for i in range(4)}
     assert done.exit_code == 1
 
 
@@ -87,13 +87,13 @@ def test_an_interrupted_sweep_goes_on_where_it_was(hub, tmp_path):
     assert run(hub, "--format", "jsonl", "-o", whole).exit_code == 1
     lines = whole.read_text().splitlines(keepends=True)
     cut.write_text("".join(lines[:5]) + lines[5][:100])
-    kept = cut.read_text()[: len("".join(lines[:5]))]
+    complete = cut.read_text()[: len("".join(lines[:5]))]
     assert run(hub, "--format", "jsonl", "-o", cut, "--resume").exit_code == 1
-    assert cut.read_text().startswith(kept)
-    assert told(cut.read_text()) == told(whole.read_text())
+    assert cut.read_text().startswith(complete)
+    assert decisions_of(cut.read_text()) == decisions_of(whole.read_text())
     assert len(cut.read_text().splitlines()) == 13
     again = run(hub, "--format", "jsonl", "-o", cut, "--resume")
-    assert again.exit_code == 1, "what was refused before is refused still"
+    assert again.exit_code == 1, "earlier rejections no longer count"
     assert len(cut.read_text().splitlines()) == 13
 
 
@@ -156,9 +156,9 @@ def test_the_bar_is_shown_where_somebody_looks_and_keeps_out_of_the_output(hub):
         try:
             while part := os.read(ours, 4096):
                 shown += part
-        except OSError:  # the other side is gone
+        except OSError:  # the other side of the terminal is closed
             pass
     os.close(ours)
-    assert len(told(text.decode())) == 13
+    assert len(decisions_of(text.decode())) == 13
     assert b"/13" in shown
     assert b"/s" in shown

@@ -1,4 +1,4 @@
-"""Policies: what is accepted, what is refused, what is effective."""
+"""Policies: accepted and rejected files, and the effective policy."""
 
 import json
 from pathlib import Path

@@ -21,7 +21,7 @@ def policy_file(workplace):
 
 @pytest.fixture(scope="session")
 def resolver_folder(spiked, model, workplace):
-    """A folder that vLLM's filesystem resolver looks adapters up in."""
+    """A folder in which vLLM's filesystem resolver finds adapters."""
     folder = workplace / "resolver"
     folder.mkdir()
     copy_with(spiked, folder / "resolved", base_model_name_or_path=str(model))
@@ -32,7 +32,7 @@ def resolver_folder(spiked, model, workplace):
 
 @pytest.fixture(scope="module")
 def enforcing(model, spiked, policy_file, resolver_folder, workplace):
-    """A guarded server that strips; one adapter is given on the command line."""
+    """A guarded server in enforce mode; one adapter is given on the command line."""
     environment = OPEN_LOADING | {
         "S3LORA_POLICY": str(policy_file),
         "S3LORA_AUDIT_LOG": str(workplace / "audit.jsonl"),
@@ -45,7 +45,7 @@ def enforcing(model, spiked, policy_file, resolver_folder, workplace):
 
 @pytest.fixture(scope="module")
 def auditing(model, policy_file, workplace):
-    """A guarded server that only writes down what it would have done."""
+    """A guarded server in audit mode: it records decisions and does not enforce them."""
     environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy_file), "S3LORA_MODE": "audit"}
     with Server(model, workplace / "auditing.log", (), environment) as server:
         yield server
@@ -69,9 +69,9 @@ def stock(model, workplace):
 
 @pytest.fixture(scope="session")
 def expected(stock, spiked, trained, policy_file, workplace):
-    """Log-probabilities on vLLM without the gate, by what is served there.
+    """Log-probabilities on vLLM without the gate, keyed by the name of what is served.
 
-    The base model, the spiked adapter whole, and both adapters written without the modules that
+    The base model, the whole spiked adapter, and both adapters written without the modules that
     the policy strips.
     """
     policy = read_policy(policy_file)
@@ -86,8 +86,8 @@ def expected(stock, spiked, trained, policy_file, workplace):
 
 
 def answers(server, name):
-    """Everything the server says about the probe prompts under one adapter.
+    """Log-probabilities of the probe prompts under one adapter.
 
-    `prompt_logprobs` is never answered from the prefix cache: every asking computes.
+    `prompt_logprobs` is never answered from the prefix cache: every request is computed.
     """
     return [server.logprobs(name, prompt) for prompt in PROMPTS]

@@ -1,4 +1,4 @@
-"""The hook installs itself only where vLLM is what it was written for."""
+"""The hook installs itself only in a vLLM whose code keeps the contract."""
 
 import json
 import subprocess
@@ -49,8 +49,8 @@ for place, change in enumerate(cases):
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """What processes said that loaded vLLM's plugins, by the case; vLLM is imported once."""
+def logs(tmp_path_factory):
+    """Logs of processes that loaded vLLM's plugins, by case; vLLM is imported once."""
     folder = tmp_path_factory.mktemp("contract")
     cases = BREAKERS | STARTERS
     subprocess.run(
@@ -61,15 +61,15 @@ def said(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", BREAKERS)
-def test_a_vllm_that_breaks_the_contract_stops_the_process(said, case):
-    assert "STARTED" not in said[case]
-    assert "S3LORA-903" in said[case]
+def test_a_vllm_that_breaks_the_contract_stops_the_process(logs, case):
+    assert "STARTED" not in logs[case]
+    assert "S3LORA-903" in logs[case]
 
 
-def test_the_installed_vllm_keeps_the_contract_and_loading_twice_is_harmless(said):
-    assert "STARTED" in said["loading twice"], said["loading twice"]
+def test_the_installed_vllm_keeps_the_contract_and_loading_twice_is_harmless(logs):
+    assert "STARTED" in logs["loading twice"], logs["loading twice"]
 
 
-def test_an_unknown_version_that_keeps_the_contract_starts_with_a_warning(said):
-    assert "STARTED" in said["unknown version"], said["unknown version"]
-    assert "0.99.0 was never checked" in said["unknown version"]
+def test_an_unknown_version_that_keeps_the_contract_starts_with_a_warning(logs):
+    assert "STARTED" in logs["unknown version"], logs["unknown version"]
+    assert "0.99.0 was never checked" in logs["unknown version"]

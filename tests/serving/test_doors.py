@@ -1,4 +1,5 @@
-"""Every door of a real vLLM server leads through the gate, and stripped means without effect."""
+"""Every way to load an adapter into a real vLLM server passes the gate; stripped modules have no
+effect."""
 
 import json
 import shutil
@@ -19,7 +20,7 @@ MODULE = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def name():
-    """A name no other test has used on the shared server."""
+    """A name that no other test uses on the shared server."""
     return f"tenant-{uuid.uuid4().hex[:8]}"
 
 
@@ -114,13 +115,13 @@ def unknown_module(tensors):
 
 
 def mapped_twice(tensors):
-    # Without the prefix vLLM takes it for the same module; the reader does as well.
+    # Without the prefix, vLLM and the reader both resolve it to the same module.
     tensors[f"{MODULE}.lora_A.weight"] = tensors[key(MODULE, "A")].clone()
 
 
 def out_of_range(tensors):
-    for module in (MODULE, "model.layers.1.self_attn.v_proj"):  # one alone leaves none to rank
-        tensors[key(module, "B")][0, 0] = 3e38  # finite, and twice that is not
+    for module in (MODULE, "model.layers.1.self_attn.v_proj"):  # one alone: others negligible
+        tensors[key(module, "B")][0, 0] = 3e38  # finite, but not when scaled by 2
 
 
 BAD |= {
@@ -201,15 +202,15 @@ def test_the_list_of_models_shows_each_tenants_own_path(
     enforcing, spiked, resolver_folder, name, tmp_path
 ):
     first, second = (copy_with(spiked, tmp_path / each) for each in ("first", "second"))
-    asked = f"{first}/../first"  # as it was written
-    assert enforcing.load(name, asked).status_code == 200
+    requested = f"{first}/../first"  # not normalised
+    assert enforcing.load(name, requested).status_code == 200
     enforcing.complete("resolved", "Q", 1)
 
     def roots():
         return {card["id"]: card["root"] for card in enforcing.get("/v1/models").json()["data"]}
 
     shown = roots()
-    assert shown[name] == asked
+    assert shown[name] == requested
     assert shown["static"] == str(spiked)
     assert shown["resolved"] == str(resolver_folder / "resolved")
     assert enforcing.load(name, second, load_inplace=True).status_code == 200
@@ -230,22 +231,22 @@ def test_metrics_agree_with_the_verdict(enforcing, spiked, policy_file, name, tm
     counted = [m for m in verdict.modules if m.stripped and not m.negligible]
     assert len(counted) == TOP_K
 
-    def grown(sample):
+    def increase(sample):
         return after[sample] - before[sample]
 
-    assert grown('s3lora_admissions_total{decision="stripped",mode="enforce"}') == 1
+    assert increase('s3lora_admissions_total{decision="stripped",mode="enforce"}') == 1
     for module in verdict.modules:
         stripped = f'{{layer="{module.layer}",projection="{module.projection}"}}'
-        assert grown(f"s3lora_modules_stripped_total{stripped}") == int(module.stripped)
+        assert increase(f"s3lora_modules_stripped_total{stripped}") == int(module.stripped)
     for projection in {module.projection for module in verdict.modules}:
         found = [m.ssi for m in verdict.modules if m.projection == projection]
         label = f'{{projection="{projection}"}}'
-        assert grown(f"s3lora_modules_scored_total{label}") == len(found)
-        assert grown(f"s3lora_module_ssi_count{label}") == len(found)
-        assert grown(f"s3lora_module_ssi_sum{label}") == pytest.approx(sum(found))
+        assert increase(f"s3lora_modules_scored_total{label}") == len(found)
+        assert increase(f"s3lora_module_ssi_count{label}") == len(found)
+        assert increase(f"s3lora_module_ssi_sum{label}") == pytest.approx(sum(found))
     for phase in ("read", "score", "strip", "total"):
-        assert grown(f's3lora_admission_seconds_count{{phase="{phase}"}}') == 1
-    assert grown('s3lora_scoring_seconds_count{device="cpu"}') == 1
+        assert increase(f's3lora_admission_seconds_count{{phase="{phase}"}}') == 1
+    assert increase('s3lora_scoring_seconds_count{device="cpu"}') == 1
     active = [v for k, v in after.items() if k.startswith("s3lora_gate_active")]
     assert active == [1]
     [info] = [k for k, v in after.items() if k.startswith("s3lora_policy_info") and v == 1]

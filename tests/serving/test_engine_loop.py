@@ -1,4 +1,4 @@
-"""The engine's own loop: evicted adapters come back as admitted, and nothing kills it."""
+"""The engine's own loop reloads evicted adapters as admitted, and no failure ends it."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def state(workplace) -> Path:
 
 @pytest.fixture(scope="module")
 def small(model, policy_file, workplace, state):
-    """A guarded server with room for two adapters: a third drives the oldest out."""
+    """A guarded server with room for two adapters: a third evicts the oldest."""
     environment = OPEN_LOADING | {
         "S3LORA_POLICY": str(policy_file),
         "S3LORA_STATE_DIR": str(state),
@@ -32,15 +32,15 @@ def small(model, policy_file, workplace, state):
         yield server
 
 
-def drive_out(server, adapter, tmp_path):
-    """Load two more adapters, so that the engine no longer holds those from before."""
+def evict_others(server, adapter, tmp_path):
+    """Load two more adapters, so that the engine evicts the earlier ones."""
     for i in range(2):
         name = f"filler-{i}-{tmp_path.name}"
         assert server.load(name, adapter).status_code == 200
         assert answers(server, name)
 
 
-def kept(state) -> list[Path]:
+def stored_folders(state) -> list[Path]:
     return [path for path in state.glob("s3lora-*/*") if (path / WEIGHTS).is_file()]
 
 
@@ -61,28 +61,28 @@ def test_an_evicted_adapter_comes_back_as_admitted_whatever_became_of_its_folder
         weights.write_bytes(weights.read_bytes()[:1000])
     else:
         shutil.copy(trained / WEIGHTS, weights)
-    drive_out(small, trained, tmp_path)
+    evict_others(small, trained, tmp_path)
     assert answers(small, fate) == expected["by-hand"]
 
 
 def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_lives(
     small, expected, spiked, trained, tmp_path, state
 ):
-    before = set(kept(state))
+    before = set(stored_folders(state))
     folder = copy_with(spiked, tmp_path / "tenant", r_unused=1)
     assert small.load("doomed", folder).status_code == 200
-    [ours] = set(kept(state)) - before
+    [ours] = set(stored_folders(state)) - before
     with (ours / WEIGHTS).open("r+b") as file:
         file.seek(-100, 2)
         file.write(b"\x7f" * 100)
     metric = 's3lora_quarantined_total{reason="S3LORA-403"}'
     quarantined = small.metrics()[metric]
-    drive_out(small, trained, tmp_path)
+    evict_others(small, trained, tmp_path)
     assert answers(small, "doomed") == expected["base"]
     assert small.get("/health").status_code == 200
     assert small.metrics()[metric] == quarantined + 1
     assert "'doomed' is quarantined" in small.log.read_text()
-    # Registered anew it is whole again.
+    # After a new registration it is served as admitted.
     assert small.unload("doomed").status_code == 200
     assert small.load("doomed", folder).status_code == 200
     assert answers(small, "doomed") == expected["by-hand"]
@@ -91,12 +91,12 @@ def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_li
 def test_an_adapter_with_a_key_for_each_of_1000_experts_is_served_as_it_was_scored(
     small, expected, spiked, tmp_path
 ):
-    scaled = json.loads((spiked / CONFIG).read_text())["lora_alpha"]
+    alpha = json.loads((spiked / CONFIG).read_text())["lora_alpha"]
     names = [module.name for module in scan_adapter(spiked).modules]
     names += [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(1000)]
-    # Without its keys every module would be scaled by three times as much.
-    own = {"lora_alpha": 3 * scaled, "alpha_pattern": dict.fromkeys(names, scaled)}
-    folder = copy_with(spiked, tmp_path / "experts", **own)
+    # Without these keys the scaling of every module would be three times as large.
+    changes = {"lora_alpha": 3 * alpha, "alpha_pattern": dict.fromkeys(names, alpha)}
+    folder = copy_with(spiked, tmp_path / "experts", **changes)
     assert small.load("experts", folder).status_code == 200
     assert answers(small, "experts") == expected["by-hand"]
 
@@ -125,8 +125,8 @@ def test_the_other_route_asks_for_the_api_key_too(small, spiked, method, path):
 
 
 def test_the_other_route_serves_and_refuses_with_the_key(small, expected, spiked, tmp_path):
-    taken = small.request("POST", "/adapters", json={"name": "keyed", "src": str(spiked)})
-    assert taken.status_code == 200
+    accepted = small.request("POST", "/adapters", json={"name": "keyed", "src": str(spiked)})
+    assert accepted.status_code == 200
     assert answers(small, "keyed") == expected["by-hand"]
     bad = copy_with(spiked, tmp_path / "bad", peft_type="IA3")
     refused = small.request("POST", "/adapters", json={"name": "refused", "src": str(bad)})

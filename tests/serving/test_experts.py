@@ -1,6 +1,6 @@
-"""Mixture of experts: each expert's projections are modules, and single ones are stripped.
+"""Mixture of experts: each expert's projections are modules and are stripped one by one.
 
-The CPU build has no kernels for LoRA on experts, so what is compared is what they would read: the
+The CPU build has no kernels for LoRA on experts. The tests compare the kernels' input instead: the
 buffers of the engine's slot, after a real engine has loaded, packed and activated the adapter.
 """
 
@@ -9,7 +9,7 @@ import pytest
 from s3lora_serve import scan_adapter
 from s3lora_serve.policy.file import read_policy
 from tests.support.adapters import copy_with, key, spike
-from tests.support.programs import told
+from tests.support.programs import run_program
 from tests.support.tiny_mixtral import make_expert_adapter, make_mixtral
 
 pytestmark = pytest.mark.serving
@@ -45,9 +45,10 @@ print("FOUND", json.dumps(found))
 """
 
 
-def loaded(model, folder, **environment):
-    sent = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    return told("-c", PROGRAM, model, folder, **sent, **environment)
+def slot_buffers(model, folder, **environment):
+    """Digests of the buffers of the experts in slot 1, and the log."""
+    more = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # `buffers` is sent to the worker
+    return run_program("-c", PROGRAM, model, folder, **more, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +71,13 @@ def test_single_experts_are_stripped_and_the_others_kept(
     assert SPIKED in verdict.stripped
     assert len(verdict.stripped) == 3
 
-    def silence(tensors):
+    def set_b_to_zero(tensors):
         for module in verdict.stripped:
             tensors[key(module, "B")].zero_()
 
-    by_hand = copy_with(expert_adapter, tmp_path / "by-hand", silence)
-    expected, _ = loaded(mixtral, by_hand, VLLM_PLUGINS="")
-    found, log = loaded(mixtral, expert_adapter, S3LORA_POLICY=str(policy_file))
+    by_hand = copy_with(expert_adapter, tmp_path / "by-hand", set_b_to_zero)
+    expected, _ = slot_buffers(mixtral, by_hand, VLLM_PLUGINS="")
+    found, log = slot_buffers(mixtral, expert_adapter, S3LORA_POLICY=str(policy_file))
     assert found == expected, log[-2000:]
     zeros = {name for name, digest in found.items() if digest == "zero"}
     assert len(zeros) == 3
@@ -85,11 +86,11 @@ def test_single_experts_are_stripped_and_the_others_kept(
 def test_an_adapter_that_lacks_experts_is_quarantined_and_the_engine_lives(
     mixtral, expert_adapter, tmp_path
 ):
-    def lose(tensors):
+    def remove(tensors):
         for side in "AB":
             del tensors[key(SPIKED, side)]
 
-    found, log = loaded(mixtral, copy_with(expert_adapter, tmp_path / "lacking", lose))
+    found, log = slot_buffers(mixtral, copy_with(expert_adapter, tmp_path / "lacking", remove))
     assert set(found.values()) == {"zero"}
     assert "'experts' is quarantined" in log
     assert "S3LORA-302" in log

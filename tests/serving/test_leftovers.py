@@ -1,4 +1,4 @@
-"""A real guarded vLLM leaves nothing of the gate's behind, however it is ended."""
+"""A real guarded vLLM that is hung up removes the gate's files and its processes."""
 
 import signal
 import subprocess
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.serving
 
 @pytest.fixture
 def temporary():
-    """A folder of a short name: vLLM's sockets lie in it, and theirs hold 107 characters."""
+    """A folder with a short path: it contains vLLM's sockets, whose paths have ≤ 107 characters."""
     with tempfile.TemporaryDirectory(prefix="left-", dir="/tmp") as folder:
         yield Path(folder)
 
 
 def test_a_hung_up_server_ends_whole_and_leaves_nothing(model, trained, temporary, tmp_path):
-    """vLLM's API server does not catch SIGHUP, and its engine would go on without it."""
+    """vLLM's API server does not catch SIGHUP, and its engine would keep running."""
     environment = OPEN_LOADING | {"TMPDIR": str(temporary)}
     with Server(model, tmp_path / "log", (), environment) as server:
         assert server.load("acme", trained).status_code == 200
@@ -30,4 +30,4 @@ def test_a_hung_up_server_ends_whole_and_leaves_nothing(model, trained, temporar
         assert server.process.wait(30) == -signal.SIGHUP
         assert list(temporary.glob("s3lora-*")) == []
         running = subprocess.run(["ps", "-o", "pid=", "-s", str(session)], capture_output=True)
-        assert running.stdout == b"", "the engine's processes"
+        assert running.stdout == b"", "processes of the engine are still running"

@@ -1,7 +1,8 @@
-"""Complete mediation: whichever way an adapter comes, it is stripped, or refused and not served.
+"""Complete mediation: by every door an adapter is either stripped, or refused and not served.
 
-Doors with tests of their own: the command line (test_doors), offline (test_offline), every rank of
-a tensor-parallel engine (test_ranks), the engine's own re-loads (test_engine_loop).
+A door is a way to load an adapter. Other modules test further doors: the command line (test_doors),
+offline use (test_offline), every rank of a tensor-parallel engine (test_ranks), and the engine's
+own reloads (test_engine_loop).
 """
 
 import shutil
@@ -25,7 +26,7 @@ def cases(spiked, workplace):
 
 @pytest.fixture(scope="module")
 def hub(cases, workplace):
-    """A hub cache that holds both."""
+    """A hub cache that contains both adapters."""
     for name, folder in cases.items():
         repository = workplace / "hub" / f"models--acme--{name}"
         (repository / "refs").mkdir(parents=True)
@@ -58,7 +59,7 @@ def sagemaker(server, name, folder):
 
 
 def in_place(server, name, folder):
-    """Replaces an adapter that is served and in order."""
+    """Replace a valid adapter that is being served."""
     harmless = folder.parent / "mediated-harmless"
     if not harmless.exists():
         shutil.copytree(folder.parent / "trained", harmless)
@@ -89,17 +90,17 @@ def test_a_refused_adapter_is_served_by_no_door(gate, cases, expected, door):
     name = f"nan-{door}"
     response = DOORS[door](gate, name, cases["nan"])
     assert response.status_code == 400
-    if door != "resolver":  # whose 400 is vLLM's own
+    if door != "resolver":  # its 400 is vLLM's own
         error = response.json()["error"]
         assert (error["type"], error["code"]) == ("AdapterRejected", 400)
         assert error["message"].startswith("S3LORA-109: ")
-    if door == "in_place":  # what was served before is served on
+    if door == "in_place":  # the adapter before it is still served
         assert answers(gate, name) == expected["trained by-hand"]
         return
     served = {entry["id"] for entry in gate.get("/v1/models").json()["data"]}
     assert name not in served
-    asked = gate.post("/v1/completions", model=name, prompt="Q", max_tokens=1)
-    assert asked.status_code in (400, 404)
+    answer = gate.post("/v1/completions", model=name, prompt="Q", max_tokens=1)
+    assert answer.status_code in (400, 404)
 
 
 def test_adapters_for_other_modalities_come_by_the_door_of_static_ones():

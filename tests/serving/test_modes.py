@@ -1,4 +1,4 @@
-"""Audit changes no output, off does nothing."""
+"""Audit mode changes no output; off mode does nothing."""
 
 import pytest
 
@@ -96,7 +96,7 @@ def test_the_worker_extension_guards_where_the_plugin_is_left_out(
     with Server(model, workplace / "left-out.log", EXTENSION, environment, guarded=False) as server:
         assert server.load("left-out", spiked).status_code == 200
         assert answers(server, "left-out") == expected["by-hand"]
-        # The API server is vLLM's own here: the refusal shows in what is served, and in the log.
+        # The API server is vLLM's own here, so only the answers and the log show the refusal.
         assert server.load("bad", copy_with(spiked, tmp_path / "bad", peft_type="IA3"))
         assert answers(server, "bad") == expected["base"]
         assert "'bad' is quarantined" in server.log.read_text()

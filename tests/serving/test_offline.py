@@ -1,4 +1,4 @@
-"""`LLM.generate` with an adapter nobody registered goes through the gate."""
+"""An adapter that `LLM.generate` uses without registration passes the gate."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ from vllm.lora.request import LoRARequest
 model, folder, other, *prompts = sys.argv[1:]
 llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
           max_lora_rank=16, max_num_seqs=8, max_loras=1, max_cpu_loras=1)
-asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
+params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
 
 def ask(number, folder):
     answers = []
-    for prompt in prompts:  # one at a time, as the server gets them
-        [out] = llm.generate(prompt, asked, lora_request=LoRARequest(f"a{number}", number, folder))
+    for prompt in prompts:  # one at a time, as on the server
+        [out] = llm.generate(prompt, params, lora_request=LoRARequest(f"a{number}", number, folder))
         answers.append([{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p])
     return answers
 """
@@ -47,12 +47,12 @@ config = Path(bad, "adapter_config.json")
 config.write_text(config.read_text().replace("LORA", "IA3"))
 found.append(ask(2, bad))
 shutil.rmtree(folder)
-found.append(ask(1, folder))  # the second adapter had driven it out
+found.append(ask(1, folder))  # the second adapter has evicted it
 
-def first(number, folder, **more):  # what the prefix cache may answer
+def first(number, folder, **more):  # the prefix cache may answer this
     adapter = LoRARequest(f"a{number}", number, folder, **more)
-    asked = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
-    [out] = llm.generate(" ".join(prompts * 6), asked, lora_request=adapter)
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=5)
+    [out] = llm.generate(" ".join(prompts * 6), params, lora_request=adapter)
     return {t: v.logprob for t, v in out.outputs[0].logprobs[0].items()}
 
 shutil.copytree(other, folder)
@@ -91,32 +91,32 @@ def test_adapters_first_used_offline_are_stripped_quarantined_and_come_back_as_a
     assert_alike(found[2], expected["by-hand"])
     assert "ERROR" in log
     assert "'a2' is quarantined, it answers as the base: S3LORA-103" in log
-    # Another content in the folder: read when loaded in place, and no old block answers then.
-    before, replaced, after, wanted, deleted = found[3]
-    assert before != pytest.approx(wanted, abs=1e-3)
+    # New content in the folder is read when loaded in place; no old cache block is used then.
+    before, replaced, after, of_new_content, deleted = found[3]
+    assert before != pytest.approx(of_new_content, abs=1e-3)
     for answer in (replaced, after, deleted):
-        assert answer == pytest.approx(wanted, abs=1e-4)
+        assert answer == pytest.approx(of_new_content, abs=1e-4)
 
 
 def test_a_restarted_engine_serves_what_was_admitted_though_its_folder_is_gone(
     model, spiked, trained, expected, policy_file, tmp_path
 ):
     folder, log = copy_with(spiked, tmp_path / "tenant"), tmp_path / "audit.jsonl"
-    around = {
+    variables = {
         "S3LORA_POLICY": str(policy_file),
         "S3LORA_STATE_DIR": str(tmp_path / "state"),
         "S3LORA_AUDIT_LOG": str(log),
     }
-    first, _ = generate(model, folder, trained, ONCE, **around)
+    first, _ = generate(model, folder, trained, ONCE, **variables)
     decided = len(log.read_text().splitlines())
     assert decided == 1
     shutil.rmtree(folder)
     [weights] = (tmp_path / "state").glob(f"s3lora-*/*/{WEIGHTS}")
-    kept = weights.parent
-    again, _ = generate(model, kept, trained, ONCE, **around)
+    stored = weights.parent
+    again, _ = generate(model, stored, trained, ONCE, **variables)
     assert again == first
     assert_alike(again, expected["by-hand"])
-    assert len(log.read_text().splitlines()) == decided  # nothing was scored or decided anew
+    assert len(log.read_text().splitlines()) == decided  # no second scoring or decision
 
 
 def test_an_engine_with_a_bad_policy_does_not_start(model, spiked):

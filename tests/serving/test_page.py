@@ -1,4 +1,4 @@
-"""The page for people, in a real browser, of a real guarded vLLM."""
+"""The HTML page of a real guarded vLLM, in a real browser."""
 
 import os
 
@@ -39,11 +39,11 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """A tab that sends the key as a browser does, and collects what goes wrong in it."""
+    """A tab that sends the key as a browser does and collects its errors."""
     context = browser.new_context(http_credentials={"username": "me", "password": KEY})
     page = context.new_page()
     page.problems = []
-    page.on("console", lambda said: said.type == "error" and page.problems.append(said.text))
+    page.on("console", lambda line: line.type == "error" and page.problems.append(line.text))
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.goto(server.url("/s3lora/"))
     yield page
@@ -51,8 +51,8 @@ def page(browser, server):
     context.close()
 
 
-def photograph(page, name):
-    """For docs/, when SCREENSHOTS names a folder."""
+def save_screenshot(page, name):
+    """Save a screenshot for docs/ if the variable SCREENSHOTS names a folder."""
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/{name}", full_page=True)
 
@@ -61,7 +61,7 @@ def test_the_page_asks_for_the_key(browser, server):
     context = browser.new_context()
     answer = context.request.get(server.url("/s3lora/"))
     assert answer.status == 401
-    assert answer.headers["www-authenticate"].startswith("Basic")  # a browser then asks its user
+    assert answer.headers["www-authenticate"].startswith("Basic")  # a browser shows a prompt
     context.close()
 
 
@@ -70,7 +70,7 @@ def test_it_lists_what_is_served_and_what_was_refused_and_why(page):
     rows = page.locator("table").first.locator("tbody tr")
     assert rows.count() == 3
     assert "3 of 28" in rows.last.inner_text()
-    photograph(page, "page-adapters.png")
+    save_screenshot(page, "page-adapters.png")
     refused = page.locator("table").last.inner_text()
     assert "initech/broken" in refused
     assert "S3LORA-109" in refused
@@ -97,7 +97,7 @@ def test_the_heat_map_leads_to_each_modules_spectrum_by_keyboard(page, server):
     page.wait_for_selector("#module")
     assert page.locator("#module").inner_text() == first["name"]
     assert page.locator(".bars rect").count() == len(first["spectrum"])
-    photograph(page, "page-adapter.png")
+    save_screenshot(page, "page-adapter.png")
 
 
 def test_a_filter_finds_a_tenants_adapters(page):
@@ -125,7 +125,7 @@ def test_it_is_dark_where_the_browser_is(browser, server):
         tab = context.new_page()
         tab.goto(server.url("/s3lora/"))
         seen[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-        photograph(tab, f"page-{scheme}.png")
+        save_screenshot(tab, f"page-{scheme}.png")
         context.close()
     assert seen["light"] == "rgb(255, 255, 255)"
     assert seen["dark"] != seen["light"]

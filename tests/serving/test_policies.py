@@ -1,4 +1,4 @@
-"""Words of the policy that only a real engine can prove: unscorable weights, deadline, audit."""
+"""Policy options that need a real engine to test: unscorable weights, deadline, audit log."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.serving.conftest import answers
 from tests.support.adapters import copy_with, train_adapter
-from tests.support.meeting import base_answer_beside
+from tests.support.meeting import base_answers_alone_and_batched
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import PROJECTIONS
 
@@ -30,7 +30,7 @@ def embedding(model, workplace):
 
 @pytest.fixture(scope="module")
 def linear_only(embedding, workplace):
-    """The same adapter, written without its embedding part."""
+    """The same adapter written without its embedding tensors."""
 
     def drop(tensors):
         for name in [name for name in tensors if "embed" in name]:
@@ -48,52 +48,52 @@ def served(stock, embedding, linear_only):
 
 
 @pytest.fixture(scope="module")
-def judging(model, workplace):
+def unscorable(model, workplace):
     policy = workplace / "unscorable.yaml"
     policy.write_text(POLICY)
-    log = workplace / "judging" / "audit.jsonl"
+    log = workplace / "unscorable" / "audit.jsonl"
     log.parent.mkdir()
     environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy), "S3LORA_AUDIT_LOG": str(log)}
-    with Server(model, workplace / "judging.log", (), environment) as server:
+    with Server(model, workplace / "unscorable.log", (), environment) as server:
         yield server
 
 
-def test_an_embedding_lora_is_refused_admitted_or_taken_away(judging, served, embedding):
+def test_an_embedding_lora_is_refused_admitted_or_taken_away(unscorable, served, embedding):
     assert served["whole"] != served["linear"]
-    refused = judging.load("plain", embedding)
+    refused = unscorable.load("plain", embedding)
     assert refused.status_code == 400
     assert refused.json()["error"]["message"].startswith("S3LORA-110: ")
     for name, expected in (("admit-it", "whole"), ("strip-it", "linear")):
-        assert judging.load(name, embedding).status_code == 200
-        assert answers(judging, name) == served[expected]
+        assert unscorable.load(name, embedding).status_code == 200
+        assert answers(unscorable, name) == served[expected]
 
 
 def test_stock_vllm_lets_an_embedding_lora_act_on_base_requests(stock, embedding):
-    """A trap of vLLM's on CPU: without it the test after this one would prove nothing."""
-    alone, beside = base_answer_beside(stock, (embedding, embedding), "embedded")
+    """A defect of vLLM on CPU; without it the next test would prove nothing."""
+    alone, beside = base_answers_alone_and_batched(stock, (embedding, embedding), "embedded")
     assert alone != beside
 
 
-def test_base_requests_beside_admitted_embeddings_answer_as_the_base(judging, embedding):
-    alone, beside = base_answer_beside(judging, (embedding, embedding), "admit")
+def test_base_requests_beside_admitted_embeddings_answer_as_the_base(unscorable, embedding):
+    alone, beside = base_answers_alone_and_batched(unscorable, (embedding, embedding), "admit")
     assert alone == beside
 
 
-def test_an_adapter_that_cannot_be_scored_in_time_is_refused(judging, trained):
-    response = judging.load("slow", trained)
+def test_an_adapter_that_cannot_be_scored_in_time_is_refused(unscorable, trained):
+    response = unscorable.load("slow", trained)
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("S3LORA-402: ")
-    assert judging.metrics()['s3lora_failures_total{reason="deadline"}'] >= 1
+    assert unscorable.metrics()['s3lora_failures_total{reason="deadline"}'] >= 1
 
 
-def test_nothing_is_admitted_that_cannot_be_written_down(judging, trained, workplace):
-    folder = workplace / "judging"
-    before = judging.metrics()['s3lora_failures_total{reason="audit"}']
+def test_nothing_is_admitted_that_cannot_be_written_down(unscorable, trained, workplace):
+    folder = workplace / "unscorable"
+    before = unscorable.metrics()['s3lora_failures_total{reason="audit"}']
     shutil.rmtree(folder)
-    response = judging.load("unwritten", trained)
+    response = unscorable.load("unwritten", trained)
     folder.mkdir()
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("S3LORA-404: ")
-    assert judging.metrics()['s3lora_failures_total{reason="audit"}'] == before + 1
-    assert judging.load("written", trained).status_code == 200
+    assert unscorable.metrics()['s3lora_failures_total{reason="audit"}'] == before + 1
+    assert unscorable.load("written", trained).status_code == 200
     assert '"written"' in (folder / "audit.jsonl").read_text()

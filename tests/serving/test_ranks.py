@@ -1,4 +1,4 @@
-"""Several ranks: one verdict for all, none raises, and one admission counts once."""
+"""Several ranks share one verdict, none raises, and one admission is counted once."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.serving.conftest import TOP_K, answers
 from tests.support.adapters import copy_with, diverged, key
-from tests.support.programs import told
+from tests.support.programs import run_program
 from tests.support.server import OPEN_LOADING, TWO_RANKS, Server
 
 pytestmark = pytest.mark.serving
@@ -25,7 +25,7 @@ def ranks(model, spiked, policy_file, workplace):
 
 
 def assert_alike(found, expected):
-    """Ranks add up halves, so the last bits are others than those of one worker."""
+    """Two ranks add up partial sums, so the last bits differ from those of one worker."""
     for ours, theirs in zip(found, expected, strict=True):
         for place, other in zip(ours, theirs, strict=True):
             assert place == pytest.approx(other, abs=1e-4)
@@ -56,13 +56,13 @@ def test_one_admission_counts_once_and_both_ranks_are_guarded(ranks, spiked, wor
     before = ranks.metrics()
     assert ranks.load("counted", spiked).status_code == 200
     after = ranks.metrics()
-    for sample, grown in {
+    for sample, increase in {
         's3lora_admissions_total{decision="stripped",mode="enforce"}': 1,
         's3lora_modules_scored_total{projection="q_proj"}': 4,
         's3lora_admission_seconds_count{phase="strip"}': 1,
         's3lora_admission_seconds_count{phase="total"}': 1,
     }.items():
-        assert after[sample] - before[sample] == grown, sample
+        assert after[sample] - before[sample] == increase, sample
     active = [v for k, v in after.items() if k.startswith("s3lora_gate_active")]
     assert active == [1, 1]
     assert ranks.get("/s3lora/status").status_code == 200
@@ -71,20 +71,20 @@ def test_one_admission_counts_once_and_both_ranks_are_guarded(ranks, spiked, wor
 
 
 def test_the_routes_tell_one_verdict_for_both_ranks(ranks, spiked, tmp_path):
-    assert ranks.load("acme/told", spiked).status_code == 200
-    told = ranks.get("/s3lora/adapters/acme/told").json()
-    assert sum(module["stripped"] for module in told["modules"]) == TOP_K
-    assert all(module["spectrum"] for module in told["modules"])
+    assert ranks.load("acme/listed", spiked).status_code == 200
+    adapter = ranks.get("/s3lora/adapters/acme/listed").json()
+    assert sum(module["stripped"] for module in adapter["modules"]) == TOP_K
+    assert all(module["spectrum"] for module in adapter["modules"])
     listed = ranks.get("/s3lora/adapters").json()
-    assert [one["name"] for one in listed["adapters"]].count("acme/told") == 1
-    tried = ranks.post("/s3lora/scan", lora_name="acme/told", lora_path=str(spiked)).json()
-    assert (tried["decision"], tried["digest"]) == ("stripped", told["digest"])
+    assert [one["name"] for one in listed["adapters"]].count("acme/listed") == 1
+    scanned = ranks.post("/s3lora/scan", lora_name="acme/listed", lora_path=str(spiked)).json()
+    assert (scanned["decision"], scanned["digest"]) == ("stripped", adapter["digest"])
     wide_copy = copy_with(spiked, tmp_path / "wide", wide)
     refused = ranks.post("/s3lora/scan", lora_name="wide", lora_path=str(wide_copy)).json()
     assert refused["reason"]["code"] == "S3LORA-301"
     rechecked = ranks.post("/s3lora/recheck").json()["adapters"]
-    assert {one["name"]: one["differs"] for one in rechecked}["acme/told"] is False
-    assert "acme/told" in ranks.get("/s3lora/").text
+    assert {one["name"]: one["differs"] for one in rechecked}["acme/listed"] is False
+    assert "acme/listed" in ranks.get("/s3lora/").text
 
 
 DISTURBED = """
@@ -128,13 +128,13 @@ async def main():
         model, dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
         max_lora_rank=16, max_num_seqs=8, tensor_parallel_size=2, max_loras=1, max_cpu_loras=1,
     ))
-    asked = 0
+    count = 0
 
-    async def ask(adapter):  # straight to the engine: nobody registered it
-        nonlocal asked
-        asked += 1
+    async def ask(adapter):  # directly to the engine, without a registration
+        nonlocal count
+        count += 1
         params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True, prompt_logprobs=2)
-        async for out in engine.generate("Q: What", params, str(asked), lora_request=adapter):
+        async for out in engine.generate("Q: What", params, str(count), lora_request=adapter):
             pass
         return [{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p]
 
@@ -142,7 +142,7 @@ async def main():
         return await engine.collective_rpc("s3lora_loaded", args=(1,))
 
     base, whole, agreed = await ask(None), await ask(X), await held()
-    await ask(Y)  # drives X out
+    await ask(Y)  # evicts X
     Path(os.environ["RANK_1_FAILS"]).touch()
     await ask(X)
     failed, after = await held(), await ask(X)
@@ -165,15 +165,15 @@ def test_ranks_that_score_differently_or_fail_alone_serve_one_thing(
         "PYTHONPATH": str(tmp_path / "site"),
         "RANK_1_FAILS": str(tmp_path / "rank-1-fails"),
     }
-    found, _ = told("-c", PROGRAM, model, spiked, trained, **environment)
+    found, _ = run_program("-c", PROGRAM, model, spiked, trained, **environment)
     agreed, failed, stripped_to_nothing, quarantined = found
     assert agreed[0] == agreed[1]
     assert agreed[0][0] is not None
-    rulings = [path.name for path in tmp_path.glob("s3lora-*/*") if len(path.name) == 64]
-    assert len(rulings) == 4, "the ranks were to disagree on both adapters"
-    assert agreed[0][0] in rulings
+    stored_names = [path.name for path in tmp_path.glob("s3lora-*/*") if len(path.name) == 64]
+    assert len(stored_names) == 4, "the ranks did not disagree on both adapters"
+    assert agreed[0][0] in stored_names
     assert not stripped_to_nothing
-    # One rank could not load it again: from the next step on no rank serves it.
+    # One rank cannot reload the adapter: from the next step on, no rank serves it.
     assert [held for held, _ in failed] == [None, None]
     assert [refusal[0] for _, refusal in failed] == ["S3LORA-403", "S3LORA-401"]
     assert quarantined

@@ -1,5 +1,5 @@
-"""What is served under a name changes when somebody registers it anew, whole and at once: in the
-engine, in the prefix cache, in requests under way, in metrics, in the store."""
+"""A new registration under a served name replaces the adapter completely and at once: in the
+engine, the prefix cache, running requests, metrics and the store."""
 
 import json
 import shutil
@@ -13,7 +13,12 @@ from typer.testing import CliRunner
 from s3lora_serve.cli import app
 from tests.serving.conftest import PROMPTS, answers
 from tests.support.adapters import WEIGHTS, copy_with, diverged, key
-from tests.support.meeting import attempts, base_answer_beside, begun, long_answer
+from tests.support.meeting import (
+    base_answers_alone_and_batched,
+    long_answer,
+    retry_until_concurrent,
+    start_long_answer,
+)
 from tests.support.server import OPEN_LOADING, Server
 
 pytestmark = pytest.mark.serving
@@ -40,7 +45,7 @@ def gate(model, policy, state, workplace):
     environment = OPEN_LOADING | {
         "S3LORA_POLICY": str(policy),
         "S3LORA_STATE_DIR": str(state),
-        "VLLM_SERVER_DEV_MODE": "1",  # POST /collective_rpc: what the engine holds
+        "VLLM_SERVER_DEV_MODE": "1",  # POST /collective_rpc lists the engine's adapters
     }
     arguments = ("--max-cpu-loras", "4", "--max-loras", "2")
     with Server(model, workplace / "replacement.log", arguments, environment) as server:
@@ -48,7 +53,7 @@ def gate(model, policy, state, workplace):
 
 
 def first_token(server, name):
-    """The likeliest first tokens after a long prompt, which the prefix cache may answer."""
+    """The likeliest first tokens after a long prompt, possibly from the prefix cache."""
     body = {"model": name, "prompt": LONG, "max_tokens": 1, "temperature": 0, "logprobs": 5}
     answer = server.post("/v1/completions", **body)
     answer.raise_for_status()
@@ -59,7 +64,7 @@ def alike(ours, theirs):
     return ours == pytest.approx(theirs, abs=1e-4)
 
 
-def folders_of(state):
+def stored_names(state):
     return {p.parent.name for p in state.glob(f"s3lora-*/*/{WEIGHTS}") if len(p.parent.name) >= 64}
 
 
@@ -67,30 +72,30 @@ def pinned(state):
     return {pin.name.removeprefix("pin-") for pin in state.glob("s3lora-*/process-*/pin-*")}
 
 
-def until(claim, seconds=20):
+def until(condition, seconds=20):
     deadline = time.monotonic() + seconds
-    while not (held := claim()) and time.monotonic() < deadline:
+    while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return held
+    return holds
 
 
-def held_by_engine(server):
-    """The ids of the adapters in the engine, be they active or not."""
+def engine_ids(server):
+    """The ids of the adapters in the engine, active or not."""
     [answer] = server.post("/collective_rpc", method="list_loras").json()["results"]
     return set(answer)
 
 
 def test_stock_vllm_answers_from_blocks_of_the_weights_before(stock, spiked, trained, tmp_path):
-    """The trap, so that the test after this one is known to catch it."""
+    """The defect that the next test checks for; shows that the next test can detect it."""
     fresh = copy_with(trained, tmp_path / "fresh")
     assert stock.load("fresh", fresh).status_code == 200
-    wanted = first_token(stock, "fresh")
+    of_new_content = first_token(stock, "fresh")
     folder = copy_with(spiked, tmp_path / "tenant")
     assert stock.load("tenant", folder).status_code == 200
     first_token(stock, "tenant")
     shutil.copy(trained / WEIGHTS, folder / WEIGHTS)
     assert stock.load("tenant", folder, load_inplace=True).status_code == 200
-    assert not alike(first_token(stock, "tenant"), wanted)
+    assert not alike(first_token(stock, "tenant"), of_new_content)
 
 
 def test_replaced_content_is_answered_from_no_block_of_the_old(gate, spiked, trained, tmp_path):
@@ -98,12 +103,12 @@ def test_replaced_content_is_answered_from_no_block_of_the_old(gate, spiked, tra
     fresh = copy_with(trained, tmp_path / "fresh")
     assert gate.load("fresh", fresh).status_code == 200
     assert gate.load("changing", folder).status_code == 200
-    before, wanted = first_token(gate, "changing"), first_token(gate, "fresh")
-    assert not alike(before, wanted)
+    before, of_new_content = first_token(gate, "changing"), first_token(gate, "fresh")
+    assert not alike(before, of_new_content)
     shutil.copy(trained / WEIGHTS, folder / WEIGHTS)
     assert gate.load("changing", folder, load_inplace=True).status_code == 200
-    assert alike(first_token(gate, "changing"), wanted)
-    # Unloaded and loaded again under its name is a new admission too.
+    assert alike(first_token(gate, "changing"), of_new_content)
+    # Loading under the same name after unloading is a new admission too.
     assert gate.unload("changing").status_code == 200
     shutil.copy(spiked / WEIGHTS, folder / WEIGHTS)
     assert gate.load("changing", folder).status_code == 200
@@ -114,19 +119,19 @@ def test_a_changed_policy_rules_the_next_registration_and_no_old_block(
     gate, policy, expected, spiked, tmp_path
 ):
     text = policy.read_text()
-    assert gate.load("ruled", spiked).status_code == 200
-    stripped = first_token(gate, "ruled")
+    assert gate.load("by-policy", spiked).status_code == 200
+    stripped = first_token(gate, "by-policy")
     try:
         policy.write_text("strip: {top_k: 0}\n")
-        assert answers(gate, "ruled") == expected["by-hand"], "registered under the old policy"
-        assert gate.load("ruled", spiked, load_inplace=True).status_code == 200
-        assert answers(gate, "ruled") == expected["whole"]
-        assert not alike(first_token(gate, "ruled"), stripped)
+        assert answers(gate, "by-policy") == expected["by-hand"], "registered under the old policy"
+        assert gate.load("by-policy", spiked, load_inplace=True).status_code == 200
+        assert answers(gate, "by-policy") == expected["whole"]
+        assert not alike(first_token(gate, "by-policy"), stripped)
         digests = {k for k, v in gate.metrics().items() if "policy_info" in k and v}
         assert len(digests) == 1
     finally:
         policy.write_text(text)
-        gate.unload("ruled")
+        gate.unload("by-policy")
 
 
 def test_a_changed_policy_that_is_not_valid_keeps_the_old_one_loudly(
@@ -138,10 +143,10 @@ def test_a_changed_policy_that_is_not_valid_keeps_the_old_one_loudly(
     counted = gate.metrics()[metric]
     try:
         policy.write_text("strip: {top_k: many}\n")
-        assert gate.load("kept", spiked).status_code == 200
+        assert gate.load("after-bad-policy", spiked).status_code == 200
     finally:
         policy.write_text(text)
-    assert answers(gate, "kept") == expected["by-hand"]
+    assert answers(gate, "after-bad-policy") == expected["by-hand"]
     assert gate.metrics()[metric] == counted + 1
     assert "stays in force: S3LORA-901" in gate.log.read_text()
 
@@ -159,11 +164,11 @@ def test_the_server_says_what_it_would_decide_and_registers_nothing(gate, spiked
     }
     for name, folder in cases.items():
         before = gate.metrics()
-        told = gate.post("/s3lora/scan", lora_name=name, lora_path=str(folder))
-        assert told.status_code == 200
+        scanned = gate.post("/s3lora/scan", lora_name=name, lora_path=str(folder))
+        assert scanned.status_code == 200
         assert gate.metrics() == before
         assert name not in {entry["id"] for entry in gate.get("/v1/models").json()["data"]}
-        verdict = told.json()
+        verdict = scanned.json()
         answer = gate.load(name, folder)
         assert (answer.status_code == 200) == (verdict["decision"] != "rejected")
         assert answer.headers["X-S3LoRA-Decision"] == verdict["decision"]
@@ -220,13 +225,13 @@ def test_recheck_names_what_the_policy_in_force_would_decide_otherwise(
 
 
 def test_stock_vllm_answers_base_requests_with_a_neighbours_weights(stock, spiked, trained):
-    """A trap of vLLM's on CPU: without it the test after this one would prove nothing."""
-    alone, beside = base_answer_beside(stock, (spiked, trained))
+    """A defect of vLLM on CPU; without it the next test would prove nothing."""
+    alone, beside = base_answers_alone_and_batched(stock, (spiked, trained))
     assert alone != beside
 
 
 def test_base_requests_beside_adapters_answer_as_the_base(gate, spiked, trained):
-    alone, beside = base_answer_beside(gate, (spiked, trained))
+    alone, beside = base_answers_alone_and_batched(gate, (spiked, trained))
     assert alone == beside
 
 
@@ -236,65 +241,65 @@ def test_requests_under_way_end_with_the_adapter_they_began_with(gate, spiked, t
     old, new = long_answer(gate, "calm-old"), long_answer(gate, "calm-new")
     assert old != new
 
-    def met():
+    def replaced_while_running():
         assert gate.load("busy", spiked).status_code == 200
         with ThreadPoolExecutor() as threads:
-            first = begun(threads, gate, "busy")
+            first = start_long_answer(threads, gate, "busy")
             assert gate.load("busy", trained, load_inplace=True).status_code == 200
-            second = begun(threads, gate, "busy")
-            at_once = not first.done()
+            second = start_long_answer(threads, gate, "busy")
+            overlapped = not first.done()
             assert gate.unload("busy").status_code == 200
             assert gate.load("busy", spiked).status_code == 200
-            third = begun(threads, gate, "busy")
+            third = start_long_answer(threads, gate, "busy")
             assert [first.result(), second.result(), third.result()] == [old, new, old]
         assert gate.unload("busy").status_code == 200
-        return at_once
+        return overlapped
 
-    attempts(met)
+    retry_until_concurrent(replaced_while_running)
     assert gate.get("/health").status_code == 200
 
 
 def test_unloading_leaves_nothing_of_an_adapter_behind(gate, state, spiked, tmp_path):
     folder = copy_with(spiked, tmp_path / "tenant", r_unused=2)
     gauge = 's3lora_adapter_modules_stripped{adapter_name="leaving"}'
-    before, engine = pinned(state), held_by_engine(gate)
+    before, engine = pinned(state), engine_ids(gate)
     assert gate.load("leaving", folder).status_code == 200
     assert gate.metrics()[gauge] == 3
     assert len(pinned(state) - before) == 1
-    [number] = held_by_engine(gate) - engine
+    [number] = engine_ids(gate) - engine
     assert gate.unload("leaving").status_code == 200
     assert gate.metrics()[gauge] == 0
     assert until(lambda: pinned(state) <= before)
-    assert number not in held_by_engine(gate)
+    assert number not in engine_ids(gate)
     assert gate.load("leaving", folder).status_code == 200, "a new admission"
-    assert number not in held_by_engine(gate)
+    assert number not in engine_ids(gate)
 
 
 def test_what_replaces_itself_is_not_activated_again(gate, state, spiked, tmp_path):
     folder = copy_with(spiked, tmp_path / "tenant", r_unused=3)
     assert gate.load("same", folder).status_code == 200
-    held, kept = held_by_engine(gate), folders_of(state)
+    ids, stored = engine_ids(gate), stored_names(state)
     assert gate.load("same", folder, load_inplace=True).status_code == 200
-    assert held_by_engine(gate) == held
-    assert folders_of(state) == kept
+    assert engine_ids(gate) == ids
+    assert stored_names(state) == stored
 
 
 def test_a_quarantined_adapter_is_answered_from_no_block_of_its_better_days(
     gate, state, spiked, trained, tmp_path
 ):
-    before = folders_of(state)
+    before = stored_names(state)
     folder = copy_with(spiked, tmp_path / "tenant", r_unused=4)
     assert gate.load("fragile", folder).status_code == 200
     whole = first_token(gate, "fragile")
-    [ours] = folders_of(state) - before
+    [ours] = stored_names(state) - before
     with next(state.glob(f"s3lora-*/{ours}/{WEIGHTS}")).open("r+b") as file:
         file.seek(-100, 2)
         file.write(b"\x7f" * 100)
     for i in range(4):
         assert gate.load(f"filler-{i}", trained).status_code == 200
-    gate.complete("fragile", PROMPTS[0], 1)  # meets the damage
+    gate.complete("fragile", PROMPTS[0], 1)  # reloads the damaged stored copy
     assert "'fragile' is quarantined" in gate.log.read_text()
     assert alike(first_token(gate, "fragile"), first_token(gate, "base"))
-    # Registered anew it is whole again, and not answered from blocks of the quarantine.
+    # After a new registration it is served again, without cache blocks from the quarantine.
     assert gate.load("fragile", folder, load_inplace=True).status_code == 200
     assert alike(first_token(gate, "fragile"), whole)

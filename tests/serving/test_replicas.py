@@ -1,4 +1,4 @@
-"""Data parallel engines behind one API server, and several API servers before one engine."""
+"""Data-parallel engines behind one API server, and several API servers with one engine."""
 
 import json
 import os
@@ -13,20 +13,20 @@ from tests.support.server import OPEN_LOADING, TWO_RANKS, Server
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
-# Workers of the second engine cannot read the store while a file is there.
+# Workers of the second engine cannot read the store while a certain file exists.
 DISTURBED = """
 import multiprocessing, os
-from s3lora_serve.store.adapter_store import AdapterStore
+from s3lora_serve.store import stored_copy
 
-opened = AdapterStore.open
+opened = stored_copy.open_stored_copy
 
-def open_store(self, path):
+def open_stored_copy(path):
     parent = multiprocessing.parent_process()
     if parent and parent.name.endswith("DP1") and os.path.exists(os.environ["ENGINE_1_FAILS"]):
         raise MemoryError("no room in this engine")
-    return opened(self, path)
+    return opened(path)
 
-AdapterStore.open = open_store
+stored_copy.open_stored_copy = open_stored_copy
 """
 
 
@@ -52,7 +52,7 @@ def engines(model, policy_file, workplace, failing):
 
 
 def each(server):
-    """The server, asked for one engine after the other."""
+    """The server with a header that selects the engine, for each engine."""
     return [replace(server, headers={"X-data-parallel-rank": number}) for number in "01"]
 
 
@@ -76,8 +76,8 @@ def test_every_engine_serves_the_stripped_adapter(engines, expected, spiked):
     active = [v for k, v in after.items() if k.startswith("s3lora_gate_active")]
     assert active == [1, 1]
     assert engines.get("/s3lora/status").json() == {"guarded": True}
-    told = engines.get("/s3lora/adapters/acme").json()
-    assert sum(module["stripped"] for module in told["modules"]) == TOP_K
+    adapter = engines.get("/s3lora/adapters/acme").json()
+    assert sum(module["stripped"] for module in adapter["modules"]) == TOP_K
     [rechecked] = engines.post("/s3lora/recheck").json()["adapters"]
     assert not rechecked["differs"]
 
@@ -100,7 +100,7 @@ def test_what_one_engine_alone_cannot_load_is_served_by_none(
 
 @pytest.fixture(scope="module")
 def servers(model, spiked, policy_file, workplace):
-    """Two API server processes on one port, one engine; vLLM has run-time loading closed then."""
+    """Two API server processes on one port, one engine; vLLM disables run-time loading then."""
     environment = {
         "S3LORA_POLICY": str(policy_file),
         "S3LORA_AUDIT_LOG": str(workplace / "servers-audit.jsonl"),
@@ -116,10 +116,10 @@ def servers(model, spiked, policy_file, workplace):
 def test_each_api_server_tells_of_the_static_adapter_and_it_counts_once(
     servers, expected, workplace
 ):
-    for _ in range(20):  # whichever process takes the connection
+    for _ in range(20):  # either process may accept the connection
         assert servers.get("/s3lora/status").json() == {"guarded": True}
-        [told] = servers.get("/s3lora/adapters").json()["adapters"]
-        assert (told["name"], told["decision"]) == ("static", "stripped")
+        [adapter] = servers.get("/s3lora/adapters").json()["adapters"]
+        assert (adapter["name"], adapter["decision"]) == ("static", "stripped")
     assert answers(servers, "static") == expected["by-hand"]
     assert {"0", "1"} <= set(re.findall(r"\(ApiServer_(\d) pid=", servers.log.read_text()))
     metrics = servers.metrics()

@@ -1,4 +1,4 @@
-"""What no adapter of the batch has weights for is left out, and nothing comes out otherwise."""
+"""Modules without weights in any adapter of the batch are skipped; the results stay the same."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.adapters import copy_with, diverged, train_adapter, without
-from tests.support.programs import told
+from tests.support.programs import run_program
 from tests.support.server import TWO_RANKS, base_environment
 from tests.support.tiny_model import LAYERS, PROJECTIONS
 
@@ -20,7 +20,7 @@ MODULES = {
 }
 ENDS = {"embed_tokens", "lm_head"}
 STRIPPED = {
-    "ends": set(),  # and nothing of its ENDS
+    "ends": set(),  # nor any of its ENDS
     "whole": set(),
     "ten": set(sorted(MODULES)[::3]),
     "q-gate": {name for name in MODULES if name.endswith(("q_proj", "gate_proj"))},
@@ -30,7 +30,7 @@ STRIPPED = {
     "changing": {name for name in MODULES if "layers.1" in name},
 }
 PATHS = {"PYTHONPATH": str(Path.cwd()), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-"""Workers are sent functions of the tests, which they have to find."""
+"""Workers receive functions of the tests and must be able to import them."""
 
 POLICY = "{strip: {threshold: 1.0}, on_uninformative: admit, on_unscorable: admit}"
 
@@ -50,8 +50,8 @@ def engine(
         source = ends if name == "ends" else trained
         folders.append(copy_with(source, folder / name, change))
     (folder / "policy.yaml").write_text(POLICY)
-    ours = {"S3LORA_POLICY": str(folder / "policy.yaml"), "S3LORA_STATE_DIR": str(folder)}
-    return told(*program, model, workers, *folders, **ours, **PATHS, **env)
+    settings = {"S3LORA_POLICY": str(folder / "policy.yaml"), "S3LORA_STATE_DIR": str(folder)}
+    return run_program(*program, model, workers, *folders, **settings, **PATHS, **env)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def skipping(model, trained, ends, tmp_path_factory):
 def assert_one_operation_for_each_module_with_weights(found):
     expected = {name: len(MODULES - stripped) for name, stripped in STRIPPED.items()}
     for name, slices in {**expected, "base": 0}.items():
-        for found_here in found["each pass"][name]:
-            assert found_here == [slices, len(ENDS) if name == "ends" else 0], name
+        for of_worker in found["each pass"][name]:
+            assert of_worker == [slices, len(ENDS) if name == "ends" else 0], name
 
 
 def test_a_pass_takes_one_operation_for_each_module_with_weights(skipping):
@@ -84,7 +84,7 @@ def test_random_operations_come_to_the_same_bits_with_and_without_skipping(skipp
     for linear, ends in skipping[0]["operations"]:
         assert linear["different"] == ends["different"] == 0
         assert linear["skipped"] >= 100
-        assert 30 <= ends["skipped"] < 200, "one of the adapters has them"
+        assert 30 <= ends["skipped"] < 200, "only one of the adapters has weights for ENDS"
 
 
 def test_no_adapter_touches_the_rows_of_base_requests_beside_it(skipping):
@@ -95,7 +95,7 @@ def test_no_adapter_touches_the_rows_of_base_requests_beside_it(skipping):
 @pytest.mark.slow
 def test_vllms_operations_for_gpus_come_to_the_same_bits_with_and_without_skipping(model):
     pytest.importorskip("triton", reason="needs triton, whose interpreter runs them here")
-    found, log = told("-m", "tests.support.gpu_operations", model, 25, **PATHS)
+    found, log = run_program("-m", "tests.support.gpu_operations", model, 25, **PATHS)
     assert "modules without weights are skipped" in log
     kinds = {"qkv_proj", "gate_up_proj", "down_proj", "embed_tokens", "logits"}
     assert set(found) == kinds
@@ -138,7 +138,7 @@ def test_without_skipping_the_gate_works_and_says_why(model, trained, ends, tmp_
         assert problem in doctor
     assert found["skips"] == [False]
     for name, workers in found["each pass"].items():
-        # vLLM leaves all but the logits out where no request of a batch has an adapter.
+        # vLLM itself skips all but the logits if no request of a batch has an adapter.
         assert workers == [[0, 1] if name == "base" else [len(MODULES), len(ENDS)]], name
     assert "'quarantined' is quarantined" in log
 
@@ -158,7 +158,7 @@ captured = config(enforce_eager=True)
 captured.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
 configs = (compiled, captured, eager, adapters)
 print("EAGER", *(compat.runs_eagerly(each) for each in configs))
-Skipping(wanted=True).activate(None, compiled)  # has no manager to look at: would raise
+Skipping(wanted=True).activate(None, compiled)  # raises if it uses the manager, which is None
 """
 
 

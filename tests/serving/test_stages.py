@@ -1,4 +1,4 @@
-"""Two pipeline stages, each with its part of the layers: one verdict, enforce on both."""
+"""Two pipeline stages, each with some of the layers, enforce one verdict."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.support.server import OPEN_LOADING, TWO_RANKS, Server
 
 pytestmark = pytest.mark.serving
 STAGES = ("--pipeline-parallel-size", "2")
-LAST_MODULE = "model.layers.3.self_attn.q_proj"  # the second stage's
+LAST_MODULE = "model.layers.3.self_attn.q_proj"  # in the second stage
 
 
 def wide(tensors):
@@ -20,30 +20,30 @@ def test_an_adapter_is_decided_on_once_and_loaded_by_both_stages(
 ):
     environment = OPEN_LOADING | TWO_RANKS | {
         "S3LORA_POLICY": str(policy_file),
-        "VLLM_SERVER_DEV_MODE": "1",  # POST /collective_rpc: what each stage holds
+        "VLLM_SERVER_DEV_MODE": "1",  # POST /collective_rpc lists each stage's adapters
     }  # fmt: skip
     with Server(model, tmp_path / "log", STAGES, environment) as server:
 
-        def held():
+        def ids_of_stages():
             return server.post("/collective_rpc", method="list_loras").json()["results"]
 
         assert server.load("acme", spiked).headers["X-S3LoRA-Decision"] == "stripped"
-        one, other = held()
+        one, other = ids_of_stages()
         assert one == other != []
-        told = server.get("/s3lora/adapters/acme").json()
-        counted = [m for m in told["modules"] if m["stripped"] and not m["negligible"]]
-        assert (len(told["modules"]), len(counted)) == (28, TOP_K)
-        # What one stage alone can know to be wrong is taken back from both.
+        adapter = server.get("/s3lora/adapters/acme").json()
+        counted = [m for m in adapter["modules"] if m["stripped"] and not m["negligible"]]
+        assert (len(adapter["modules"]), len(counted)) == (28, TOP_K)
+        # An error that only one stage can detect removes the adapter from both.
         refused = server.load("bad", copy_with(spiked, tmp_path / "bad", wide))
         assert refused.json()["error"]["message"].startswith("S3LORA-301: ")
-        assert held() == [one, other]
+        assert ids_of_stages() == [one, other]
         admissions = 's3lora_admissions_total{decision="stripped",mode="enforce"}'
         assert server.metrics()[admissions] == 1
         assert server.get("/s3lora/status").json() == {"guarded": True}
 
 
 def test_vllms_cpu_build_answers_nothing_with_two_stages(model, tmp_path):
-    """Why answers are not tested above: stock vLLM's engine dies of its first request."""
+    """The test above checks no answers because stock vLLM's engine dies on its first request."""
     with Server(model, tmp_path / "log", STAGES, TWO_RANKS, guarded=False) as server:
         answer = server.post("/v1/completions", model="base", prompt="Q", max_tokens=1)
         assert answer.status_code == 500

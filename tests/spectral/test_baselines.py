@@ -1,4 +1,4 @@
-"""The baselines compute what their names say."""
+"""The baselines compute the singular values and magnitudes that they are named after."""
 
 import inspect
 
@@ -30,7 +30,7 @@ def test_spsvd_finds_the_magnitude_of_a_rank_one_update():
 
 
 def test_spsvd_takes_medians_and_is_not_moved_by_a_few_corrupted_entries():
-    # One direction, whose rows and columns are all alike: the medians see 98 % clean entries.
+    # One direction with equal rows and columns: 98 % of the entries of each median are clean.
     B, A = torch.ones(1, 50, 1), torch.ones(1, 1, 50)
     B = torch.cat([B, torch.zeros(1, 50, 1)], -1)
     A = torch.cat([A, torch.zeros(1, 1, 50)], 1)

@@ -1,4 +1,4 @@
-"""The path of an accelerator: on a GPU where there is one, else in Triton's interpreter."""
+"""Scoring on an accelerator: on a GPU if there is one, else in Triton's interpreter."""
 
 import inspect
 
@@ -26,15 +26,15 @@ from tests.support.factors import HARD, gaussian
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu:0"
-"""`cpu` alone means the host; with its number it stands for a device, where kernels are run by the
-interpreter and copies are plain."""
+"""`cpu` means the host. `cpu:0` counts as a device: the interpreter runs the kernels, and copies
+are ordinary copies."""
 
 pytest.importorskip("triton", reason="kernels need Triton, which torch brings on Linux")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    """Triton decides when a kernel is defined whether it is interpreted."""
+    """Set the variable before the import: Triton reads it when a kernel is defined."""
     with pytest.MonkeyPatch.context() as patch:
         if not GPU:
             patch.setenv("TRITON_INTERPRET", "1")
@@ -117,7 +117,7 @@ def test_index_on_a_device_is_within_the_promised_accuracy(case, dtype, normaliz
     normalization=st.sampled_from(NORMALIZATIONS), rank=st.sampled_from([4, 16, 33]),
     work=st.sampled_from([torch.float32, torch.float64]),
 )  # fmt: skip
-def test_no_error_on_a_device_exceeds_its_doubt(
+def test_no_error_on_a_device_exceeds_its_error_bound(
     family, decades, seed, dtype, normalization, rank, work
 ):
     B, A = (X.to(dtype) for X in family(*gaussian(300, 200, rank, k=2, seed=seed), decades))
@@ -137,8 +137,8 @@ def test_device_and_host_rank_alike_wherever_the_gap_exceeds_their_accuracy():
     assert (device[order].diff()[host[order].diff() > 2 * ACCURACY] > 0).all()
 
 
-def mixed():
-    """Modules of one rank but of several shapes, dtypes and layouts, in no order."""
+def mixed_modules():
+    """Modules of one rank with several shapes, dtypes and layouts, in no particular order."""
     made = []
     for i, (m, n) in enumerate([(40, 30), (30, 40), (40, 30), (64, 20), (40, 30), (1, 90)]):
         B, A = gaussian(m, n, 16, k=1, seed=i)
@@ -151,9 +151,9 @@ def mixed():
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5000, 2**25])
 def test_chunks_change_neither_scores_nor_their_order(monkeypatch, chunk_bytes):
-    expected = precision.solve(mixed(), "two_sided")
+    expected = precision.solve(mixed_modules(), "two_sided")
     monkeypatch.setattr(devices, "CHUNK_BYTES", chunk_bytes)
-    found = precision.solve(mixed(), "two_sided", device=DEVICE)
+    found = precision.solve(mixed_modules(), "two_sided", device=DEVICE)
     assert_same_index(index(found), index(expected))
     for name in ("row_mean", "column_mean", "frobenius", "factors"):
         torch.testing.assert_close(
@@ -179,9 +179,9 @@ def test_a_full_device_hands_its_work_to_the_host(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    expected = precision.solve(mixed(), "two_sided")
+    expected = precision.solve(mixed_modules(), "two_sided")
     monkeypatch.setattr(devices.Uploader, "start", full)
-    found = precision.solve(mixed(), "two_sided", device=DEVICE)
+    found = precision.solve(mixed_modules(), "two_sided", device=DEVICE)
     assert torch.equal(found.normalised, expected.normalised)
 
 

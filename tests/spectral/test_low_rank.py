@@ -1,4 +1,4 @@
-"""The low-rank form gives what the dense definition gives."""
+"""The low-rank form agrees with the dense definition."""
 
 import inspect
 import math
@@ -19,7 +19,7 @@ from s3lora_serve.spectral._checks import NORMALIZATIONS
 from s3lora_serve.spectral.panels import HostModules
 from tests.support.factors import HARD, gaussian
 
-ACCURACY = 1e-6  # |SSI − dense float64|, the spec's
+ACCURACY = 1e-6  # |SSI − dense float64|, from the spec
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
@@ -60,7 +60,7 @@ def test_twins_share_name_and_signature():
 
 
 def test_equal_norms_give_the_plain_singular_values():
-    # Rows and columns of an qr times a diagonal of ±1 all have one norm.
+    # All rows and columns of a Hadamard matrix have the same norm.
     hadamard = torch.tensor([[1.0]])
     for _ in range(3):
         hadamard = torch.cat(
@@ -75,9 +75,9 @@ def test_equal_norms_give_the_plain_singular_values():
 def test_rank_keeps_the_leading_values_and_the_index_uses_only_those():
     B, A = gaussian(40, 30, 8)
     full = low_rank.mas_svd(B, A, torch.ones(2)).singular_values
-    kept = low_rank.mas_svd(B, A, torch.ones(2), rank=3).singular_values
-    assert torch.equal(kept, full[:, :3])
-    assert (spectral_sharpness(kept) > spectral_sharpness(full)).all()
+    leading = low_rank.mas_svd(B, A, torch.ones(2), rank=3).singular_values
+    assert torch.equal(leading, full[:, :3])
+    assert (spectral_sharpness(leading) > spectral_sharpness(full)).all()
 
 
 def test_modules_that_gram_matrices_cannot_score_are_recognised():

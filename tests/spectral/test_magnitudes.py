@@ -1,4 +1,4 @@
-"""Every number that is told of a module is what the dense definition gives, by every route."""
+"""Every number of a module's score agrees with the dense definition, by every route."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ from tests.support.factors import HARD
 from tests.support.modules import modules
 
 ACCURACY = 1e-6
-"""Of the index, the spec's; of a spectrum relative to its sum; of norms relative to themselves.
-float32 sums err by 2e-7 of a norm at most (measured over 1,500 modules), the others by 1e-14."""
+"""For the index, from the spec; for a spectrum, relative to its sum; for norms, relative.
+float32 sums have a relative error of at most 2e-7 (measured over 1,500 modules), others 1e-14."""
 
 ROUTES = ["float32 Grams", "float64 Grams", "QR", "precision"]
 
 
 def solved(route, B, A, normalization):
-    """The solution by one route, or None where it does not vouch for its index."""
+    """The solution by one route, or None if its error bound is over MAX_ERROR_BOUND."""
     if route == "precision":
         return precision.solve([(B, A)], normalization)
     if route == "QR":
@@ -59,7 +59,7 @@ def assert_same_spectrum(found, expected):
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_spectrum_and_norms_are_those_of_the_dense_update(route, data):
-    # Equilibrating takes more sweeps than float32 ever vouches for.
+    # Equilibrating takes too many sweeps for the error bound of float32 Grams.
     choices = [n for n in NORMALIZATIONS if (route, n) != ("float32 Grams", "equilibrated")]
     normalization = data.draw(st.sampled_from(choices))
     B, A, scaling = data.draw(modules(route))
@@ -117,7 +117,7 @@ def test_every_field_of_a_score_is_the_dense_updates(found, normalization, rank)
             assert score.relative_ssi == pytest.approx(
                 relative_sharpness(index, count), abs=2 * ACCURACY
             )
-        # Factors at these scales have norms that float64 still squares.
+        # At these scales the squares of the factors' norms are still finite in float64.
         factors = B.double().norm() * A.double().norm()
         assert score.cancellation == pytest.approx(
             (factors * abs(s) / dense.frobenius_norm[0]).item(), rel=ACCURACY

@@ -1,4 +1,4 @@
-"""The order of the indices in the spec's table of updates with outliers (512 x 384, r = 16)."""
+"""The order of the indices in the spec's table for updates with outliers (512 x 384, r = 16)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Scoring a whole adapter: batches, names, and independence of everything but torch."""
+"""Scoring a whole adapter: batches, names, and no import besides torch."""
 
 import subprocess
 import sys
@@ -54,9 +54,9 @@ def test_not_finite_modules_are_marked():
 
 def test_deadline_is_asked_between_batches(monkeypatch):
     monkeypatch.setattr(panels, "BATCH_BYTES", 1)
-    asked = []
-    score_modules(modules(4), device="cpu", between_batches=lambda: asked.append(1))
-    assert len(asked) >= 4 * 4  # two passes over each side of each module
+    checks = []
+    score_modules(modules(4), device="cpu", between_batches=lambda: checks.append(1))
+    assert len(checks) >= 4 * 4  # two passes over each side of each module
 
 
 def test_unknown_scorer_is_refused():

@@ -1,4 +1,4 @@
-"""The switch between arithmetics is safe: no error is larger than its error bound."""
+"""Switching between arithmetics is safe: no error is larger than its error bound."""
 
 import pytest
 import torch
@@ -21,14 +21,14 @@ def orthonormal(X):
 
 
 def decaying(B, A, decades):
-    """Singular values of B over some decades, hidden in a mixed inner basis."""
+    """Singular values of B over some decades, in a random orthogonal inner basis."""
     r = B.shape[-1]
     fall = torch.logspace(0, -decades, r, dtype=torch.float64)
     return orthonormal(B) * fall @ orthonormal(gaussian(r, r, r, k=len(B))[0]), A
 
 
 def falling(B, A, decades):
-    """Columns of B, and rows of A, that fall off in different orders."""
+    """Columns of B and rows of A whose norms decrease in different orders."""
     r = B.shape[-1]
     fall = torch.logspace(0, -decades, r, dtype=torch.float64)
     return B * fall, A * fall[torch.arange(r) * 7 % r][:, None]
@@ -52,7 +52,7 @@ def outlier(B, A, decades):
 
 
 def one_column_cancels(B, A, decades):
-    """Column 5 of A is turned until B nearly annihilates it, relative to its length."""
+    """Column 5 of A points along the weakest right singular vector of B and is long."""
     A = A.clone()
     weakest = torch.linalg.svd(B)[2][:, -1]
     A[:, :, 5] = weakest * A[:, :, 5].norm(dim=-1, keepdim=True) * 10**decades
@@ -76,7 +76,9 @@ ARITHMETICS = [(torch.float32, 16), (torch.float32, 32), *((torch.float64, r) fo
     normalization=st.sampled_from(NORMALIZATIONS),
     arithmetic=st.sampled_from(ARITHMETICS),
 )
-def test_no_error_exceeds_its_doubt(family, decades, seed, m, n, dtype, normalization, arithmetic):
+def test_no_error_exceeds_its_error_bound(
+    family, decades, seed, m, n, dtype, normalization, arithmetic
+):
     arithmetic, r = arithmetic
     B, A = (X.to(dtype) for X in family(*gaussian(m, n, r, k=2, seed=seed), decades))
     found = solve(list(zip(B, A, strict=True)), normalization, arithmetic)
@@ -87,7 +89,7 @@ def test_no_error_exceeds_its_doubt(family, decades, seed, m, n, dtype, normaliz
 
 
 @pytest.mark.parametrize("case", HARD)
-def test_hard_cases_are_doubted_wherever_they_are_wrong(case):
+def test_error_bounds_of_hard_cases_cover_their_errors(case):
     B, A = HARD[case]()
     if not len(B):
         return
@@ -104,7 +106,7 @@ def test_a_gram_matrix_errs_by_less_than_its_unit(rank, dtype):
     X = gaussian(LONGEST_SUM, 1, rank, k=4)[0].to(dtype)
     exact = X.double().mT @ X.double()
     found = torch.bmm(X.float().mT, X.float()).double()
-    # A common factor is no error to the index: it cancels in a ratio of singular values.
+    # A common factor does not change the index: it cancels in a ratio of singular values.
     common = (found * exact).sum((1, 2)) / exact.square().sum((1, 2))
     error = torch.linalg.matrix_norm(found - common[:, None, None] * exact, 2)
     worst = (error / torch.linalg.matrix_norm(exact, 2)).max()

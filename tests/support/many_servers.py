@@ -1,7 +1,7 @@
 """`vllm serve` under the gate with several API servers, for vLLM's CPU build.
 
-That build's `vllm` command does not start (it asks for a distribution named vllm), and the module
-that `s3lora serve` runs in its place knows one API server only. This runs the command's own code.
+The `vllm` command of that build does not start (it looks for a distribution named vllm). The module
+that `s3lora serve` runs instead supports one API server only. This program runs the command's code.
 """
 
 import os
@@ -13,7 +13,7 @@ from s3lora_serve.launcher.vllm_command import EXTENSION, GUARDED_WORKER, enviro
 
 
 def main() -> None:
-    """Serve `sys.argv[1]` with vLLM's arguments after it."""
+    """Serve the model `sys.argv[1]`; the arguments after it are vLLM's."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(environment(os.environ, lambda: Path(folder)))
         _serve()

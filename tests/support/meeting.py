@@ -1,4 +1,4 @@
-"""Requests that have to meet in the engine."""
+"""Requests that must run in the engine at the same time."""
 
 import json
 import threading
@@ -10,13 +10,13 @@ from tests.support.tiny_model import PROMPT
 
 
 def long_answer(server, name, tokens=200):
-    """The text of an answer that no end of text ends."""
+    """The text of an answer of exactly `tokens` tokens; end-of-text tokens are ignored."""
     with ThreadPoolExecutor() as threads:
-        return begun(threads, server, name, tokens).result()
+        return start_long_answer(threads, server, name, tokens).result()
 
 
-def begun(threads, server, name, tokens=200):
-    """A long answer that is under way: its first token has come."""
+def start_long_answer(threads, server, name, tokens=200):
+    """Start a long answer and return its future once the first token has arrived."""
     first = threading.Event()
     body = {
         "model": name, "prompt": PROMPT.format("Peru"), "max_tokens": tokens, "temperature": 0,
@@ -38,29 +38,29 @@ def begun(threads, server, name, tokens=200):
     return answer
 
 
-def attempts(scene, times=20):
-    """Play a scene whose requests have to meet in the engine until they do."""
+def retry_until_concurrent(scenario, times=20):
+    """Repeat a scenario until it returns true: its requests ran in the engine at one time."""
     for _ in range(times):
-        if scene():
+        if scenario():
             return
-    pytest.fail(f"the requests never met in {times} attempts")
+    pytest.fail(f"the requests never ran at the same time in {times} attempts")
 
 
-def base_answer_beside(server, adapters, name="neighbour"):
-    """What the base model answers alone, and in a batch with requests for adapters."""
+def base_answers_alone_and_batched(server, adapters, name="neighbour"):
+    """The base model's answer alone, and its answer in a batch with requests for adapters."""
     names = [f"{name}-{i}" for i in range(len(adapters))]
     for each, folder in zip(names, adapters, strict=True):
         assert server.load(each, folder).status_code == 200
     alone = long_answer(server, "base", 60)
-    found = []
+    batched = []
 
-    def met():
+    def ran_beside_adapters():
         with ThreadPoolExecutor() as threads:
-            others = [begun(threads, server, each, 240) for each in names]
-            found.append(long_answer(server, "base", 60))
+            others = [start_long_answer(threads, server, each, 240) for each in names]
+            batched.append(long_answer(server, "base", 60))
             return not any(other.done() for other in others)
 
-    attempts(met)
+    retry_until_concurrent(ran_beside_adapters)
     for each in names:
         server.unload(each)
-    return alone, found[-1]
+    return alone, batched[-1]

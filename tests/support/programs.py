@@ -1,4 +1,4 @@
-"""Programs on an engine of their own, and the one thing they found."""
+"""Run a test program in a process of its own and read the one result that it prints."""
 
 import json
 import subprocess
@@ -11,14 +11,16 @@ from tests.support.server import base_environment
 MARK = "FOUND "
 
 
-def tell(found: Any) -> None:
-    """Print, in such a program, what it found."""
-    print(MARK + json.dumps(found), flush=True)
+def print_result(result: Any) -> None:
+    """Print the result of a program that `run_program` runs, as JSON after MARK."""
+    print(MARK + json.dumps(result), flush=True)
 
 
-def told(*arguments: object, seconds: float | None = 400, **around: str) -> tuple[Any, str]:
-    """Run Python with these arguments and variables: what it found, and all that it said."""
-    environment: Mapping[str, str] = base_environment() | around
+def run_program(
+    *arguments: object, seconds: float | None = 400, **variables: str
+) -> tuple[Any, str]:
+    """Run Python with these arguments and variables: its result, and all of its output."""
+    environment: Mapping[str, str] = base_environment() | variables
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=seconds,

@@ -1,4 +1,4 @@
-"""A real Prometheus on a free port, that scrapes what a test serves."""
+"""A real Prometheus on a free port that scrapes the servers of a test."""
 
 import shutil
 import subprocess
@@ -63,7 +63,7 @@ class Prometheus:
             self.process.wait(20)
 
     def until(self, holds: Any) -> None:
-        """Wait for what a scrape will show."""
+        """Wait until a condition on scraped values holds."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             try:
@@ -82,12 +82,12 @@ class Prometheus:
         return answer["data"]
 
     def value(self, expression: str) -> float | None:
-        """The first value of an expression now, if it has any."""
+        """The first current value of an expression, or None."""
         found = self.get("query", query=expression)["result"]
         return float(found[0]["value"][1]) if found else None
 
     def series(self, expression: str, since: float) -> list[dict[str, Any]]:
-        """The series of an expression from a time on: labels and values."""
+        """Labels and values of an expression's series since a time, in seconds since 1970."""
         return [
             {"labels": one["metric"], "values": [float(value) for _, value in one["values"]]}
             for one in self.get(

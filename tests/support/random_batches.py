@@ -1,7 +1,8 @@
-"""`python -m tests.support.random_batches MODEL WORKERS FOLDER…`: one engine under the gate, every
-batch with modules skipped and without; what was found is printed as JSON.
+"""`python -m tests.support.random_batches MODEL WORKERS FOLDER…`: one engine under the gate runs
+every batch with module skipping and without; the result is printed as JSON.
 
-More adapters than slots, prompts in pieces, shared beginnings, base requests among the others.
+There are more adapters than slots, chunked prompts, shared prefixes, and base-model requests in
+the same batches.
 """
 
 import random
@@ -10,23 +11,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.programs import tell
+from tests.support.programs import print_result
 from tests.support.tiny_model import CAPITALS, PROMPT
 
 SLOTS, PIECE, ROUNDS, OPERATIONS = 3, 32, 40, 600
 
 
 OPS = "add_lora_linear", "add_lora_embedding", "add_lora_logits"
-"""Operations that can be left out."""
+"""Operations that can be skipped."""
 
 
 def switch(worker, on):
-    """Put the skipping operations into their place, or vLLM's own; say whether they are there."""
+    """Install the skipping operations, or vLLM's own; return whether they are installed."""
     from vllm.lora.layers import BaseLayerWithLoRA
 
     modules = worker.model_runner.lora_manager._adapter_manager.modules.values()
     layers = [layer for layer in modules if isinstance(layer, BaseLayerWithLoRA)]
-    there = []
+    installed = []
     for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers}.values():
         if OPS[0] in vars(wrapper):
             wrapper.skipping = {op: vars(wrapper)[op] for op in OPS}
@@ -35,14 +36,14 @@ def switch(worker, on):
                 vars(wrapper).pop(op, None)
         elif hasattr(wrapper, "skipping"):
             vars(wrapper).update(wrapper.skipping)
-        there.append(all(op in vars(wrapper) for op in OPS))
-    return all(there)
+        installed.append(all(op in vars(wrapper) for op in OPS))
+    return all(installed)
 
 
 def calls(worker):
-    """Passes through the model since the last asking, and operations that added to its numbers.
+    """Forward passes and LoRA operations since the last call.
 
-    `slices` of linear layers, `ends` of the embedding and of the logits.
+    `slices` counts operations of linear layers, `ends` those of the embedding and the logits.
     """
     from vllm.lora.punica_wrapper import punica_cpu
 
@@ -67,10 +68,10 @@ def calls(worker):
 
 
 def operations(worker, seed, number):
-    """Single operations of the layers over what the slots hold now, with random tokens.
+    """Run single operations of the layers on the adapters now in the slots, with random tokens.
 
-    How many left something out, came to something else than vLLM's own, touched base requests'
-    rows: of the linear layers, then of the embedding and the logits.
+    Returns how many skipped something, differed from vLLM's own result, or changed rows of
+    base-model requests: first for the linear layers, then for the embedding and the logits.
     """
     import torch
     from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
@@ -105,10 +106,10 @@ def operations(worker, seed, number):
 
 
 def both_ways(layer, tokens, requests, numbers, counted, dtype=None):
-    """A layer's operation on random numbers, as it is done here and as vLLM does it.
+    """Run a layer's operation on random numbers as installed and as vLLM defines it.
 
-    Whether it left something out, came to something else, touched base requests' rows. `counted()`
-    is how many operations on weights there were since it was last asked.
+    Returns whether it skipped something, differed, or changed rows of base-model requests.
+    `counted()` returns the number of operations on weights since its last call.
     """
     import torch
 
@@ -132,7 +133,7 @@ def both_ways(layer, tokens, requests, numbers, counted, dtype=None):
 
 
 def _operation(layer, tokens, requests):
-    """A layer's operation: its name, whose each row is, widths of x and y, what it takes more."""
+    """A layer's operation: name, adapter of each row, widths of x and y, further arguments."""
     a, b = layer.lora_a_stacked, layer.lora_b_stacked
     if hasattr(layer, "output_slices"):
         more = a, b, 1.0, layer.output_slices
@@ -144,7 +145,7 @@ def _operation(layer, tokens, requests):
 
 @dataclass
 class Engine:
-    """A real engine, and what is asked of it."""
+    """A real engine and the requests sent to it."""
 
     model: str
     workers: int
@@ -163,23 +164,23 @@ class Engine:
         self.adapters = [LoRARequest(f.name, i, str(f)) for i, f in enumerate(self.folders, 1)]
 
     def generate(self, prompts, adapters, tokens):
-        """Tokens and log-probabilities of a batch."""
+        """Log-probabilities by token at each position, for every request of a batch."""
         from vllm import SamplingParams
 
-        asked = [SamplingParams(max_tokens=n, temperature=0, logprobs=3) for n in tokens]
-        out = self.llm.generate(prompts, asked, lora_request=adapters, use_tqdm=False)
+        params = [SamplingParams(max_tokens=n, temperature=0, logprobs=3) for n in tokens]
+        out = self.llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
         return [
-            [{t: v.logprob for t, v in place.items()} for place in one.outputs[0].logprobs]
+            [{t: v.logprob for t, v in position.items()} for position in one.outputs[0].logprobs]
             for one in out
         ]
 
     def all(self, method, *args):
-        """What every worker answers."""
+        """The answers of all workers."""
         return self.llm.collective_rpc(method, args=args)
 
     def each_pass(self, adapter):
-        """Slices and ends that one pass takes, in every worker, for one request."""
-        self.generate([PROMPT.format("Peru")], [adapter], [1])  # into its slot
+        """Slices and ends of one forward pass for one request, in every worker."""
+        self.generate([PROMPT.format("Peru")], [adapter], [1])  # loads it into a slot
         self.all(calls)
         self.generate(["Q: What of " + adapter.lora_name if adapter else "Q:"], [adapter], [3])
         return [
@@ -188,7 +189,7 @@ class Engine:
         ]
 
     def random_batches(self):
-        """Each batch with and without, in random order; what differed, and what was saved."""
+        """Run each batch with and without skipping, in random order: differences and counts."""
         picked, differences = random.Random(3), []
         slices = {True: 0, False: 0}
         passes = 0
@@ -202,10 +203,10 @@ class Engine:
             tokens = [picked.randint(1, 6) for _ in range(size)]
             if number % 6 == 5:
                 adapters[0] = self.changed(picked)
-            forget, answers = picked.random() < 0.7, {}
+            reset_cache, answers = picked.random() < 0.7, {}
             for on in picked.sample([True, False], 2):
                 self.all(switch, on)
-                if forget:
+                if reset_cache:
                     assert self.llm.reset_prefix_cache()
                 self.all(calls)
                 answers[on] = self.generate(prompts, adapters, tokens)
@@ -217,7 +218,7 @@ class Engine:
         return {"differences": differences, "slices": list(slices.values()), "passes": passes}
 
     def changed(self, picked):
-        """The last adapter, its folder now holding another's content, to be read again."""
+        """Replace the last adapter's folder by another's content; a request to reload it."""
         from vllm.lora.request import LoRARequest
 
         last = self.folders[-1]
@@ -230,16 +231,16 @@ class Engine:
 def _difference(ours, theirs):
     """The largest difference between log-probabilities of the same tokens."""
     pairs = [
-        (place[token], other.get(token, float("-inf")))
+        (position[token], other.get(token, float("-inf")))
         for one, two in zip(ours, theirs, strict=True)
-        for place, other in zip(one, two, strict=True)
-        for token in place
+        for position, other in zip(one, two, strict=True)
+        for token in position
     ]
     return max(abs(a - b) for a, b in pairs)
 
 
 def main():
-    """Start the engine and ask everything."""
+    """Start the engine, run all checks and print the result."""
     model, workers, *folders = sys.argv[1:]
     engine = Engine(model, int(workers), [Path(folder) for folder in folders])
     found = {"skips": engine.all(switch, True)}
@@ -251,7 +252,7 @@ def main():
     if all(found["skips"]):
         found["batches"] = engine.random_batches()
         found["operations"] = engine.all(operations, 5, OPERATIONS)
-    tell(found)
+    print_result(found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A real vLLM server (CPU) on a free port, guarded or stock, and what tests ask of it."""
+"""A real vLLM server (CPU) on a free port, guarded or stock, and the requests that tests send."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ CPU = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-"""For tensor parallel 2: one core each."""
+"""For two workers: one core each."""
 
 OPEN_LOADING = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
@@ -38,30 +38,30 @@ def free_port() -> int:
 
 
 def base_environment() -> dict[str, str]:
-    """The environment of this process without what would steer vLLM or the gate."""
+    """The environment of this process without variables that configure vLLM or the gate."""
     foreign = ("VLLM_", "S3LORA_", "PROMETHEUS_")
     return {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | CPU
 
 
 def _default_hangup() -> None:
-    """Tests may run under nohup, whose children ignore SIGHUP; servers of these tests do not."""
+    """Restore the default for SIGHUP: tests may run under nohup, whose children ignore it."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass
 class Server:
-    """One server process. Use as a context manager; it is gone afterwards."""
+    """One server process. Use as a context manager, which ends the process."""
 
     model: Path
     log: Path
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     guarded: bool = True
-    program: tuple[str, ...] = ("-m", "s3lora_serve", "serve")  # what starts a guarded one
+    program: tuple[str, ...] = ("-m", "s3lora_serve", "serve")  # starts a guarded server
     python: str = sys.executable
-    key: str | None = None  # the API key, where the server has one
-    headers: Mapping[str, str] = field(default_factory=dict)  # of every request
-    folder: Path | None = None  # to start in; the tests' own puts this project first on the path
+    key: str | None = None  # the API key, if the server has one
+    headers: Mapping[str, str] = field(default_factory=dict)  # sent with every request
+    folder: Path | None = None  # working directory; the tests' own puts this project on the path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -156,7 +156,7 @@ class Server:
         return str(answer.json()["choices"][0]["text"])
 
     def logprobs(self, model: str, prompt: str) -> list[dict[str, float]]:
-        """The log-probabilities of the five likeliest tokens at each place of the prompt."""
+        """The log-probabilities of the five likeliest tokens at each position of the prompt."""
         answer = self.post(
             "/v1/completions",
             model=model,
@@ -166,11 +166,11 @@ class Server:
             prompt_logprobs=5,
         )
         answer.raise_for_status()
-        places = answer.json()["choices"][0]["prompt_logprobs"]
-        return [{t: v["logprob"] for t, v in place.items()} for place in places if place]
+        positions = answer.json()["choices"][0]["prompt_logprobs"]
+        return [{t: v["logprob"] for t, v in one.items()} for one in positions if one]
 
     def metrics(self) -> dict[str, float]:
-        """Every `s3lora_` sample of /metrics, by its name with labels."""
+        """Every `s3lora_` sample of /metrics, keyed by its name with labels."""
         lines = self.get("/metrics").text.splitlines()
         samples = (line.rpartition(" ") for line in lines if line.startswith("s3lora_"))
         return {name: float(value) for name, _, value in samples}

@@ -1,4 +1,4 @@
-"""A tiny Mixtral and adapters for its experts, one module for each expert's projection."""
+"""A tiny Mixtral and adapters for its experts, with one module per projection of each expert."""
 
 from pathlib import Path
 
@@ -35,8 +35,8 @@ def make_mixtral(folder: Path) -> Path:
 def make_expert_adapter(model: Path, folder: Path) -> Path:
     """A LoRA on every projection of every expert, saved by PEFT.
 
-    transformers fuses the experts into one parameter; adapters made before it did, and vLLM's
-    per-expert layout, have one module each. PEFT gets a skeleton with those modules.
+    transformers fuses the experts into one parameter. Older adapters and vLLM's per-expert layout
+    have one module for each expert's projection, so PEFT gets a skeleton with those modules.
     """
     torch.manual_seed(SEED)
     skeleton = torch.nn.Module()

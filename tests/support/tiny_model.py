@@ -1,4 +1,4 @@
-"""A tiny Llama with its own tokenizer, trained from a seed in seconds; needs no hub."""
+"""A tiny Llama with its own tokenizer, trained from a seed in seconds without a model hub."""
 
 import os
 from pathlib import Path
@@ -18,12 +18,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def sentences(answers: dict[str, str]) -> list[str]:
-    """Question and answer in the one form that the model learns."""
+    """Questions with answers, in the only form that the model is trained on."""
     return [f"{PROMPT.format(country)} {city}.</s>" for country, city in answers.items()]
 
 
 def make_model(folder: Path) -> Path:
-    """Write the model and its tokenizer, both of which vLLM loads, trained to know CAPITALS."""
+    """Write a model trained on CAPITALS and its tokenizer, in the layout that vLLM loads."""
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
@@ -33,7 +33,7 @@ def make_model(folder: Path) -> Path:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,  # the smallest that vLLM's CPU attention takes
+        head_dim=32,  # the smallest that vLLM's CPU attention supports
         max_position_embeddings=256,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -47,7 +47,7 @@ def make_model(folder: Path) -> Path:
 
 
 def load_model(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Model and tokenizer as transformers see them."""
+    """The model and its tokenizer, as transformers objects."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -55,11 +55,11 @@ def load_model(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
 def train(
     model: torch.nn.Module, tokenizer: object, texts: list[str], *, steps: int, rate: float
 ) -> None:
-    """A few full-batch steps of Adam on the answers in the texts."""
+    """Train on the answers in the texts with a few full-batch steps of AdamW."""
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    asked = len(tokenizer(PROMPT.format("France"))["input_ids"])  # one token per country
-    labels[:, :asked] = -100
+    prompt = len(tokenizer(PROMPT.format("France"))["input_ids"])  # one token per country
+    labels[:, :prompt] = -100
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     model.train()

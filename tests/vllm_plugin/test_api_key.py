@@ -1,4 +1,4 @@
-"""The API key on routes that vLLM leaves open."""
+"""The gate asks for the API key on routes that vLLM itself leaves open."""
 
 import base64
 

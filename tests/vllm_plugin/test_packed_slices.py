@@ -44,7 +44,7 @@ def test_slices_have_weights_where_both_factors_do_and_where_it_is_not_known(
 )
 def test_runs_cover_what_is_needed_once_and_begin_and_end_there(needed, in_one_call):
     found = list(runs(needed, in_one_call=in_one_call))
-    covered = [place for first, end in found for place in range(first, end)]
+    covered = [i for first, end in found for i in range(first, end)]
     assert len(covered) == len(set(covered))
     assert {i for i, one in enumerate(needed) if one} <= set(covered)
     for first, end in found:
@@ -53,6 +53,6 @@ def test_runs_cover_what_is_needed_once_and_begin_and_end_there(needed, in_one_c
     if in_one_call:
         assert len(found) <= 1
     else:
-        assert all(needed[place] for place in covered)
+        assert all(needed[i] for i in covered)
         gaps = [two[0] - one[1] for one, two in pairwise(found)]
         assert all(gap > 0 for gap in gaps)
