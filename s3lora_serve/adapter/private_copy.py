@@ -91,6 +91,7 @@ def copy_adapter(folder: Path, limits: Limits, into: Path | None = None) -> Priv
         OverLimit: a file is larger than allowed; it is not read.
         OutsideRoots: limits.roots is set and a file, links resolved, lies under none of them.
         ChangedWhileCopying: a file was written to during the copy.
+        GateFailed: the copy cannot be written.
     """
     if not folder.is_dir():
         raise NotAnAdapter(f"{folder} is not a folder")
@@ -100,8 +101,11 @@ def copy_adapter(folder: Path, limits: Limits, into: Path | None = None) -> Priv
             if into is None:
                 buffer = bytearray(_size_within(source, limits.max_bytes))
                 return PrivateCopy(config, memoryview(buffer), _copy(source, memoryview(buffer)))
-            (into / CONFIG_NAME).write_bytes(config)
-            return _copy_to_file(source, into / WEIGHTS_NAME, config, limits.max_bytes)
+            try:
+                (into / CONFIG_NAME).write_bytes(config)
+                return _copy_to_file(source, into / WEIGHTS_NAME, config, limits.max_bytes)
+            except OSError as error:  # of the store's disk: the adapter is not the cause
+                raise GateFailed(f"no private copy in {into}: {error.strerror}") from None
     except FileNotFoundError:
         other = [name for name in OTHER_FORMATS if (folder / name).exists()]
         if other:

@@ -119,12 +119,14 @@ def summarize(lines: Iterable[str]) -> RegistrySummary:
     for number, line in enumerate(lines, 1):
         try:
             verdict = Verdict.from_json(json.loads(line))
+            indices = [module.ssi for module in verdict.modules if module.ssi is not None]
+            if not all(0 <= ssi <= 1 for ssi in indices):
+                raise ValueError("an index lies in [0, 1]")
+            rows.append(_row(verdict, indices))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} is no verdict: {type(error).__name__}") from None
-        indices = [module.ssi for module in verdict.modules if module.ssi is not None]
         for ssi in indices:
             bins[min(BINS - 1, int(ssi * BINS))] += 1
-        rows.append(_row(verdict, indices))
     local = [row.path for row in rows if not is_url(row.path)]
     stored = [row.path for row in rows if is_url(row.path)]
     roots = {False: _root(local), True: _root(stored)}

@@ -1,6 +1,6 @@
 """A self-contained HTML page on one adapter or two, for a review before they are served."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
@@ -95,21 +95,28 @@ def _ranking(scorer: str, ours: Verdict, theirs: Verdict) -> Ranking:
     apart = sorted(both, key=lambda name: (-abs(first[name] - second[name]), name))
     return Ranking(
         scorer,
-        _spearman([(first[name], second[name]) for name in both]),
+        _spearman([_ranks_among(both, positions) for positions in (first, second)]),
         tuple((name, first[name], second[name]) for name in apart[:MAX_LISTED]),
     )
 
 
-def _spearman(pairs: Sequence[tuple[int, int]]) -> float | None:
-    """`1 − 6·Σd² / (n·(n² − 1))`, for ranks without ties.
+def _ranks_among(names: Collection[str], positions: Mapping[str, int]) -> dict[str, int]:
+    """Ranks 1 to n of these modules among themselves; `positions` may hold more modules."""
+    ordered = sorted(names, key=positions.__getitem__)
+    return {name: rank for rank, name in enumerate(ordered, 1)}
 
-    >>> _spearman([(1, 1), (2, 2), (3, 3)]), _spearman([(1, 3), (2, 2), (3, 1)])
-    (1.0, -1.0)
+
+def _spearman(ranks: Sequence[Mapping[str, int]]) -> float | None:
+    """`1 − 6·Σd² / (n·(n² − 1))` of two rankings of the same n modules, without ties.
+
+    >>> _spearman([{"a": 1, "b": 2, "c": 3}, {"a": 3, "b": 2, "c": 1}])
+    -1.0
     """
-    n = len(pairs)
+    first, second = ranks
+    n = len(first)
     if n < 2:
         return None
-    return 1 - 6 * sum((a - b) ** 2 for a, b in pairs) / (n * (n * n - 1))
+    return 1 - 6 * sum((first[name] - second[name]) ** 2 for name in first) / (n * (n * n - 1))
 
 
 def _differences(subjects: Sequence[Subject]) -> list[Difference]:

@@ -69,6 +69,11 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(folder, into, monkeyp
     assert changed
 
 
+def test_a_copy_whose_folder_has_vanished_does_not_blame_the_adapter(folder, tmp_path):
+    with pytest.raises(GateFailed, match="S3LORA-401"):
+        copy_adapter(folder, Limits(), tmp_path / "vanished")
+
+
 def test_the_private_folder_is_the_servers_alone_and_gone_afterwards(tmp_path):
     with PrivateFolder(lambda: tmp_path) as private:
         made = private.make()

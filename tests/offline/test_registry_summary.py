@@ -100,6 +100,15 @@ def test_nothing_but_refusals_and_nothing_at_all_have_a_page_too(verdict, tmp_pa
         assert "<h2>Outliers</h2>" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize("index", ["high", [0.5], float("nan"), -0.5, 1.5])
+def test_a_line_whose_index_is_no_index_is_named(verdict, tmp_path, index):
+    broken = replace(verdict, modules=(replace(verdict.modules[0], ssi=index),))
+    (tmp_path / "lines.jsonl").write_text("\n".join(json_lines([verdict, broken])))
+    done = run(tmp_path / "lines.jsonl", "-o", tmp_path / "page.html")
+    assert done.exit_code == 2
+    assert "line 2 is no verdict" in done.output
+
+
 def test_wrong_usage_exits_with_two(swept, tmp_path):
     (tmp_path / "other.jsonl").write_text(swept.read_text() + '{"name": "half')
     for arguments in (

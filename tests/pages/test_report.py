@@ -1,6 +1,7 @@
 """`s3lora report`: one page, whole by itself, that tells what the gate would."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.cli import app
+from s3lora_serve.pages.report import Subject, report
 from s3lora_serve.policy.schema import Strip
 from tests.support.adapters import copy_with, diverged
 
@@ -79,6 +81,15 @@ def test_it_compares_two_adapters_and_other_indices(html):
     correlations = re.findall(r"Spearman&#39;s ρ|Spearman's ρ between the two: (-?\d\.\d{3})", html)
     assert len(correlations) == 4
     assert all(-1 <= float(value) <= 1 for value in correlations)
+
+
+def test_an_index_that_ranks_fewer_modules_is_compared_on_those_alone(spiked):
+    verdict = scan_adapter(spiked, Policy())
+    ranked = sorted(verdict.modules, key=lambda module: -module.relative_ssi)
+    fewer = (replace(module, relative_ssi=None) for module in ranked[:-3])
+    other = replace(verdict, modules=(*fewer, *ranked[-3:]))
+    page = report([Subject(verdict, {}, {"svd": other})])
+    assert "Spearman's ρ between the two: 1.000." in page.replace("&#39;", "'")
 
 
 def test_names_are_text(trained, tmp_path):
