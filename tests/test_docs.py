@@ -34,6 +34,17 @@ def test_every_link_in_a_document_leads_somewhere(document):
             assert (document.parent / target.partition("#")[0]).exists(), target
 
 
+def test_every_file_and_folder_named_in_the_structure_exists():
+    text = (ROOT / "docs" / "structure.md").read_text()
+    named = set(re.findall(r"`([\w/.]+(?:\.py|/))`", text))
+    assert len(named) > 40
+    package = ROOT / "s3lora_serve"
+    anywhere = {path.name for path in package.rglob("*.py")}
+    for name in named:
+        found = (package / name).exists() or (ROOT / name).exists()
+        assert found or name in anywhere, name
+
+
 def test_every_make_target_named_in_a_document_exists(document):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)", document.read_text())) <= targets
