@@ -27,7 +27,7 @@ class PeftConfig(BaseModel):
 
     peft_type: str
     r: int = Field(ge=1, le=MAX_RANK_CLAIMED)
-    lora_alpha: float = Field(ge=-1e30, le=1e30)
+    lora_alpha: float = Field(ge=-MAX_ALPHA, le=MAX_ALPHA)
     use_rslora: bool | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None

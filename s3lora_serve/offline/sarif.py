@@ -3,6 +3,7 @@
 Source: OASIS, Static Analysis Results Interchange Format Version 2.1.0.
 """
 
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -107,7 +108,7 @@ def _uri(folder: str) -> str:
     """
     if is_url(folder):
         return quote(f"{folder}/{WEIGHTS_NAME}", safe=":/")
-    absolute = Path.cwd() / folder / WEIGHTS_NAME
+    absolute = Path(os.path.abspath(Path(folder) / WEIGHTS_NAME))  # noqa: PTH100 - drops .., keeps links
     if absolute.is_relative_to(Path.cwd()):
         return quote(str(absolute.relative_to(Path.cwd())))
     return absolute.as_uri()

@@ -129,6 +129,8 @@ class Policy(_Section):
                 self._overridden(rule)
             except ValidationError as error:
                 raise ValueError(f"rules.{place}: {_explain(error.errors())}") from None
+            except ValueError as error:
+                raise ValueError(f"rules.{place}: {error}") from None
         return self
 
     @property

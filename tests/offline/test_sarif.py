@@ -59,6 +59,20 @@ def test_an_adapter_admitted_whole_has_no_result(trained):
     assert log.as_json()["runs"][0]["results"] == []
 
 
+def test_an_adapter_outside_the_checkout_has_no_relative_uri(trained, tmp_path, monkeypatch):
+    (tmp_path / "checkout").mkdir()
+    copy_with(trained, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "checkout")
+    log = SarifLog()
+    log.add(scan_adapter("../elsewhere", Policy(strip=Strip(top_k=1))))
+    [result] = log.as_json()["runs"][0]["results"]
+    [place] = result["locations"]
+    assert (
+        place["physicalLocation"]["artifactLocation"]["uri"]
+        == (tmp_path / "elsewhere" / WEIGHTS).as_uri()
+    )
+
+
 def test_every_rule_says_what_it_means_and_what_to_do(log):
     [ran] = sarif_pydantic.Sarif.model_validate_json(log.read_text()).runs
     remedies = {cause.code: cause.remedy for cause in rejections()}
