@@ -5,7 +5,7 @@ from s3lora_serve.vllm_plugin import compat, contract, patches
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door
 from s3lora_serve.vllm_plugin.api.llm_engine_admission import LLMEngineAdmission
-from s3lora_serve.vllm_plugin.engine.base_model_tokens import spare_base_tokens
+from s3lora_serve.vllm_plugin.engine.base_model_tokens import clear_base_model_tokens
 from s3lora_serve.vllm_plugin.engine.loader import AdapterLoader
 from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import match_patterns
 from s3lora_serve.vllm_plugin.engine.skipping import Skipping
@@ -38,8 +38,8 @@ def install() -> None:
     if controller.policy.mode != "off":
         controller.store.prepare()
         _registration = AdapterRegistration(controller)
-        patches.tell_requests_apart()
-        spare_base_tokens()
+        patches.compare_requests_by_name_and_id()
+        clear_base_model_tokens()
         match_patterns()
         patches.after_create_lora_manager(Skipping(wanted=settings.skip_stripped).activate)
         patches.wrap_load_adapter(loader.load)
@@ -50,7 +50,7 @@ def install() -> None:
         patches.wrap_doors(door)
         patches.wrap_model_list(_registration.served.origin)
         patches.wrap_unload(_registration.served.remove)
-        patches.mark_blocks(loader.is_quarantined)
+        patches.separate_quarantined_blocks(loader.is_quarantined)
     _installed = True
 
 

@@ -100,7 +100,7 @@ def wrap_add_request(admitted: Callable[[Any, LoRARequest], LoRARequest]) -> Non
     LLMEngine.add_request = add_request
 
 
-def tell_requests_apart() -> None:
+def compare_requests_by_name_and_id() -> None:
     """Compare LoRA requests by name and id.
 
     vLLM compares them by name alone. If one batch holds two adapters of one name (replaced or
@@ -117,7 +117,7 @@ def tell_requests_apart() -> None:
     LoRARequest.__hash__ = lambda self: hash((self.lora_name, self.lora_int_id))
 
 
-def mark_blocks(is_quarantined: Callable[[str], bool]) -> None:
+def separate_quarantined_blocks(is_quarantined: Callable[[str], bool]) -> None:
     """Hash prefix-cache blocks of a quarantined adapter differently than before its quarantine."""
     original = kv_cache_utils._gen_lora_extra_hash_keys
 

@@ -10,29 +10,31 @@ from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecision
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 
 
-def overview(gate: AdapterRegistration, query: str, number: int) -> HTMLResponse:
+def overview(registration: AdapterRegistration, query: str, number: int) -> HTMLResponse:
     """The served adapters, latest first, and the recently refused ones."""
     page = adapters_page(
-        [_served(gate, adapter) for adapter in reversed(gate.served.all())],
-        [_refused(decided) for decided in gate.recent_decisions.refusals()],
+        [_served(registration, adapter) for adapter in reversed(registration.served.all())],
+        [_refused(decided) for decided in registration.recent_decisions.refusals()],
         query=query,
         number=number,
-        mode=gate.controller.policy.mode,
-        policy_digest=gate.controller.policy.digest,
+        mode=registration.controller.policy.mode,
+        policy_digest=registration.controller.policy.digest,
     )
     return _response(page)
 
 
-def one_adapter(gate: AdapterRegistration, name: str, module: str | None) -> HTMLResponse | None:
+def one_adapter(
+    registration: AdapterRegistration, name: str, module: str | None
+) -> HTMLResponse | None:
     """The page of one served adapter; None if no adapter of this name is served."""
-    found = gate.served.get(name)
+    found = registration.served.get(name)
     if found is None:
         return None
-    quarantined = gate.controller.store.is_quarantined(found.path)
+    quarantined = registration.controller.store.is_quarantined(found.path)
     return _response(adapter_page(found.verdict, module, quarantined=quarantined))
 
 
-def _served(gate: AdapterRegistration, adapter: ServedAdapter) -> Row:
+def _served(registration: AdapterRegistration, adapter: ServedAdapter) -> Row:
     verdict = adapter.verdict
     return Row(
         name=verdict.name,
@@ -41,7 +43,7 @@ def _served(gate: AdapterRegistration, adapter: ServedAdapter) -> Row:
         modules=len(verdict.modules),
         seconds=verdict.seconds.total,
         time=adapter.time,
-        quarantined=gate.controller.store.is_quarantined(adapter.path),
+        quarantined=registration.controller.store.is_quarantined(adapter.path),
     )
 
 

@@ -75,20 +75,20 @@ class GateRoutes:
         page: Annotated[int, Query(ge=1)] = 1,
     ) -> Response:
         """For people: the adapters, or one adapter with its heat map and a module's spectrum."""
-        gate = self._registration()
-        if gate is None:
+        registration = self._registration()
+        if registration is None:
             return _off()
         if adapter is None:
-            return overview(gate, q, page)
-        found = one_adapter(gate, adapter, module)
+            return overview(registration, q, page)
+        found = one_adapter(registration, adapter, module)
         return found or JSONResponse({"error": f"no adapter {adapter!r} is served"}, 404)
 
     async def policy(self) -> JSONResponse:
         """The policy in force, and its digest."""
-        gate = self._registration()
-        if gate is None:
+        registration = self._registration()
+        if registration is None:
             return _off()
-        policy = gate.controller.policy
+        policy = registration.controller.policy
         return JSONResponse({"digest": policy.digest, "policy": policy.as_json()})
 
     async def adapters(
@@ -97,29 +97,29 @@ class GateRoutes:
         limit: Annotated[int, Query(ge=1, le=1000)] = PAGE,
     ) -> JSONResponse:
         """Verdicts on the served adapters in the order of registration, without spectra."""
-        gate = self._registration()
-        if gate is None:
+        registration = self._registration()
+        if registration is None:
             return _off()
-        served = gate.served.all()
+        served = registration.served.all()
         page = [one.verdict.as_json(spectra=False) for one in served[offset : offset + limit]]
         return JSONResponse({"adapters": page, "offset": offset, "total": len(served)})
 
     async def adapter(self, name: str) -> JSONResponse:
         """The verdict on one served adapter."""
-        gate = self._registration()
-        if gate is None:
+        registration = self._registration()
+        if registration is None:
             return _off()
-        found = gate.served.get(name)
+        found = registration.served.get(name)
         if found is None:
             return JSONResponse({"error": f"no adapter {name!r} is served"}, 404)
         return JSONResponse(found.verdict.as_json())
 
     async def recheck(self) -> JSONResponse:
         """Which served adapters would be decided otherwise under the policy in force now."""
-        gate = self._registration()
-        if gate is None:
+        registration = self._registration()
+        if registration is None:
             return _off()
-        pairs = await gate.recheck(self._engine)
+        pairs = await registration.recheck(self._engine)
         found = [
             {
                 "name": before.name,
@@ -129,7 +129,9 @@ class GateRoutes:
             }
             for before, after in pairs
         ]
-        return JSONResponse({"policy_digest": gate.controller.policy.digest, "adapters": found})
+        return JSONResponse(
+            {"policy_digest": registration.controller.policy.digest, "adapters": found}
+        )
 
     async def scan(
         self,
@@ -137,11 +139,11 @@ class GateRoutes:
         lora_path: Annotated[str, Body(min_length=1)],
     ) -> JSONResponse:
         """The verdict that registering an adapter would get; nothing is registered."""
-        gate = self._registration()
-        if gate is None:
+        registration = self._registration()
+        if registration is None:
             return _off()
         try:
-            verdict = await gate.dry_run(self._engine, lora_name, lora_path)
+            verdict = await registration.dry_run(self._engine, lora_name, lora_path)
         except compat.LoRAAdapterNotFoundError as error:
             return JSONResponse({"error": str(error)}, 404)
         return JSONResponse(verdict.as_json())
@@ -173,6 +175,6 @@ def _off() -> JSONResponse:
     return JSONResponse({"error": "the gate is off: nothing is looked at"}, 404)
 
 
-def _decision(gate: AdapterRegistration | None, name: str) -> dict[str, str] | None:
-    decided = gate.recent_decisions.last(name) if gate else None
+def _decision(registration: AdapterRegistration | None, name: str) -> dict[str, str] | None:
+    decided = registration.recent_decisions.last(name) if registration else None
     return {DECISION_HEADER: decided.decision.value} if decided else None

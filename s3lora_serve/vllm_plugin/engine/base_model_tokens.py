@@ -6,7 +6,7 @@ from typing import Any
 from s3lora_serve.vllm_plugin.compat import PunicaWrapperCPU, lora_ops, punica_cpu
 
 
-def spare_base_tokens() -> None:
+def clear_base_model_tokens() -> None:
     """Clear the effect of adapters on tokens of base-model requests, in vLLM's CPU operations.
 
     vLLM marks these tokens with slot -1. Its GPU kernels skip them. Its CPU operations read -1 as
