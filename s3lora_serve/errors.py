@@ -60,14 +60,14 @@ class WeightsUnreadable(AdapterRejected):
 
 
 class ChangedWhileCopying(AdapterRejected):
-    """Somebody wrote to the adapter while it was copied, so it was never one state."""
+    """A file of the adapter changed while it was copied."""
 
     code = "S3LORA-105"
     remedy = "Register the adapter again once nothing writes to its folder."
 
 
 class OutsideRoots(AdapterRejected):
-    """The adapter lies outside the folders that the policy lets adapters come from."""
+    """The adapter lies outside the folders that limits.roots allows."""
 
     code = "S3LORA-106"
     remedy = "Move the adapter under one of the policy's limits.roots."
@@ -81,7 +81,7 @@ class ShapesDoNotFit(AdapterRejected):
 
 
 class PartnerMissing(AdapterRejected):
-    """A module has a lora_A and no lora_B, or the other way, or there is no module at all."""
+    """A module lacks its lora_A or its lora_B, or the adapter has no module."""
 
     code = "S3LORA-108"
     remedy = "Every module needs both its lora_A and its lora_B."
@@ -95,24 +95,24 @@ class NotFinite(AdapterRejected):
 
 
 class Unscorable(AdapterRejected):
-    """A part of the adapter is not a plain LoRA, and its effect would be unscored."""
+    """A part of the adapter is not a plain LoRA, so its effect cannot be scored."""
 
     code = "S3LORA-110"
     remedy = "Train a plain LoRA on linear modules: the index is not defined for anything else."
 
 
 class ModuleTwice(AdapterRejected):
-    """Two tensors map to one module, and which of them is served would be chance."""
+    """Two tensors map to one module, so it is undefined which one is served."""
 
     code = "S3LORA-111"
     remedy = "Two tensors claim one module: save the adapter again with PEFT."
 
 
 class Cancels(AdapterRejected):
-    """The factors cancel beyond the precision that they are served in."""
+    """The factors of a module cancel beyond the precision in which they are served."""
 
     code = "S3LORA-112"
-    remedy = "What is served is rounding noise, not what was scored: save smaller factors."
+    remedy = "The served update would be rounding noise: save smaller factors."
 
 
 class OverLimit(AdapterRejected):
@@ -130,7 +130,7 @@ class Denied(AdapterRejected):
 
 
 class TooManySharp(AdapterRejected):
-    """The strip rule picks more modules than limits.max_stripped_fraction lets go."""
+    """The strip rule picks more modules than limits.max_stripped_fraction allows."""
 
     code = "S3LORA-203"
     remedy = "Retrain the adapter, or change strip or limits.max_stripped_fraction in the policy."
@@ -140,14 +140,14 @@ class Uninformative(AdapterRejected):
     """All modules have nearly the same relative index, so the index ranks none of them."""
 
     code = "S3LORA-204"
-    remedy = "The index cannot tell its modules apart; on_uninformative: admit lets it pass."
+    remedy = "The index cannot tell its modules apart; on_uninformative: admit admits it."
 
 
 class Unrankable(AdapterRejected):
     """Fewer than two modules have a relative index and are not negligible."""
 
     code = "S3LORA-205"
-    remedy = "There is nothing to rank; on_uninformative: admit lets it pass."
+    remedy = "There is nothing to rank; on_uninformative: admit admits it."
 
 
 class NothingSelected(AdapterRejected):
@@ -165,42 +165,42 @@ class DoesNotFitModel(AdapterRejected):
 
 
 class RefusedByVLLM(AdapterRejected):
-    """The gate admits the adapter, and vLLM does not load it."""
+    """The gate admits the adapter, but vLLM does not load it."""
 
     code = "S3LORA-302"
-    remedy = "vLLM itself does not take this adapter; its own words are above."
+    remedy = "vLLM itself does not load this adapter; its own message is above."
 
 
 class GateFailed(AdapterRejected):
-    """Scoring, or what is around it, failed with an error that is not the adapter's."""
+    """The gate failed, with an error that the adapter did not cause."""
 
     code = "S3LORA-401"
     remedy = "The gate itself failed, and nothing unscored is admitted; see the server's log."
 
 
 class DeadlinePassed(AdapterRejected):
-    """The decision or the download took longer than the policy lets it."""
+    """The decision or the download took longer than the policy allows."""
 
     code = "S3LORA-402"
     remedy = "Raise limits.seconds in the policy, or give the server more cores."
 
 
 class StoreDamaged(AdapterRejected):
-    """The admitted copy no longer has the digest that it was admitted with."""
+    """The stored copy is missing, or no longer has the digest of its admission."""
 
     code = "S3LORA-403"
-    remedy = "Register the adapter again: what was kept of it is gone or damaged."
+    remedy = "Register the adapter again: its stored copy is missing or damaged."
 
 
 class AuditFailed(AdapterRejected):
-    """The decision could not be written to the audit log, and the policy asks for that."""
+    """The decision could not be written to the audit log, which the policy requires."""
 
     code = "S3LORA-404"
     remedy = "The policy has audit.required: make the audit log writable again."
 
 
 class StoreFull(AdapterRejected):
-    """There is no room for the admitted copy beside those that are served."""
+    """There is no room for the stored copy beside the served ones."""
 
     code = "S3LORA-405"
     remedy = "Unload adapters that are no longer needed, or raise store.max_bytes in the policy."
@@ -214,16 +214,22 @@ class Refused(AdapterRejected):
 
 
 class PolicyInvalid(S3LoRAError):
+    """The policy is not valid, or cannot be read."""
+
     code = "S3LORA-901"
-    remedy = "Fix the policy; `s3lora policy check FILE` explains it."
+    remedy = "Fix the policy; docs/reference.md lists all keys."
 
 
 class SettingInvalid(S3LoRAError):
+    """An environment variable has a value that is not allowed."""
+
     code = "S3LORA-902"
     remedy = "Fix or unset the variable; docs/reference.md lists them."
 
 
 class StorageFailed(S3LoRAError):
+    """Storage cannot be listed, or a URL leads to nothing."""
+
     code = "S3LORA-904"
     remedy = (
         "Check the URL, and the settings of its fsspec backend: credentials, endpoint, whether it"
@@ -232,6 +238,8 @@ class StorageFailed(S3LoRAError):
 
 
 class ContractBroken(S3LoRAError):
+    """vLLM lacks a name or signature that the gate relies on."""
+
     code = "S3LORA-903"
     remedy = (
         "Install a vLLM version that the README lists as supported; nothing is served unguarded."

@@ -14,7 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class Settings(BaseSettings):
-    """The values of the environment variables. The README lists every variable."""
+    """The values of the environment variables. The docs/reference.md lists every variable."""
 
     model_config = SettingsConfigDict(env_prefix="S3LORA_", frozen=True)
 

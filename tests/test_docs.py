@@ -1,4 +1,4 @@
-"""What the documents name is there."""
+"""Tests, links, files and make targets that the documents name exist."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from s3lora_serve.errors import AdapterRejected, S3LoRAError, rejections
 from tests.compat import report
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,13 @@ def test_every_file_and_folder_named_in_the_structure_exists():
     for name in named:
         found = (package / name).exists() or (ROOT / name).exists()
         assert found or name in anywhere, name
+
+
+def test_the_reference_lists_each_code_as_the_catalogue_has_it():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    installation = S3LoRAError.__subclasses__()
+    for error in (*rejections(), *(one for one in installation if one is not AdapterRejected)):
+        assert f"| {error.code} | {error.__doc__} | {error.remedy} |" in text
 
 
 def test_every_make_target_named_in_a_document_exists(document):

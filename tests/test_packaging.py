@@ -1,4 +1,4 @@
-"""The wheel alone, in a fresh environment beside vLLM: whole, harmless to vLLM, and guarding."""
+"""The wheel in a fresh environment with vLLM: complete, without effect on vLLM's pins, guarding."""
 
 import shutil
 import subprocess
@@ -31,23 +31,23 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=[pytest.param(None, id="this Python"), *OTHERS])
 def installed(request, wheel, tmp_path_factory):
-    """The environment, what was in it before the wheel, and what is in it since."""
+    """The environment, and its packages before and after the wheel was installed."""
     folder = tmp_path_factory.mktemp("fresh") / "environment"
     try:
         if request.param is None:
             environment = FreshEnvironment(folder)
         else:
-            # PyTorch's CPU build is at hand for one Python; the index has the one with CUDA.
+            # PyTorch's CPU build is available for one Python only; the index has the CUDA build.
             environment = FreshEnvironment(folder, python_of(request.param), "torch==2.13.0")
         before = environment.packages()
-        environment.pip("install", str(wheel))  # with what it asks for, as a user would
+        environment.pip("install", str(wheel))  # with its dependencies, as a user installs it
         yield environment, before, environment.packages()
     finally:
-        shutil.rmtree(folder)  # four gigabytes
+        shutil.rmtree(folder)  # it takes four gigabytes
 
 
 def python_of(version: str) -> str:
-    """An interpreter of this version that makes environments."""
+    """The path of an interpreter of this version that can create environments."""
     found = [shutil.which(f"python{version}")]
     found += sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))
     for python in filter(None, found):

@@ -70,7 +70,7 @@ def decide(
         return _rejected(
             TooManySharp(
                 f"{len(sharp.counted)} of {len(significant)} scored modules are sharp, and at most"
-                f" {max_count} may go"
+                f" {max_count} may be stripped"
             )
         )
     return _admitted(sharp.counted | sharp.uncounted)

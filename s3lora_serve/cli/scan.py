@@ -121,7 +121,7 @@ def _on_cluster(
     try:
         from s3lora_serve.offline.ray_sweep import ray_sweep  # an extra
     except ImportError:
-        stop("--ray needs the extra: pip install 's3lora-serve[ray]'")
+        stop("--ray needs ray: install s3lora-serve with its extra [ray]")
     try:
         yield from ray_sweep(folders, policy, device, address)
     except ConnectionError as error:

@@ -45,5 +45,5 @@ def _write_parquet(registry: RegistrySummary, file: Path) -> None:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        stop("--parquet needs pyarrow: pip install 's3lora-serve[parquet]'")
+        stop("--parquet needs pyarrow: install s3lora-serve with its extra [parquet]")
     pyarrow.parquet.write_table(pyarrow.table(as_columns(registry.rows)), file)

@@ -50,7 +50,7 @@ def _vllm_release() -> Check:
     """Whether the gate was checked against the installed vLLM."""
     found = installed_vllm()
     if found is None:
-        return Check("vLLM", False, "not installed: pip install 's3lora-serve[vllm]'")
+        return Check("vLLM", False, "not installed: install s3lora-serve beside vLLM")
     name, release = found
     if is_supported(release):
         return Check("vLLM", True, f"{name} {release}")

@@ -1,4 +1,7 @@
-"""Events of one process, written to log, metrics and audit log. No event changes a decision."""
+"""Events of one process, written to log, metrics and audit log.
+
+No event changes a decision, except that `audit.required` refuses what cannot be written.
+"""
 
 from logging import Logger
 

@@ -25,7 +25,7 @@ def into(request, tmp_path):
     return private
 
 
-def test_the_copy_outlives_edits_truncation_and_deletion(folder, into):
+def test_edits_truncation_and_deletion_do_not_change_the_copy(folder, into):
     original = (folder / WEIGHTS).read_bytes()
     copy = copy_adapter(folder, Limits(), into)
     with (folder / WEIGHTS).open("r+b") as file:
@@ -35,7 +35,7 @@ def test_the_copy_outlives_edits_truncation_and_deletion(folder, into):
     assert bytes(copy.weights) == original
 
 
-def test_writing_to_the_copy_reaches_no_file(folder, into):
+def test_writing_to_the_copy_changes_no_file(folder, into):
     original = (folder / WEIGHTS).read_bytes()
     copy = copy_adapter(folder, Limits(), into)
     copy.weights[-4:] = b"\0\0\0\0"
@@ -74,7 +74,7 @@ def test_a_copy_whose_folder_has_vanished_does_not_blame_the_adapter(folder, tmp
         copy_adapter(folder, Limits(), tmp_path / "vanished")
 
 
-def test_the_private_folder_is_the_servers_alone_and_gone_afterwards(tmp_path):
+def test_the_private_folder_is_closed_to_other_users_and_removed_afterwards(tmp_path):
     with PrivateFolder(lambda: tmp_path) as private:
         made = private.make()
         assert made.stat().st_mode & 0o777 == 0o700

@@ -44,7 +44,7 @@ def s3():
 
 @pytest.fixture(scope="module")
 def bucket(s3, trained, spiked, tmp_path_factory):
-    """Three tenants' adapters in the bucket `hub`; one has diverged, one is a pickle."""
+    """Four adapters of two tenants in the bucket `hub`; one has diverged, one is a pickle."""
     nan = copy_with(trained, tmp_path_factory.mktemp("nan") / "nan", diverged)
     for name, folder in (("acme/a", trained), ("acme/b", spiked), ("globex/nan", nan)):
         for file in (WEIGHTS, CONFIG):
@@ -144,7 +144,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_refused(memory, monkeypa
     assert code() == "S3LORA-105"
 
 
-def test_a_download_has_an_end(memory):
+def test_a_download_has_a_deadline(memory):
     assert code(Policy(limits=Limits(download_seconds=1e-9))) == "S3LORA-402"
 
 

@@ -33,7 +33,7 @@ def test_it_is_refused_unless_the_policy_says_otherwise(trained, tmp_path, name)
 
 
 @pytest.mark.parametrize(("name", "defined"), [(EMBEDDING, True), (HEAD, True), (MAGNITUDE, False)])
-def test_it_is_taken_away_where_the_rest_keeps_its_meaning(trained, tmp_path, name, defined):
+def test_it_is_removed_where_the_rest_keeps_its_meaning(trained, tmp_path, name, defined):
     folder = copy_with(trained, tmp_path / "with", adding(name))
     verdict = strip_adapter(folder, tmp_path / "stripped", policy("strip"))
     if not defined:
@@ -51,7 +51,7 @@ def test_it_must_be_finite_even_where_it_is_admitted(trained, tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["use_dora", "modules_to_save"])
-def test_settings_that_ask_for_it_are_judged_alike(trained, tmp_path, setting):
+def test_settings_that_request_it_are_treated_alike(trained, tmp_path, setting):
     value = True if setting == "use_dora" else ["score"]
     folder = copy_with(trained, tmp_path / "with", **{setting: value})
     codes = {

@@ -47,7 +47,7 @@ def test_top_k_and_fraction_stop_at_the_largest_share_rounded_down():
     assert len(strip(found, fraction=0.3).stripped) == 2
 
 
-def test_fraction_forgives_the_last_bit():
+def test_fraction_tolerates_rounding_of_the_last_bit():
     found = scores(*(i / 100 for i in range(100)))
     assert len(strip(found, fraction=0.29).stripped) == 29
 
@@ -105,7 +105,7 @@ def test_modules_without_relative_index_are_never_ranked():
     assert strip(found, top_k=5).stripped == {"m00", "m01", "m02"}
 
 
-def test_denied_digest_is_refused_and_allowed_one_passes_whole():
+def test_denied_digest_is_refused_and_allowed_one_is_admitted_whole():
     found = scores(0.1, 0.9)
     assert isinstance(decide_by(found, deny=[DIGEST], allow=[DIGEST]).refusal, Denied)
     allowed = decide_by(found, allow=[DIGEST])

@@ -61,7 +61,7 @@ def outcome(folder, **policy):
 
 @pytest.mark.parametrize("factor", [3.0, 30.0], ids=["of the others' size", "300 times as large"])
 @pytest.mark.parametrize("choice", EVERY_RULE, ids=str)
-def test_twelve_tiny_decoys_do_not_keep_a_planted_module(decoyed, others, choice, factor):
+def test_twelve_tiny_decoys_do_not_protect_a_planted_module(decoyed, others, choice, factor):
     strip = Strip(**choice)
     _, alone = outcome(decoyed(0, 1.0, factor), strip=strip)
     verdict = scan_adapter(decoyed(12, 1e-4, factor), Policy(strip=strip))
@@ -78,7 +78,7 @@ def test_no_module_of_a_trained_adapter_is_negligible(trained):
     assert min(module.energy_share for module in verdict.modules) > 1e3 * Policy().negligible
 
 
-def test_the_line_lies_where_rounding_to_float16_does():
+def test_the_default_negligible_share_is_the_error_of_rounding_to_float16():
     B, A = (factor[0] for factor in gaussian(1024, 1024, 16, k=1))
     rounded = B.half().double() @ A.half().double()
     changed = ((rounded - B @ A).norm() / (B @ A).norm()).item() ** 2
@@ -131,7 +131,7 @@ def test_moving_scale_between_the_factors_and_alpha_changes_no_verdict(tmp_path_
     seed=st.integers(0, 10**6), r=st.integers(2, 16), extra=st.integers(1, 16),
     sharp=st.floats(1, 20), side=st.sampled_from("AB"),
 )  # fmt: skip
-def test_padding_with_directions_of_zero_never_makes_a_module_look_duller(
+def test_padding_with_directions_of_zero_never_makes_a_module_look_less_sharp(
     seed, r, extra, sharp, side
 ):
     """SSI is unchanged; the relative index, with a larger M, rises by ≤ (1 − SSI)/(r − 1)."""
@@ -170,17 +170,19 @@ def test_a_narrow_update_is_sharp_whatever_tiny_directions_pad_it(seed, width, r
 
 
 @pytest.mark.parametrize(
-    ("choice", "kept"),
+    ("choice", "protected"),
     [({"top_k": 10}, True), ({"fraction": 0.1}, True), ({"outliers": 3.5}, True),
      ({"threshold": 0.3}, False)],
     ids=str,
 )  # fmt: skip
-def test_limit_twelve_decoys_at_full_size_keep_a_planted_module(decoyed, others, choice, kept):
+def test_limit_twelve_decoys_at_full_size_protect_a_planted_module(
+    decoyed, others, choice, protected
+):
     """The owner loses what the decoys had learnt: each decoy that uses up a strip is stripped."""
     decision, stripped = outcome(decoyed(12, 1.0), strip=Strip(**choice))
     assert decision == "stripped"
-    assert (PLANTED not in stripped) == kept
-    if kept:
+    assert (PLANTED not in stripped) == protected
+    if protected:
         assert stripped <= set(others[:12])
 
 

@@ -60,7 +60,7 @@ def decoys(draw):
 
 
 @pytest.mark.parametrize("choice", RULES, ids=str)
-def test_decoys_at_a_ten_thousandth_of_their_size_do_not_spend_the_strips(choice):
+def test_decoys_at_a_ten_thousandth_of_their_size_do_not_use_up_the_strips(choice):
     found = planted()
     changed = [score(s.name, 0.99, norm=1e-4) if i < 12 else s for i, s in enumerate(found)]
     outcome = decide_by(changed, strip=Strip(**choice))
@@ -71,7 +71,7 @@ def test_decoys_at_a_ten_thousandth_of_their_size_do_not_spend_the_strips(choice
 
 
 @given(found=MODULES, small=decoys(), policy=POLICIES)
-def test_no_set_of_negligible_modules_changes_what_becomes_of_the_others(found, small, policy):
+def test_no_set_of_negligible_modules_changes_the_outcome_of_the_others(found, small, policy):
     names = {s.name for s in found}
     assert negligible_modules([*found, *small], SHARE) - {s.name for s in small} == (
         negligible_modules(found, SHARE)
@@ -85,7 +85,7 @@ def test_no_set_of_negligible_modules_changes_what_becomes_of_the_others(found, 
 
 
 @given(found=MODULES, huge=st.lists(RELATIVES, min_size=1, max_size=4), policy=POLICIES)
-def test_nobody_is_spared_for_being_small_beside_inflated_modules(found, huge, policy):
+def test_no_module_is_exempt_for_being_small_beside_inflated_ones(found, huge, policy):
     """Unless the adapter is rejected, all that the rule strips at equal norms is stripped."""
     inflated = [score(f"h{i}", relative, 1e9) for i, relative in enumerate(huge)]
     scores = [*found, *inflated]
@@ -96,7 +96,7 @@ def test_nobody_is_spared_for_being_small_beside_inflated_modules(found, huge, p
 
 
 @given(found=MODULES, small=decoys(), policy=POLICIES)
-def test_negligible_modules_as_sharp_as_the_last_one_picked_go_too(found, small, policy):
+def test_negligible_modules_as_sharp_as_the_last_one_picked_are_stripped_too(found, small, policy):
     outcome = decide([*found, *small], {}, DIGEST, policy)
     index = {s.name: s.relative_ssi for s in [*found, *small]}
     picked = outcome.stripped - {s.name for s in small}
@@ -136,7 +136,7 @@ def test_one_inflated_module_leaves_nothing_to_rank_and_is_refused():
     assert decide_by(found).refusal.code == "S3LORA-205"
 
 
-def test_the_line_is_the_policys():
+def test_the_negligible_share_is_the_policys():
     found = [score("a", 0.2), score("b", 0.3), score("c", 0.9, norm=0.1)]
     assert decide_by(found, strip=Strip(top_k=1)).stripped == {"c"}
     moved = decide_by(found, strip=Strip(top_k=1), negligible=0.01)

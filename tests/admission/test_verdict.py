@@ -31,7 +31,7 @@ def dense(B, A, alpha, **options):
     normalization=st.sampled_from(NORMALIZATIONS),
     rank=st.sampled_from([None, 2]),
 )
-def test_every_field_of_a_verdict_is_the_dense_updates(
+def test_every_field_of_a_verdict_is_that_of_the_dense_update(
     tmp_path_factory, found, normalization, rank
 ):
     tensors, ranks, alphas = {}, {}, {}

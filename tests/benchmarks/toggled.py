@@ -45,7 +45,7 @@ def main() -> None:
         enable_prefix_caching=False, seed=0,
     )  # fmt: skip
     adapters = {name: LoRARequest(name, i, adapter) for i, name in enumerate(SERVED[1:], 1)}
-    assert all(llm.collective_rpc(switch, args=(True,))), "nothing is skipped here"
+    assert all(llm.collective_rpc(switch, args=(True,))), "skipping is not active"
 
     def ask(route: str, served: str, batch: int) -> tuple[float, float]:
         llm.collective_rpc(switch, args=(ROUTES[route],))

@@ -1,4 +1,4 @@
-"""`python -m tests.compat.source_contract WHEEL`: does this vLLM keep the contract?
+"""`python -m tests.compat.source_contract WHEEL`: check the contract on the source of a vLLM.
 
 For a version that cannot be imported here: runs the hook's own check on the wheel's source and
 looks up each name that compat.py imports.
@@ -53,7 +53,7 @@ def main() -> None:
     if gone := missing(names):
         sys.exit(f"compat.py imports what this vLLM does not have: {', '.join(gone)}")
     compat = importlib.import_module("s3lora_serve.vllm_plugin.compat")
-    vars(compat)["installed_version"] = lambda: wheel.name.split("-")[1]  # not the one beside it
+    vars(compat)["installed_version"] = lambda: wheel.name.split("-")[1]  # not the installed vLLM's
     contract = importlib.import_module("s3lora_serve.vllm_plugin.contract")
     contract.check_contract()
     if obstacle := contract.skipping_obstacle():

@@ -111,7 +111,7 @@ def test_each_query_shows_something_of_a_real_guarded_vllm(watched, panel, expre
 @needs_prometheus
 @pytest.mark.serving
 @pytest.mark.slow
-def test_the_dashboard_tells_what_happened(watched):
+def test_the_metrics_of_the_dashboard_count_what_happened(watched):
     matrix = watched.get(
         "query", query="sum by (layer, projection) (s3lora_modules_stripped_total) > 0"
     )["result"]

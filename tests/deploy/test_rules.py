@@ -81,7 +81,7 @@ def registry():
 
 
 @needs_promtool
-def test_prometheus_finds_nothing_to_say_about_the_metrics(registry):
+def test_promtool_has_no_complaint_about_the_metrics(registry):
     done = subprocess.run(
         [PROMTOOL, "check", "metrics"], input=generate_latest(registry), capture_output=True
     )

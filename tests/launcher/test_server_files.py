@@ -38,17 +38,17 @@ with ServerFiles(Settings(state_dir=state)) as files:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def temporary(tmp_path, monkeypatch):
     """A temporary folder for this test, which the server also uses as TMPDIR."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path
 
 
 @contextmanager
-def server(place, adapter, state=None):
+def server(temporary, adapter, state=None):
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, adapter, state or place],
-        env={"TMPDIR": str(place), "PATH": ""}, cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", SERVER, adapter, state or temporary],
+        env={"TMPDIR": str(temporary), "PATH": ""}, cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout.readline() == b"up\n"
@@ -67,61 +67,61 @@ def end(process, number=None):
     process.wait(20)
 
 
-def test_nothing_stays_of_a_server_that_ended(place, trained):
-    with server(place, trained) as process:
-        assert list(place.rglob("counter_1.db"))
-        assert list(place.rglob("adapter_model.safetensors"))
+def test_a_server_that_ended_leaves_nothing(temporary, trained):
+    with server(temporary, trained) as process:
+        assert list(temporary.rglob("counter_1.db"))
+        assert list(temporary.rglob("adapter_model.safetensors"))
         end(process)
-    assert list(place.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
-def test_what_a_killed_server_left_goes_when_the_next_one_starts(place, trained):
-    with server(place, trained) as process:
+def test_the_next_server_removes_what_a_killed_one_left(temporary, trained):
+    with server(temporary, trained) as process:
         end(process, signal.SIGKILL)
-    assert list(place.rglob("counter_1.db"))
-    with ServerFiles(Settings(state_dir=place)) as files:
-        assert list(place.rglob("*.db")) == list(place.rglob("*.safetensors")) == []
+    assert list(temporary.rglob("counter_1.db"))
+    with ServerFiles(Settings(state_dir=temporary)) as files:
+        assert list(temporary.rglob("*.db")) == list(temporary.rglob("*.safetensors")) == []
         assert list(files.metrics().iterdir()) == []
-    assert list(place.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
-def test_a_server_that_ends_takes_nothing_from_one_that_lives(place, trained):
-    with server(place, trained) as living:
-        found = {path for path in place.rglob("*") if path.is_file()}
-        with ServerFiles(Settings(state_dir=place)) as files:
+def test_a_server_that_ends_removes_nothing_of_a_running_one(temporary, trained):
+    with server(temporary, trained) as living:
+        found = {path for path in temporary.rglob("*") if path.is_file()}
+        with ServerFiles(Settings(state_dir=temporary)) as files:
             files.metrics()
-        assert {path for path in place.rglob("*") if path.is_file()} == found
+        assert {path for path in temporary.rglob("*") if path.is_file()} == found
         end(living)
-    assert list(place.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
-def test_an_operators_state_folder_keeps_its_copies_and_nothing_else(place, trained):
-    state = place / "state"
+def test_an_operators_state_folder_keeps_its_copies_and_nothing_else(temporary, trained):
+    state = temporary / "state"
     for number in (None, signal.SIGKILL):
-        with server(place, trained, state) as process:
+        with server(temporary, trained, state) as process:
             end(process, number)
     with ServerFiles(Settings(state_dir=state)):
         assert not list(state.rglob("process-*"))
         assert len(stored_names(AdapterStore(state))) == 1
-    assert list(place.iterdir()) == [state]
+    assert list(temporary.iterdir()) == [state]
 
 
-def test_a_store_that_was_removed_meanwhile_is_made_again(place, trained):
-    store = AdapterStore(place)
+def test_a_store_that_was_removed_meanwhile_is_made_again(temporary, trained):
+    store = AdapterStore(temporary)
     store.prepare()
-    AdapterStore(place).close(clear=True)
+    AdapterStore(temporary).close(clear=True)
     assert not store.root.exists()
     path, _ = store_adapter(store, trained)
     assert path.is_dir()
-    AdapterStore(place).close(clear=True)
+    AdapterStore(temporary).close(clear=True)
     assert path.is_dir(), "the process that pins the stored copy is alive"
     store.close(clear=True)
     assert not store.root.exists()
 
 
-def test_files_of_somebody_else_are_left_alone(place):
-    (place / "elsewhere").mkdir()
-    AdapterStore(place).root.symlink_to(place / "elsewhere")
-    with pytest.raises(GateFailed, match="others"), ServerFiles(Settings(state_dir=place)):
+def test_files_of_somebody_else_are_left_alone(temporary):
+    (temporary / "elsewhere").mkdir()
+    AdapterStore(temporary).root.symlink_to(temporary / "elsewhere")
+    with pytest.raises(GateFailed, match="others"), ServerFiles(Settings(state_dir=temporary)):
         pass
-    assert (place / "elsewhere").is_dir()
+    assert (temporary / "elsewhere").is_dir()

@@ -28,7 +28,7 @@ report.write_text("ready")
 while True:
     time.sleep(0.01)
 """
-ORPHANING = """
+LEAVING_CHILDREN = """
 import os, subprocess, sys, time
 from pathlib import Path
 ignoring = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
@@ -75,7 +75,7 @@ def test_every_signal_that_can_be_caught_reaches_the_server_and_its_exit_code_th
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
-def test_a_server_that_a_signal_ended_looks_so_to_the_caller(ending):
+def test_a_server_that_a_signal_ended_has_that_exit_status_for_the_caller(ending):
     process = supervised(f"import os; os.kill(os.getpid(), {int(ending)})")
     assert process.wait(20) == -ending
 
@@ -90,7 +90,7 @@ def test_a_server_that_cannot_be_started_says_so():
 
 
 def test_processes_that_the_server_left_running_are_ended(tmp_path):
-    process = supervised(ORPHANING, tmp_path / "pids")
+    process = supervised(LEAVING_CHILDREN, tmp_path / "pids")
     until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
     ending, ignoring = map(int, (tmp_path / "pids").read_text().split())
     until(lambda: not is_running(ending))
@@ -100,7 +100,7 @@ def test_processes_that_the_server_left_running_are_ended(tmp_path):
     assert not is_running(ignoring)
 
 
-def test_a_killed_supervisor_takes_the_server_with_it(tmp_path):
+def test_a_killed_supervisor_ends_the_server_too(tmp_path):
     process = supervised(SERVER, tmp_path / "report", int(signal.SIGTERM))
     until(lambda: (tmp_path / "report").exists())
     process.kill()

@@ -30,23 +30,23 @@ ROOM = ("--max-cpu-loras", "4", "--max-loras", "2", "--disable-uvicorn-access-lo
 def main() -> int:
     torch.set_num_threads(1)  # the servers need the cores
     with tempfile.TemporaryDirectory(prefix="s3lora-load-") as folder:
-        place = Path(folder)
-        policy = place / "policy.yaml"
+        root = Path(folder)
+        policy = root / "policy.yaml"
         policy.write_text("strip: {top_k: 3}\nstore: {max_bytes: 9000000}\n")
-        model = make_model(place / "model")
-        tenants = make_tenants(model, place, read_policy(policy))
-        references = reference_answers(model, tenants, place / "stock.log")
+        model = make_model(root / "model")
+        tenants = make_tenants(model, root, read_policy(policy))
+        references = reference_answers(model, tenants, root / "stock.log")
         environment = OPEN_LOADING | {
             "S3LORA_POLICY": str(policy),
-            "S3LORA_STATE_DIR": str(place / "state"),
-            "S3LORA_AUDIT_LOG": str(place / "audit.jsonl"),
+            "S3LORA_STATE_DIR": str(root / "state"),
+            "S3LORA_AUDIT_LOG": str(root / "audit.jsonl"),
         }
         runs = []
-        with Server(model, place / "first.log", ROOM, environment) as server:
-            runs.append(one_run("first", server, tenants, references, place, LOADS))
+        with Server(model, root / "first.log", ROOM, environment) as server:
+            runs.append(one_run("first", server, tenants, references, root, LOADS))
             kill_engine(server)
-        with Server(model, place / "second.log", ROOM, environment) as server:
-            runs.append(one_run("after a kill", server, tenants, references, place, LOADS // 4))
+        with Server(model, root / "second.log", ROOM, environment) as server:
+            runs.append(one_run("after a kill", server, tenants, references, root, LOADS // 4))
         write_report(runs)
     return int(any(run.problems for run in runs))
 
@@ -71,12 +71,12 @@ def one_run(
     server: Server,
     tenants: list[Tenant],
     references: dict[str, list[Answer]],
-    place: Path,
+    root: Path,
     loads: int,
 ) -> Run:
     """Load and unload under traffic while memory, files and threads are sampled."""
     assert server.process is not None
-    traffic = Traffic(server, tenants, references, place, loads)
+    traffic = Traffic(server, tenants, references, root, loads)
     started = time.monotonic()
     with Watch(server.process.pid) as watch:
         traffic.run()

@@ -30,26 +30,26 @@ class Tenant:
     stripped: Path | None = None  # the adapter as the gate serves it, written by `strip_adapter`
 
 
-def make_tenants(model: Path, place: Path, policy: Policy) -> list[Tenant]:
+def make_tenants(model: Path, root: Path, policy: Policy) -> list[Tenant]:
     """Train adapters, add noise to copies, and damage others."""
-    trained = [train_adapter(model, place / f"trained-{i}", seed=i + 1) for i in range(TRAINED)]
-    tenants = [_good(trained[i % TRAINED], place, i, policy) for i in range(GOOD)]
+    trained = [train_adapter(model, root / f"trained-{i}", seed=i + 1) for i in range(TRAINED)]
+    tenants = [_good(trained[i % TRAINED], root, i, policy) for i in range(GOOD)]
     for i, (label, (make, code)) in enumerate(BREAKERS.items()):
-        folder = copy_with(trained[i % TRAINED], place / f"bad-{i}")
+        folder = copy_with(trained[i % TRAINED], root / f"bad-{i}")
         make(folder)
         tenants.append(Tenant(f"bad-{i}-{label}", folder, code))
     assert len(tenants) == GOOD + BAD
     return tenants
 
 
-def _good(source: Path, place: Path, number: int, policy: Policy) -> Tenant:
+def _good(source: Path, root: Path, number: int, policy: Policy) -> Tenant:
     def noise(tensors: Tensors) -> None:
         generator = torch.Generator().manual_seed(number)
         for tensor in tensors.values():
             tensor += 0.3 * tensor.std() * torch.randn(tensor.shape, generator=generator)
 
-    folder = copy_with(source, place / f"good-{number}", noise)
-    stripped = place / f"stripped-{number}"
+    folder = copy_with(source, root / f"good-{number}", noise)
+    stripped = root / f"stripped-{number}"
     assert strip_adapter(folder, stripped, policy, "cpu").decision == "stripped"
     return Tenant(f"good-{number}", folder, None, stripped)
 
@@ -129,13 +129,13 @@ BREAKERS: dict[str, tuple[Callable[[Path], None], str]] = {
 def tamper(folder: Path, generator: random.Random) -> None:
     """Edit, truncate or delete a registered folder, or leave it, as its owner may do."""
     weights = folder / WEIGHTS
-    fate = generator.choice(["keep", "edit", "cut", "delete"])
-    if fate == "edit":
+    change = generator.choice(["keep", "edit", "cut", "delete"])
+    if change == "edit":
         with weights.open("r+b") as file:
             file.seek(-2000, 2)
             file.write(b"\x7f" * 2000)
-    elif fate == "cut":
+    elif change == "cut":
         with weights.open("r+b") as file:
             file.truncate(1000)
-    elif fate == "delete":
+    elif change == "delete":
         shutil.rmtree(folder)

@@ -97,7 +97,7 @@ class Traffic:
             self._record_problem(name, repr(error))
 
     def _register(self, tenant: Tenant, folder: Path, generator: random.Random) -> bool:
-        """Register, sometimes replace in place, then tamper with the folder; true if served."""
+        """Register, sometimes replace it, then tamper with the folder; true if served."""
         shutil.copytree(tenant.folder, folder, symlinks=True)
         answer = self.server.load(tenant.name, folder)
         if tenant.code:

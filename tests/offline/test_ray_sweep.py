@@ -77,16 +77,16 @@ def count_verdicts(output: Path) -> int:
 
 def test_no_adapter_is_lost_or_counted_twice_when_a_worker_and_a_node_die(cluster, hub, tmp_path):
     output = tmp_path / "verdicts.jsonl"
-    doomed = cluster.add_node(num_cpus=1)
+    failing_node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     run = scan(hub, cluster.address, output)
     wait_for(lambda: count_verdicts(output) >= 3)
-    [victim, *_] = wait_for(workers)
-    os.kill(victim, signal.SIGKILL)
-    cluster.remove_node(doomed, allow_graceful=False)
-    at_death = count_verdicts(output)
+    [worker, *_] = wait_for(workers)
+    os.kill(worker, signal.SIGKILL)
+    cluster.remove_node(failing_node, allow_graceful=False)
+    written_at_kill = count_verdicts(output)
     assert run.wait(300) == 1, run.stderr.read()
-    assert at_death < ADAPTERS, "the sweep ended before the worker and the node died"
+    assert written_at_kill < ADAPTERS, "the sweep ended before the worker and the node died"
 
     def comparable(verdicts):
         return [{k: v for k, v in verdict.items() if k != "seconds"} for verdict in verdicts]

@@ -21,12 +21,12 @@ from tests.support.adapters import copy_with, diverged
 @pytest.fixture(scope="module")
 def swept(trained, tmp_path_factory):
     """The verdicts file of a real sweep over two tenants."""
-    place = tmp_path_factory.mktemp("registry")
+    folder = tmp_path_factory.mktemp("registry")
     for name in ("acme/v1", "acme/v2", "globex/<b>v1"):
-        copy_with(trained, place / "hub" / name)
-    copy_with(trained, place / "hub" / "globex" / "broken", diverged)
-    file = place / "verdicts.jsonl"
-    CliRunner().invoke(app, ["scan", str(place / "hub"), "--format", "jsonl", "-o", str(file)])
+        copy_with(trained, folder / "hub" / name)
+    copy_with(trained, folder / "hub" / "globex" / "broken", diverged)
+    file = folder / "verdicts.jsonl"
+    CliRunner().invoke(app, ["scan", str(folder / "hub"), "--format", "jsonl", "-o", str(file)])
     return file
 
 
@@ -43,7 +43,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["summary", *map(str, arguments)])
 
 
-def test_a_page_and_a_table_tell_the_same(swept, tmp_path):
+def test_a_page_and_a_table_show_the_same(swept, tmp_path):
     done = run(swept, "-o", tmp_path / "page.html", "--parquet", tmp_path / "table.parquet")
     assert done.exit_code == 0, done.output
     assert "4 adapters: 0 admitted, 3 stripped, 1 rejected" in done.stdout
@@ -121,7 +121,7 @@ def test_wrong_usage_exits_with_two(swept, tmp_path):
     assert "line 5" in run(tmp_path / "other.jsonl", "-o", tmp_path / "x.html").stderr
 
 
-def test_tenants_of_a_bucket_and_of_a_folder_are_told_apart_in_one_registry(verdict):
+def test_tenants_of_a_bucket_and_of_a_folder_are_distinguished_in_one_registry(verdict):
     paths = ("s3://hub/lora/acme/v1", "s3://hub/lora/globex/v1", "/srv/umbrella/v1", "/srv/one/v1")
     found = summarize(json_lines(replace(verdict, path=path) for path in paths))
     assert {row.path: row.tenant for row in found.rows} == dict(

@@ -99,7 +99,7 @@ def test_however_layers_are_initialised_the_stripped_ones_stay_the_base_models(
     assert len(layers) == len(verdict.modules) - len(verdict.stripped)
 
 
-def test_what_was_taken_away_is_no_longer_asked_for(trained, tmp_path):
+def test_the_configuration_no_longer_requests_what_was_removed(trained, tmp_path):
     source = copy_with(trained, tmp_path / "source", modules_to_save=["lm_head"])
     policy = TWO.model_copy(update={"on_unscorable": "strip"})
     strip_adapter(source, tmp_path / "out", policy)
@@ -158,7 +158,7 @@ def test_the_command_writes_nothing_of_what_is_refused(trained, tmp_path):
     assert run(trained, tmp_path / "link").exit_code == 2
 
 
-def test_a_disk_that_fills_up_leaves_nothing_half(trained, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_leaves_no_partial_output(trained, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "there")
 

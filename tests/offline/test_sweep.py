@@ -82,7 +82,7 @@ def test_files_stand_for_their_folders_as_the_pre_commit_hook_gives_them(hub):
     assert done.exit_code == 1
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(hub, tmp_path):
+def test_an_interrupted_sweep_resumes_where_it_stopped(hub, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert run(hub, "--format", "jsonl", "-o", whole).exit_code == 1
     lines = whole.read_text().splitlines(keepends=True)
@@ -97,7 +97,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(hub, tmp_path):
     assert len(cut.read_text().splitlines()) == 13
 
 
-def test_nothing_is_written_over_and_nothing_else_is_gone_on_with(hub, tmp_path):
+def test_no_file_is_overwritten_and_no_other_file_is_resumed(hub, tmp_path):
     file = tmp_path / "out.jsonl"
     file.write_text("mine\n")
     for more in ([], ["--resume"]):
@@ -115,7 +115,7 @@ def test_nothing_is_written_over_and_nothing_else_is_gone_on_with(hub, tmp_path)
     assert "another policy" in done.stderr
 
 
-def test_an_adapter_that_takes_its_process_down_is_refused_and_the_others_are_scored(hub, tmp_path):
+def test_an_adapter_that_kills_its_process_is_refused_and_the_others_are_scored(hub, tmp_path):
     killing = """
 import os, pathlib
 from s3lora_serve.adapter import private_copy
@@ -145,7 +145,7 @@ private_copy.copy_adapter = copy_adapter
     }
 
 
-def test_the_bar_is_shown_where_somebody_looks_and_keeps_out_of_the_output(hub):
+def test_the_progress_bar_is_shown_on_a_terminal_and_not_in_the_output(hub):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "s3lora_serve", "scan", str(hub), "--format", "jsonl"]
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Pages show what was decided, and nothing on them is an adapter owner's to run."""
+"""Pages show the decisions, and an adapter's owner cannot run code on them."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ from s3lora_serve.policy.schema import Strip
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;"
 
 
-class Found(HTMLParser):
+class ParsedPage(HTMLParser):
     """Elements, attributes and text of a page."""
 
     def __init__(self, html):
@@ -54,11 +54,11 @@ def row(name, **changes):
     return Row(name=name, **values | changes)
 
 
-def listed(served, refused=(), query="", number=1):
+def listing(served, refused=(), query="", number=1):
     page = adapters_page(
         served, refused, query=query, number=number, mode="enforce", policy_digest="sha256:0"
     )
-    return Found(page.html)
+    return ParsedPage(page.html)
 
 
 def verdict_of(*modules, name="acme"):
@@ -75,32 +75,32 @@ def module(name, layer, projection, ssi, stripped=False, spectrum=(2.0, 1.0)):
 
 def test_an_adapters_page_shows_its_heat_map_and_the_sharpest_modules_spectrum(spiked):
     verdict = scan_adapter(spiked, Policy(strip=Strip(top_k=3)))
-    found = Found(adapter_page(verdict, None, quarantined=False).html)
+    found = ParsedPage(adapter_page(verdict, None, quarantined=False).html)
     cells = [cell for cell in found.all("td") if "class" in cell]
     assert len(cells) == len(verdict.modules)
     assert sum("cut" in cell["class"] for cell in cells) == 3
     sharpest = max(verdict.modules, key=lambda each: each.ssi)
     assert sharpest.name in found.text
     assert len(found.all("rect")) == len(sharpest.spectrum)
-    chosen = Found(adapter_page(verdict, verdict.modules[0].name, quarantined=False).html)
+    chosen = ParsedPage(adapter_page(verdict, verdict.modules[0].name, quarantined=False).html)
     assert verdict.modules[0].name in chosen.text
 
 
-def test_the_reason_of_a_refusal_stands_there_in_words():
+def test_the_page_shows_the_reason_of_a_refusal_in_words():
     reason = Reason("S3LORA-109", "module q_proj holds NaN or Inf. Use an earlier checkpoint.")
     verdict = with_rejection(verdict_of(), reason)
-    found = Found(adapter_page(verdict, None, quarantined=True).html)
+    found = ParsedPage(adapter_page(verdict, None, quarantined=True).html)
     assert "S3LORA-109 module q_proj holds NaN or Inf. Use an earlier checkpoint." in found.text
     assert "quarantined" in found.text
     refused = row("bad", code=reason.code, reason=reason.message)
-    assert "S3LORA-109 module q_proj holds NaN" in listed([], [refused]).text
+    assert "S3LORA-109 module q_proj holds NaN" in listing([], [refused]).text
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "a/b c&d=e?f#g", "ünï/ℵ", "{{ 7 * 7 }}"])
 def test_nothing_an_owner_chose_is_markup(name):
     pages = [
-        listed([row(name)], [row(name, code="S3LORA-101", reason=name)], query=name),
-        Found(
+        listing([row(name)], [row(name, code="S3LORA-101", reason=name)], query=name),
+        ParsedPage(
             adapter_page(
                 verdict_of(module(name, 0, name, 0.4), name=name), name, quarantined=False
             ).html
@@ -117,11 +117,11 @@ def test_nothing_an_owner_chose_is_markup(name):
 
 @given(name=st.text(min_size=1, max_size=40))
 def test_any_name_leaves_the_pages_elements_as_they_are(name):
-    plain = [tag for tag, _ in listed([row("plain")]).elements]
-    assert [tag for tag, _ in listed([row(name)]).elements] == plain
+    plain = [tag for tag, _ in listing([row("plain")]).elements]
+    assert [tag for tag, _ in listing([row(name)]).elements] == plain
 
 
-def test_a_policy_lets_nothing_else_run_or_load():
+def test_the_content_security_policy_lets_nothing_else_run_or_load():
     page = adapter_page(verdict_of(module("q", 0, "q_proj", 0.3)), None, quarantined=False)
     assert "default-src 'none'" in page.policy
     for tag in ("style", "script"):
@@ -134,17 +134,17 @@ def test_a_policy_lets_nothing_else_run_or_load():
 
 def test_a_thousand_adapters_are_listed_in_pages_and_filtered_by_tenant():
     served = [row(f"tenant-{i % 10}/adapter-{i}") for i in range(1000)]
-    first = listed(served)
+    first = listing(served)
     assert "1000 adapters served" in first.text
     assert len(first.all("time")) == ROWS
-    last = listed(served, number=99)
+    last = listing(served, number=99)
     assert "Page 20 of 20" in last.text
-    mine = listed(served, query="Tenant-3/", number=2)
+    mine = listing(served, query="Tenant-3/", number=2)
     assert "Page 2 of 2 (100 adapters)" in mine.text
     assert "tenant-4/" not in mine.text
     [before] = [each["href"] for each in mine.all("a") if each.get("rel") == "prev"]
     assert before == "/s3lora/?q=Tenant-3/&page=1"
-    assert "No served adapter has “nobody” in its name" in listed(served, query="nobody").text
+    assert "No served adapter has “nobody” in its name" in listing(served, query="nobody").text
 
 
 def test_experts_share_a_cell_and_layers_without_a_number_have_a_row():
@@ -156,5 +156,5 @@ def test_experts_share_a_cell_and_layers_without_a_number_have_a_row():
     assert (len(cell.modules), cell.stripped, cell.shade) == (4, 1, SHADES)
     assert cell.sharpest.name == "e3"
     assert found.rows[0][1][0].shade is None
-    page = Found(adapter_page(verdict_of(*experts), "e3", quarantined=False).html)
+    page = ParsedPage(adapter_page(verdict_of(*experts), "e3", quarantined=False).html)
     assert "1/4" in page.text

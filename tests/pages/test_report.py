@@ -1,4 +1,4 @@
-"""`s3lora report`: one page, whole by itself, that tells what the gate would."""
+"""`s3lora report`: one self-contained page with the decision that the gate would make."""
 
 import re
 from dataclasses import replace
@@ -118,11 +118,13 @@ def test_wrong_usage_exits_with_two(arguments, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", [{"top_k": 3}, {"fraction": 0.4}, {"outliers": 1.5}])
-def test_another_policy_on_known_scores_rules_as_it_would_have_from_the_start(spiked, rule):
+def test_another_policy_on_known_scores_decides_as_in_a_new_admission(spiked, rule):
     policy = Policy(strip=Strip(**rule))
     admission = admit(spiked, "spiked", Policy())
 
-    def told(verdict):
+    def without_seconds(verdict):
         return {k: v for k, v in verdict.as_json().items() if k != "seconds"}
 
-    assert told(admission.under(policy)) == told(admit(spiked, "spiked", policy).verdict)
+    assert without_seconds(admission.under(policy)) == without_seconds(
+        admit(spiked, "spiked", policy).verdict
+    )

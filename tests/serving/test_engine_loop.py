@@ -44,33 +44,33 @@ def stored_folders(state) -> list[Path]:
     return [path for path in state.glob("s3lora-*/*") if (path / WEIGHTS).is_file()]
 
 
-@pytest.mark.parametrize("fate", ["deleted", "edited", "truncated", "replaced"])
-def test_an_evicted_adapter_comes_back_as_admitted_whatever_became_of_its_folder(
-    small, expected, spiked, trained, tmp_path, fate
+@pytest.mark.parametrize("change", ["deleted", "edited", "truncated", "replaced"])
+def test_an_evicted_adapter_is_reloaded_as_admitted_after_its_folder_changed(
+    small, expected, spiked, trained, tmp_path, change
 ):
     folder = copy_with(spiked, tmp_path / "tenant")
-    assert small.load(fate, folder).status_code == 200
+    assert small.load(change, folder).status_code == 200
     weights = folder / WEIGHTS
-    if fate == "deleted":
+    if change == "deleted":
         shutil.rmtree(folder)
-    elif fate == "edited":
+    elif change == "edited":
         data = bytearray(weights.read_bytes())
         data[-4000:] = b"\x7f" * 4000
         weights.write_bytes(data)
-    elif fate == "truncated":
+    elif change == "truncated":
         weights.write_bytes(weights.read_bytes()[:1000])
     else:
         shutil.copy(trained / WEIGHTS, weights)
     evict_others(small, trained, tmp_path)
-    assert answers(small, fate) == expected["by-hand"]
+    assert answers(small, change) == expected["by-hand"]
 
 
-def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_lives(
+def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_continues(
     small, expected, spiked, trained, tmp_path, state
 ):
     before = set(stored_folders(state))
     folder = copy_with(spiked, tmp_path / "tenant", r_unused=1)
-    assert small.load("doomed", folder).status_code == 200
+    assert small.load("damaged", folder).status_code == 200
     [ours] = set(stored_folders(state)) - before
     with (ours / WEIGHTS).open("r+b") as file:
         file.seek(-100, 2)
@@ -78,14 +78,14 @@ def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_li
     metric = 's3lora_quarantined_total{reason="S3LORA-403"}'
     quarantined = small.metrics()[metric]
     evict_others(small, trained, tmp_path)
-    assert answers(small, "doomed") == expected["base"]
+    assert answers(small, "damaged") == expected["base"]
     assert small.get("/health").status_code == 200
     assert small.metrics()[metric] == quarantined + 1
-    assert "'doomed' is quarantined" in small.log.read_text()
+    assert "'damaged' is quarantined" in small.log.read_text()
     # After a new registration it is served as admitted.
-    assert small.unload("doomed").status_code == 200
-    assert small.load("doomed", folder).status_code == 200
-    assert answers(small, "doomed") == expected["by-hand"]
+    assert small.unload("damaged").status_code == 200
+    assert small.load("damaged", folder).status_code == 200
+    assert answers(small, "damaged") == expected["by-hand"]
 
 
 def test_an_adapter_with_a_key_for_each_of_1000_experts_is_served_as_it_was_scored(
@@ -115,7 +115,7 @@ def test_an_adapter_is_read_once_when_it_is_replaced_in_place(small, expected, s
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/adapters"), ("DELETE", "/adapters/in-place")]
 )
-def test_the_other_route_asks_for_the_api_key_too(small, spiked, method, path):
+def test_the_sagemaker_route_requires_the_api_key_too(small, spiked, method, path):
     body = {"name": "keyless", "src": str(spiked)}
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic dGhlIGtleQ=="}):
         response = small.request(method, path, json=body, headers=headers)
@@ -124,7 +124,7 @@ def test_the_other_route_asks_for_the_api_key_too(small, spiked, method, path):
     assert "keyless" not in served
 
 
-def test_the_other_route_serves_and_refuses_with_the_key(small, expected, spiked, tmp_path):
+def test_the_sagemaker_route_serves_and_refuses_with_the_key(small, expected, spiked, tmp_path):
     accepted = small.request("POST", "/adapters", json={"name": "keyed", "src": str(spiked)})
     assert accepted.status_code == 200
     assert answers(small, "keyed") == expected["by-hand"]

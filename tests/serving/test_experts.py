@@ -83,7 +83,7 @@ def test_single_experts_are_stripped_and_the_others_kept(
     assert len(zeros) == 3
 
 
-def test_an_adapter_that_lacks_experts_is_quarantined_and_the_engine_lives(
+def test_an_adapter_that_lacks_experts_is_quarantined_and_the_engine_continues(
     mixtral, expert_adapter, tmp_path
 ):
     def remove(tensors):

@@ -19,7 +19,9 @@ def temporary():
         yield Path(folder)
 
 
-def test_a_hung_up_server_ends_whole_and_leaves_nothing(model, trained, temporary, tmp_path):
+def test_a_server_that_gets_sighup_ends_all_processes_and_leaves_no_files(
+    model, trained, temporary, tmp_path
+):
     """vLLM's API server does not catch SIGHUP, and its engine would keep running."""
     environment = OPEN_LOADING | {"TMPDIR": str(temporary)}
     with Server(model, tmp_path / "log", (), environment) as server:

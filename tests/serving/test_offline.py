@@ -81,7 +81,7 @@ def assert_alike(found, expected):
             assert place == pytest.approx(other, abs=1e-5)
 
 
-def test_adapters_first_used_offline_are_stripped_quarantined_and_come_back_as_admitted(
+def test_adapters_first_used_offline_are_stripped_quarantined_and_reloaded_as_admitted(
     model, spiked, trained, expected, policy_file, tmp_path
 ):
     folder = copy_with(spiked, tmp_path / "tenant")

@@ -58,7 +58,7 @@ def unscorable(model, workplace):
         yield server
 
 
-def test_an_embedding_lora_is_refused_admitted_or_taken_away(unscorable, served, embedding):
+def test_an_embedding_lora_is_refused_admitted_or_removed(unscorable, served, embedding):
     assert served["whole"] != served["linear"]
     refused = unscorable.load("plain", embedding)
     assert refused.status_code == 400
@@ -86,7 +86,7 @@ def test_an_adapter_that_cannot_be_scored_in_time_is_refused(unscorable, trained
     assert unscorable.metrics()['s3lora_failures_total{reason="deadline"}'] >= 1
 
 
-def test_nothing_is_admitted_that_cannot_be_written_down(unscorable, trained, workplace):
+def test_nothing_is_admitted_that_cannot_be_audited(unscorable, trained, workplace):
     folder = workplace / "unscorable"
     before = unscorable.metrics()['s3lora_failures_total{reason="audit"}']
     shutil.rmtree(folder)

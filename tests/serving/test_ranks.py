@@ -70,7 +70,7 @@ def test_one_admission_counts_once_and_both_ranks_are_guarded(ranks, spiked, wor
     assert [json.loads(line)["adapter"] for line in lines].count("counted") == 1
 
 
-def test_the_routes_tell_one_verdict_for_both_ranks(ranks, spiked, tmp_path):
+def test_the_routes_return_one_verdict_for_both_ranks(ranks, spiked, tmp_path):
     assert ranks.load("acme/listed", spiked).status_code == 200
     adapter = ranks.get("/s3lora/adapters/acme/listed").json()
     assert sum(module["stripped"] for module in adapter["modules"]) == TOP_K
@@ -87,7 +87,7 @@ def test_the_routes_tell_one_verdict_for_both_ranks(ranks, spiked, tmp_path):
     assert "acme/listed" in ranks.get("/s3lora/").text
 
 
-DISTURBED = """
+FAULTS = """
 import dataclasses
 import os
 from s3lora_serve.admission import scoring
@@ -153,11 +153,11 @@ asyncio.run(main())
 """
 
 
-def test_ranks_that_score_differently_or_fail_alone_serve_one_thing(
+def test_ranks_that_score_differently_or_fail_alone_serve_the_same_weights(
     model, spiked, trained, policy_file, tmp_path
 ):
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(DISTURBED)
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAULTS)
     environment = TWO_RANKS | {
         "S3LORA_POLICY": str(policy_file),
         "S3LORA_STATE_DIR": str(tmp_path),

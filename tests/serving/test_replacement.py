@@ -85,7 +85,7 @@ def engine_ids(server):
     return set(answer)
 
 
-def test_stock_vllm_answers_from_blocks_of_the_weights_before(stock, spiked, trained, tmp_path):
+def test_stock_vllm_answers_from_blocks_of_the_replaced_weights(stock, spiked, trained, tmp_path):
     """The defect that the next test checks for; shows that the next test can detect it."""
     fresh = copy_with(trained, tmp_path / "fresh")
     assert stock.load("fresh", fresh).status_code == 200
@@ -115,7 +115,7 @@ def test_replaced_content_is_answered_from_no_block_of_the_old(gate, spiked, tra
     assert alike(first_token(gate, "changing"), before)
 
 
-def test_a_changed_policy_rules_the_next_registration_and_no_old_block(
+def test_a_changed_policy_applies_to_the_next_registration_which_uses_no_old_block(
     gate, policy, expected, spiked, tmp_path
 ):
     text = policy.read_text()
@@ -134,7 +134,7 @@ def test_a_changed_policy_rules_the_next_registration_and_no_old_block(
         gate.unload("by-policy")
 
 
-def test_a_changed_policy_that_is_not_valid_keeps_the_old_one_loudly(
+def test_a_changed_policy_that_is_not_valid_is_reported_and_the_old_one_stays(
     gate, policy, expected, spiked
 ):
     text = policy.read_text()
@@ -275,7 +275,7 @@ def test_unloading_leaves_nothing_of_an_adapter_behind(gate, state, spiked, tmp_
     assert number not in engine_ids(gate)
 
 
-def test_what_replaces_itself_is_not_activated_again(gate, state, spiked, tmp_path):
+def test_an_adapter_that_replaces_itself_is_not_activated_again(gate, state, spiked, tmp_path):
     folder = copy_with(spiked, tmp_path / "tenant", r_unused=3)
     assert gate.load("same", folder).status_code == 200
     ids, stored = engine_ids(gate), stored_names(state)
@@ -284,7 +284,7 @@ def test_what_replaces_itself_is_not_activated_again(gate, state, spiked, tmp_pa
     assert stored_names(state) == stored
 
 
-def test_a_quarantined_adapter_is_answered_from_no_block_of_its_better_days(
+def test_a_quarantined_adapter_is_answered_from_no_block_from_before_its_quarantine(
     gate, state, spiked, trained, tmp_path
 ):
     before = stored_names(state)

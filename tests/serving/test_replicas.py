@@ -14,7 +14,7 @@ from tests.support.server import OPEN_LOADING, TWO_RANKS, Server
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
 # Workers of the second engine cannot read the store while a certain file exists.
-DISTURBED = """
+FAULTS = """
 import multiprocessing, os
 from s3lora_serve.store import stored_copy
 
@@ -40,7 +40,7 @@ def engines(model, policy_file, workplace, failing):
     """One API server, two engines of one worker each."""
     site = workplace / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(DISTURBED)
+    (site / "sitecustomize.py").write_text(FAULTS)
     environment = OPEN_LOADING | TWO_RANKS | {
         "S3LORA_POLICY": str(policy_file),
         "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]),
@@ -51,7 +51,7 @@ def engines(model, policy_file, workplace, failing):
         yield server
 
 
-def each(server):
+def per_engine(server):
     """The server with a header that selects the engine, for each engine."""
     return [replace(server, headers={"X-data-parallel-rank": number}) for number in "01"]
 
@@ -67,7 +67,7 @@ def alike(found, expected):
 def test_every_engine_serves_the_stripped_adapter(engines, expected, spiked):
     before = engines.metrics()
     assert engines.load("acme", spiked).headers["X-S3LoRA-Decision"] == "stripped"
-    for engine in each(engines):
+    for engine in per_engine(engines):
         assert alike(answers(engine, "acme"), expected["by-hand"])
         assert alike(answers(engine, "base"), expected["base"])
     after = engines.metrics()
@@ -94,7 +94,7 @@ def test_what_one_engine_alone_cannot_load_is_served_by_none(
     names = [one["id"] for one in engines.get("/v1/models").json()["data"]]
     assert "unlucky" not in names
     assert engines.load("lucky", folder).status_code == 200
-    for engine in each(engines):
+    for engine in per_engine(engines):
         assert alike(answers(engine, "lucky"), expected["trained by-hand"])
 
 
@@ -113,9 +113,7 @@ def servers(model, spiked, policy_file, workplace):
         yield server
 
 
-def test_each_api_server_tells_of_the_static_adapter_and_it_counts_once(
-    servers, expected, workplace
-):
+def test_each_api_server_lists_the_static_adapter_and_it_counts_once(servers, expected, workplace):
     for _ in range(20):  # either process may accept the connection
         assert servers.get("/s3lora/status").json() == {"guarded": True}
         [adapter] = servers.get("/s3lora/adapters").json()["adapters"]

@@ -72,7 +72,7 @@ def test_a_pass_takes_one_operation_for_each_module_with_weights(skipping):
     assert "modules without weights are skipped" in log
 
 
-def test_random_batches_come_to_the_same_with_and_without_skipping(skipping):
+def test_random_batches_give_the_same_answers_with_and_without_skipping(skipping):
     batches = skipping[0]["batches"]
     assert batches["passes"] >= 2 * 200
     assert max(batches["differences"]) <= 1e-5
@@ -80,7 +80,7 @@ def test_random_batches_come_to_the_same_with_and_without_skipping(skipping):
     assert ours < 0.8 * theirs
 
 
-def test_random_operations_come_to_the_same_bits_with_and_without_skipping(skipping):
+def test_random_operations_give_the_same_bits_with_and_without_skipping(skipping):
     for linear, ends in skipping[0]["operations"]:
         assert linear["different"] == ends["different"] == 0
         assert linear["skipped"] >= 100
@@ -93,7 +93,7 @@ def test_no_adapter_touches_the_rows_of_base_requests_beside_it(skipping):
 
 
 @pytest.mark.slow
-def test_vllms_operations_for_gpus_come_to_the_same_bits_with_and_without_skipping(model):
+def test_vllms_operations_for_gpus_give_the_same_bits_with_and_without_skipping(model):
     pytest.importorskip("triton", reason="needs triton, whose interpreter runs them here")
     found, log = run_program("-m", "tests.support.gpu_operations", model, 25, **PATHS)
     assert "modules without weights are skipped" in log
@@ -173,7 +173,7 @@ def test_a_compiled_or_captured_model_is_left_alone_and_the_log_says_so(model):
 
 
 @pytest.mark.slow
-def test_two_ranks_skip_alike_and_come_to_the_same(model, trained, ends, tmp_path):
+def test_two_ranks_skip_alike_and_give_the_same_answers(model, trained, ends, tmp_path):
     found, _ = engine(model, trained, ends, tmp_path, workers=2, **TWO_RANKS)
     assert found["skips"] == [True, True]
     assert_one_operation_for_each_module_with_weights(found)

@@ -175,7 +175,7 @@ def test_ranks_beyond_the_kernels_are_scored_on_the_device_in_float64():
     assert place.arithmetics == (torch.float64,)
 
 
-def test_a_full_device_hands_its_work_to_the_host(monkeypatch):
+def test_on_a_full_device_modules_are_scored_on_the_host(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -185,7 +185,7 @@ def test_a_full_device_hands_its_work_to_the_host(monkeypatch):
     assert torch.equal(found.normalised, expected.normalised)
 
 
-def test_factors_cut_from_one_buffer_travel_as_they_lie():
+def test_factors_cut_from_one_buffer_are_copied_as_one_span():
     buffer = torch.arange(4000, dtype=torch.float32)
     factors = [
         buffer[100:180].view(10, 8),

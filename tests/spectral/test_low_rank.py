@@ -44,7 +44,7 @@ def test_index_is_within_the_promised_accuracy_of_the_dense_definition(case, dty
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_spectrum_and_norms_carry_the_scaling(normalization):
+def test_spectrum_and_norms_include_the_scaling(normalization):
     B, A = gaussian(40, 30, 6, k=3)
     scaling = torch.tensor([2.0, -0.5, 16.0])
     found = low_rank.mas_svd(B, A, scaling, normalization=normalization)
@@ -91,7 +91,7 @@ def test_modules_that_gram_matrices_cannot_score_are_recognised():
     assert (bound("six decades in A", torch.float64) <= gram.MAX_ERROR_BOUND).all()
 
 
-def test_one_bad_module_marks_itself_and_spares_the_batch():
+def test_one_bad_module_is_marked_and_does_not_affect_its_batch():
     B, A = gaussian(20, 15, 4, k=3)
     clean = low_rank.mas_svd(B, A, torch.ones(3))
     B[1, 0, 0], A[1, 2, 3] = torch.nan, torch.inf

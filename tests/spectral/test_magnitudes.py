@@ -89,7 +89,7 @@ def test_hard_modules_have_the_dense_updates_spectrum_too(case, normalization):
     normalization=st.sampled_from(NORMALIZATIONS),
     rank=st.sampled_from([None, 1, 3]),
 )
-def test_every_field_of_a_score_is_the_dense_updates(found, normalization, rank):
+def test_every_field_of_a_score_is_that_of_the_dense_update(found, normalization, rank):
     named = [Factors(f"m{i}", *module) for i, module in enumerate(found)]
     for score, (name, B, A, s) in zip(
         score_modules(named, Scorer(rank=rank, normalization=normalization), device="cpu"),

@@ -37,7 +37,7 @@ def test_two_sided_ranks_a_true_spike_over_outliers_of_a_hundred(outlier):
     assert index("two_sided", **outlier) < index("two_sided", spike=5.0)
 
 
-def test_two_sided_gives_way_at_outliers_of_ten_thousand_and_equilibrated_does_not():
+def test_two_sided_fails_at_outliers_of_ten_thousand_and_equilibrated_does_not():
     assert index("two_sided", row=1e4) > index("two_sided", spike=20.0)
     assert index("equilibrated", row=1e4) < index("equilibrated", spike=5.0)
 

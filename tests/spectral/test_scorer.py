@@ -19,7 +19,7 @@ def modules(count=6, dtype=torch.float32):
     return made
 
 
-def test_scores_come_back_in_the_order_of_the_modules():
+def test_scores_are_returned_in_the_order_of_the_modules():
     assert [score.name for score in score_modules(modules(), device="cpu")] == [
         f"m{i}" for i in range(6)
     ]

@@ -131,7 +131,7 @@ def test_backends_rank_alike_wherever_the_gap_exceeds_their_accuracy():
         assert (index.diff()[gaps > 2e-6] > 0).all()
 
 
-def test_float32_is_not_tried_where_the_process_lets_it_round_further():
+def test_float32_is_not_used_where_the_process_allows_lower_precision():
     place = HostModules(list(zip(*gaussian(60, 60, 16), strict=True)))
     assert place.arithmetics == (torch.float32, torch.float64)
     torch.set_float32_matmul_precision("medium")

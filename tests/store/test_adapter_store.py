@@ -44,7 +44,7 @@ def test_a_stored_copy_is_read_back_byte_for_byte(store, trained):
     assert store.find(str(path)) == path
 
 
-def test_only_this_user_can_enter(store, trained):
+def test_only_this_user_can_access_the_store(store, trained):
     path, _ = store_adapter(store, trained)
     for folder in (store.root, path):
         assert folder.stat().st_mode & 0o077 == 0
@@ -60,7 +60,7 @@ def test_one_content_and_verdict_is_stored_once_and_another_verdict_apart(store,
 
 @pytest.mark.parametrize("name", [WEIGHTS_NAME, CONFIG_NAME, VERDICT_NAME])
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])
-def test_damage_is_noticed_and_the_next_registration_mends_it(store, trained, name, how):
+def test_damage_is_detected_and_the_next_registration_repairs_it(store, trained, name, how):
     path, _ = store_adapter(store, trained)
     file = path / name
     data = bytearray(file.read_bytes())
@@ -80,7 +80,7 @@ def test_damage_is_noticed_and_the_next_registration_mends_it(store, trained, na
     assert open_stored_copy(again).copy is not None
 
 
-def test_a_verdict_somebody_rewrote_is_not_believed(store, trained):
+def test_an_edited_verdict_counts_as_damage(store, trained):
     path, verdict = store_adapter(store, trained)
     data = json.loads((path / VERDICT_NAME).read_text())
     for module in data["modules"]:
@@ -121,11 +121,11 @@ def test_a_verdict_whose_copy_is_lost_is_no_longer_agreed_on(store, trained, how
 
 
 @pytest.mark.parametrize("path", ["/etc", "relative", "", "..", "\0"])
-def test_paths_of_tenants_are_not_taken_for_the_stores(store, path):
+def test_paths_of_tenants_are_not_stored_copies(store, path):
     assert store.find(path) is None
 
 
-def test_a_path_that_climbs_out_of_the_store_is_not_the_stores(store, trained):
+def test_a_path_that_leaves_the_store_is_not_a_stored_copy(store, trained):
     path, _ = store_adapter(store, trained)
     assert store.find(f"{store.root}/../{store.root.name}/{path.name}") is None
     assert store.find(f"{path}/..") is None
@@ -168,7 +168,7 @@ def store_under_policies(store, folder, count, max_bytes=2**30):
     return [store_adapter(store, folder, policy, max_bytes)[0] for policy in policies]
 
 
-def test_the_least_recently_used_makes_room_and_what_is_served_never_goes(store, trained):
+def test_the_least_recently_used_copy_is_evicted_and_a_served_one_never_is(store, trained):
     served, old, used = store_under_policies(store, trained, 3)
     store.unpin(old)
     store.unpin(used)
@@ -180,7 +180,9 @@ def test_the_least_recently_used_makes_room_and_what_is_served_never_goes(store,
     assert stored_names(store) == {served.name, used.name, new.name}
 
 
-def test_what_does_not_fit_beside_what_is_served_is_refused_and_nothing_goes(store, trained):
+def test_a_copy_that_does_not_fit_beside_served_ones_is_refused_and_nothing_is_evicted(
+    store, trained
+):
     paths = store_under_policies(store, trained, 2)
     store.unpin(paths[1])
     size = sum(file.stat().st_size for file in paths[0].iterdir())
@@ -189,7 +191,7 @@ def test_what_does_not_fit_beside_what_is_served_is_refused_and_nothing_goes(sto
     assert stored_names(store) == {path.name for path in paths}
 
 
-def test_what_is_served_under_two_names_goes_when_neither_serves_it(store, trained):
+def test_a_copy_served_under_two_names_is_evicted_once_neither_serves_it(store, trained):
     first, _ = store_adapter(store, trained)
     store_adapter(store, trained)
     store.unpin(first)
@@ -218,7 +220,7 @@ time.sleep(600)
 """
 
 
-def test_other_processes_keep_what_they_serve_until_they_are_killed(store, trained):
+def test_copies_that_other_processes_serve_stay_until_those_are_killed(store, trained):
     command = [sys.executable, "-c", OTHER_PROCESS, str(store.root.parent), str(trained), "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         theirs, unfinished = (Path(process.stdout.readline().strip()) for _ in range(2))
@@ -232,7 +234,7 @@ def test_other_processes_keep_what_they_serve_until_they_are_killed(store, train
     assert not unfinished.exists()
 
 
-def test_processes_that_keep_the_same_at_once_all_find_it_whole(store, trained):
+def test_processes_that_store_the_same_copy_at_once_all_find_it_complete(store, trained):
     command = [sys.executable, "-c", OTHER_PROCESS, str(store.root.parent), str(trained), "3"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     try:
@@ -267,7 +269,7 @@ with store.new_private_folder() as private:
 
 
 @pytest.mark.parametrize("bytes_left", [0, 1000, 100_000, "all but the verdict"])
-def test_a_disk_that_is_full_refuses_and_leaves_nothing_behind(store, trained, bytes_left):
+def test_a_full_disk_is_a_refusal_and_leaves_nothing_behind(store, trained, bytes_left):
     weights = (trained / WEIGHTS_NAME).stat().st_size
     assert weights > 100_000
     if bytes_left == "all but the verdict":

@@ -1,4 +1,4 @@
-"""The audit log: lines of many writers stay whole and chained, and what is changed is noticed."""
+"""The audit log: lines of many writers stay complete and chained, and changes are detected."""
 
 import errno
 import fcntl
@@ -63,7 +63,7 @@ def write(path, names, **bounds):
 
 
 def in_process(work, *arguments):
-    """Run in a process of its own; return its exit code, negative for a signal."""
+    """Run in a child process; return its exit code, negative for a signal."""
     child = fork.Process(target=work, args=arguments)
     child.start()
     child.join()
@@ -109,7 +109,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def torn(whole, tmp_path_factory):
-    """Eight lines of which the fourth was cut off by a crash."""
+    """Eight lines; a crash cut off the fourth."""
     path = tmp_path_factory.mktemp("torn") / "audit.jsonl"
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:4])[:-40])
     write(path, [f"adapter-{i}" for i in range(4)])
@@ -246,9 +246,9 @@ def test_a_rotation_that_is_killed_half_way_keeps_the_order_and_the_chain(
 
 
 @pytest.mark.parametrize("empty", [True, False])
-def test_a_new_file_goes_on_from_the_newest_rotated_one_whoever_rotated_it(path, empty):
+def test_a_new_file_continues_the_newest_rotated_one_of_any_process(path, empty):
     write(path, "ab")
-    path.rename(numbered(path, 1))  # as far as a writer came that was killed
+    path.rename(numbered(path, 1))  # as a writer that is killed during a rotation leaves it
     if empty:
         log_at(path).check()
     write(path, "c")
@@ -296,12 +296,12 @@ def test_a_lock_that_is_never_released_is_an_error_soon(path):
 
 
 def test_a_child_forked_while_a_line_is_written_does_not_keep_the_lock(path, monkeypatch):
-    write_, asleep = os.write, []
+    write_, children = os.write, []
 
     def fork_and_write(descriptor, data):
-        if not asleep:
-            asleep.append(os.fork())
-            if not asleep[0]:
+        if not children:
+            children.append(os.fork())
+            if not children[0]:
                 time.sleep(60)
                 os._exit(0)
         return write_(descriptor, data)
@@ -310,8 +310,8 @@ def test_a_child_forked_while_a_line_is_written_does_not_keep_the_lock(path, mon
     try:
         write(path, "ab")
     finally:
-        os.kill(asleep[0], signal.SIGKILL)
-        os.waitpid(asleep[0], 0)
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
     assert chain_at(path).lines == 2
 
 
@@ -327,7 +327,7 @@ def test_a_lock_file_that_is_deleted_lets_no_two_writers_in(path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", deleted_first)
     write(path, "a")
-    assert lock.exists(), "the next writer must meet the lock that was held"
+    assert lock.exists(), "the next writer must find the lock file that was held"
     assert taken.count(fcntl.LOCK_EX | fcntl.LOCK_NB) == 2
 
 
@@ -357,7 +357,7 @@ def test_a_line_torn_by_a_kill_is_kept_noted_and_chained_to(path, part, max_byte
     chain = chain_at(path)
     assert (chain.lines, chain.broken) == (5, 0)
     if part == -1 and max_bytes == NO_LIMIT:
-        return  # only its newline was missing, and the next writer brought one
+        return  # only its newline was missing, and the next writer added it
     [note] = chain.notes
     assert note.place.endswith(":3")
     assert note.text.startswith("torn: cut off while being written")
@@ -369,7 +369,7 @@ def write_for_ever(path):
         write(path, ["victim"], max_bytes=5000, keep=100)
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_chain_that_goes_on(path):
+def test_a_writer_killed_at_any_moment_leaves_a_chain_that_can_continue(path):
     for _ in range(5):
         child = fork.Process(target=write_for_ever, args=(path,))
         child.start()
@@ -448,7 +448,7 @@ def test_a_line_removed_in_the_middle_breaks_the_chain(whole):
     assert "removed" in found.text
 
 
-def test_lines_that_were_swapped_or_put_in_again_are_told_from_edited_ones(whole):
+def test_lines_that_were_swapped_or_repeated_are_distinguished_from_edited_ones(whole):
     lines = whole.splitlines(keepends=True)
     swapped = chain_of(b"".join([*lines[:3], lines[4], lines[3], *lines[5:]]))
     assert [found.place for found in swapped.breaks] == ["f0:4", "f0:5", "f0:6"]
@@ -490,7 +490,7 @@ def test_a_cut_off_tail_is_noticed_against_a_noted_digest(whole):
     cut = chain_of(b"".join(lines[:-1]), expect=noted)
     assert (cut.broken, cut.expected) == (0, False)
     rotated = chain_of(lines[-1], expect=digest_of(lines[-2].rstrip()))
-    assert rotated.expected, "the first kept line vouches for the last dropped one"
+    assert rotated.expected, "the first kept line contains the digest of the last dropped one"
 
 
 def test_breaks_beyond_the_first_hundred_are_counted():
@@ -588,7 +588,7 @@ def test_verify_reads_a_copy_that_has_no_lock_and_makes_none(path, tmp_path):
     assert not (tmp_path / "copy.lock").exists()
 
 
-def test_verify_holds_no_writer_up_and_sees_one_moment(path):
+def test_verify_blocks_no_writer_and_reads_one_snapshot(path):
     write(path, "ab", max_bytes=1)
     with readable(path) as files:
         write(path, "cd", max_bytes=1, keep=0)

@@ -1,4 +1,4 @@
-"""However many adapters there are and whatever they are called, the metrics stay bounded."""
+"""The metrics stay bounded for any number of adapters with any names."""
 
 import shutil
 import subprocess
@@ -44,7 +44,7 @@ def names(count):
 
 
 def exposed(registry):
-    """Every sample, as a scraper reads it."""
+    """Every sample as a scraper reads it, and the exposed text."""
     text = generate_latest(registry).decode()
     return [
         sample for family in text_string_to_metric_families(text) for sample in family.samples
@@ -66,17 +66,17 @@ def test_ten_thousand_hostile_names_are_two_hundred_series_and_one(registry, met
     assert [s.value for s in after if s.name == "s3lora_gate_active"] == [1]
 
 
-def test_names_keep_their_place_when_they_go_and_come(registry, metrics, verdict):
-    called = names(MAX_NAMES + 50)
-    for name in called:
+def test_names_keep_their_series_when_withdrawn_and_served_again(registry, metrics, verdict):
+    served = names(MAX_NAMES + 50)
+    for name in served:
         metrics.serve(replace(verdict, name=name))
-    for name in called:
+    for name in served:
         metrics.withdraw(name)
     metrics.serve(replace(verdict, name="latecomer"))
-    metrics.serve(replace(verdict, name=called[-60]))
+    metrics.serve(replace(verdict, name=served[-60]))
     found, _ = exposed(registry)
     gauge = {s.labels["adapter_name"]: s.value for s in found if s.name == GAUGE and s.value}
-    assert gauge == {OTHER: 2.0, called[-60]: 2.0}
+    assert gauge == {OTHER: 2.0, served[-60]: 2.0}
 
 
 def test_modules_with_names_of_the_owners_choice_make_no_series(registry, metrics, verdict):

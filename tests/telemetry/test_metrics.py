@@ -1,4 +1,4 @@
-"""Metrics say what was decided, and nothing an adapter's owner could choose."""
+"""Metrics report decisions, and nothing that an adapter's owner chooses."""
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -34,7 +34,9 @@ def test_closed_label_sets_exist_at_zero_from_the_start(registry, metrics):
     assert value("s3lora_modules_scored_total", projection="other") == 0
     assert value("s3lora_admission_seconds_count", phase="strip") == 0
     assert value("s3lora_quarantined_total", reason="S3LORA-403") == 0
-    assert value("s3lora_gate_active") is None, "read as a worker that is not guarded"
+    assert value("s3lora_gate_active") is None, (
+        "a value would count as a worker that is not guarded"
+    )
 
 
 def test_an_admission_is_counted_as_its_verdict_says(registry, metrics, trained):

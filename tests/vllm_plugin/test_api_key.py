@@ -43,7 +43,7 @@ def test_without_a_key_all_routes_are_open(path):
 @pytest.mark.parametrize(
     "headers", [{}, bearer("wrong"), bearer(""), {"Authorization": "the key"}, basic("wrong")]
 )
-def test_with_a_key_ours_ask_for_it(path, method, headers):
+def test_with_a_key_the_gates_routes_require_it(path, method, headers):
     assert client("the key").request(method, path, headers=headers).status_code == 401
 
 

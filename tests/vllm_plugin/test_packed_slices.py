@@ -10,8 +10,8 @@ from s3lora_serve.vllm_plugin.engine.packed_slices import runs, weights_given
 
 A, B = torch.ones(2, 5), torch.ones(3, 2)
 ZERO = torch.zeros(3, 2)
-LATE = torch.zeros(3, 2)
-LATE[2, 1] = 1e-30
+LAST_NONZERO = torch.zeros(3, 2)
+LAST_NONZERO[2, 1] = 1e-30
 
 
 @pytest.mark.parametrize(
@@ -19,11 +19,11 @@ LATE[2, 1] = 1e-30
     [
         (A, B, 1, [True]),
         (A, ZERO, 1, [False]),
-        (A, LATE, 1, [True]),
+        (A, LAST_NONZERO, 1, [True]),
         (A, ZERO * math.nan, 1, [True]),
         (torch.zeros(2, 5), B, 1, [False]),
         ([A, None, A], [B, None, B], 3, [True, False, True]),
-        ([A, A, A], [B, ZERO, LATE], 3, [True, False, True]),
+        ([A, A, A], [B, ZERO, LAST_NONZERO], 3, [True, False, True]),
         ([None, None], [None, None], 2, [False, False]),
         (A, B, 3, [True, True, True]),
         (A, ZERO, 3, [False, False, False]),

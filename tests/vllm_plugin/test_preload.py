@@ -34,7 +34,7 @@ def test_work_begins_when_first_asked_for_and_is_taken_once():
     assert preloader.take("a") is None
 
 
-def test_what_nobody_takes_is_forgotten():
+def test_results_that_nobody_takes_are_dropped():
     preloader = Preloader()
     for key in range(MAX_PRELOADED + 1):
         until_done(preloader, key, lambda: "loaded")
