@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 
@@ -84,6 +85,15 @@ def test_an_adapters_page_shows_its_heat_map_and_the_sharpest_modules_spectrum(s
     assert len(found.all("rect")) == len(sharpest.spectrum)
     chosen = ParsedPage(adapter_page(verdict, verdict.modules[0].name, quarantined=False).html)
     assert verdict.modules[0].name in chosen.text
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0.996, "99.6 %"), (1.0, "100 %"), (0.0021, "0.21 %")]
+)
+def test_a_modules_share_of_the_update_is_a_percentage_without_exponent(share, shown):
+    one = replace(module("model.layers.0.q_proj", 0, "q_proj", 0.5), energy_share=share)
+    page = ParsedPage(adapter_page(verdict_of(one), None, quarantined=False).html)
+    assert f", {shown} of the adapter's" in page.text
 
 
 def test_the_page_shows_the_reason_of_a_refusal_in_words():

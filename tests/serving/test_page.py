@@ -90,6 +90,7 @@ def test_the_heat_map_leads_to_each_modules_spectrum_by_keyboard(page, server):
     page.wait_for_selector(".map")
     verdict = server.get("/s3lora/adapters/acme/one").json()
     assert page.locator(".map td.cut").count() == 3
+    save_screenshot(page, "page-adapter.png")
     first = verdict["modules"][0]
     cell = page.get_by_title(first["name"]).first
     cell.focus()
@@ -97,7 +98,6 @@ def test_the_heat_map_leads_to_each_modules_spectrum_by_keyboard(page, server):
     page.wait_for_selector("#module")
     assert page.locator("#module").inner_text() == first["name"]
     assert page.locator(".bars rect").count() == len(first["spectrum"])
-    save_screenshot(page, "page-adapter.png")
 
 
 def test_a_filter_finds_a_tenants_adapters(page):
