@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-admission bench-serving bench-scan clean
+.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-admission bench-serving bench-scan evidence clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -56,6 +56,9 @@ bench-serving: $(READY)  ## what adapters cost at inference, by how much is stri
 bench-scan: $(READY)  ## scanning many adapters beside reading them: 5 GB of files, minutes
 	$(BIN)/python -m tests.benchmarks.sweep
 
+evidence: $(READY)  ## what the index and a calibrated plan do on a real aligned model: up to 90 minutes, goes on where it was
+	$(BIN)/python -m tests.evidence
+
 $(READY): deploy/requirements-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"the pinned environment is for Python 3.11, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
@@ -64,4 +67,4 @@ $(READY): deploy/requirements-cpu.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .compat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .compat .evidence build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

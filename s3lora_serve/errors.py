@@ -157,6 +157,20 @@ class NothingSelected(AdapterRejected):
     remedy = "Widen modules in the policy: nothing unscored is admitted."
 
 
+class PlanMissing(AdapterRejected):
+    """The policy requires a plan, and its plans folder has none for the adapter."""
+
+    code = "S3LORA-207"
+    remedy = "Put a plan for this digest into the policy's plans folder, or unset require_plan."
+
+
+class PlanInvalid(AdapterRejected):
+    """The plan does not validate, is not this adapter's, or can be written by others."""
+
+    code = "S3LORA-208"
+    remedy = "Mend or remove the plan; docs/reference.md has its schema and its folder's rules."
+
+
 class DoesNotFitModel(AdapterRejected):
     """A module is not one of the served model's, or has another shape or scaling there."""
 
@@ -244,6 +258,34 @@ class ContractBroken(S3LoRAError):
     remedy = (
         "Install a vLLM version that the README lists as supported; nothing is served unguarded."
     )
+
+
+class ProbesInvalid(S3LoRAError):
+    """A file of probes is not JSON Lines with the keys that its kind needs, or holds too few."""
+
+    code = "S3LORA-905"
+    remedy = 'Write one JSON object a line: {"prompt": …}, and "answer" for probes of skill.'
+
+
+class BaseModelUnfit(S3LoRAError):
+    """The base model of a calibration cannot be loaded, or does not fit in memory."""
+
+    code = "S3LORA-906"
+    remedy = "Name the folder of a base model with safetensors weights that fits in memory."
+
+
+class BaseUnaligned(S3LoRAError):
+    """The base model itself complies with harmful probes, so stripping can restore no refusals."""
+
+    code = "S3LORA-907"
+    remedy = "Calibrate on an aligned base model, or on probes that it refuses."
+
+
+class TargetMissed(S3LoRAError):
+    """No setting of the gates reaches the attack success rate that was asked for."""
+
+    code = "S3LORA-908"
+    remedy = "Give more probes or steps, raise --max-asr, or take the best with --accept-best."
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Settings(BaseSettings):
         True, description="skip the operations of modules without weights where possible"
     )
     audit_log: Path | None = Field(None, description="overrides the policy's audit.path")
+    plans: Path | None = Field(None, description="overrides the policy's plans")
 
 
 def load_settings() -> Settings:

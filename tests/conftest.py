@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.support.adapters import copy_with, spike, train_adapter
+from tests.support.tiny_chat import Chat, make_chat
 from tests.support.tiny_model import make_model
 
 SPIKED_MODULE = "model.layers.2.self_attn.v_proj"
@@ -74,3 +75,9 @@ def trained(model, workplace) -> Path:
 def spiked(trained, workplace) -> Path:
     """The trained adapter with one dominant direction planted in SPIKED_MODULE."""
     return copy_with(trained, workplace / "spiked", spike(SPIKED_MODULE))
+
+
+@pytest.fixture(scope="session")
+def chat(tmp_path_factory) -> Chat:
+    """A tiny aligned chat model, an attacked adapter for it, and files of probes."""
+    return make_chat(tmp_path_factory.mktemp("chat"))

@@ -127,13 +127,26 @@ def _decisions() -> list[Panel]:
                 f"60 * sum by (decision, mode) (rate(s3lora_admissions_total{{HERE}}{RATE}))",
                 "{{decision}} ({{mode}})",
             ),
+            span=8,
+        ),
+        lines(
+            "Chosen by plan or index",
+            "Each minute, adapters not rejected, by what chose their changed modules.",
+            "cpm",
+            query(
+                f"60 * sum by (selected_by) (rate(s3lora_selections_total{{HERE}}{RATE}))",
+                "{{selected_by}}",
+            ),
+            span=8,
         ),
         ranking(
             "Adapters by stripped modules",
             "Of those served now. The first 200 names; `other` is the sum of the rest.",
             "topk(20, max by (adapter_name) (s3lora_adapter_modules_stripped{HERE}) > 0)",
             "{{adapter_name}}",
-        ).height(8),
+        )
+        .height(8)
+        .span(8),
     ]
 
 

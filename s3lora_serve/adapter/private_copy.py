@@ -29,6 +29,9 @@ from s3lora_serve.policy.schema import Limits
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+OWN_FOLDER = "own"
+"""In a copy whose weights a plan has changed: the folder with the adapter's own two files."""
+
 OTHER_FORMATS = ("adapter_model.bin", "adapter_model.pt")
 
 ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, *OTHER_FORMATS})

@@ -1,7 +1,7 @@
 """Compute the admission decision from scores and a policy. Pure: no files, no vLLM."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from s3lora_serve.errors import (
     AdapterRejected,
     Denied,
     OverLimit,
+    PlanMissing,
     TooManySharp,
     Uninformative,
     Unrankable,
@@ -23,6 +24,7 @@ from s3lora_serve.errors import (
 from s3lora_serve.policy.schema import Policy
 
 if TYPE_CHECKING:  # the command line starts without torch
+    from s3lora_serve.plans.schema import Plan
     from s3lora_serve.spectral import ModuleScore
 
 UNINFORMATIVE_SPREAD = 1e-3
@@ -31,16 +33,22 @@ UNINFORMATIVE_SPREAD = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The decision on one adapter; `stripped` holds module names."""
+    """The decision on one adapter; `stripped` and `transformed` hold module names."""
 
     decision: Decision
     refusal: AdapterRejected | None = None
     stripped: frozenset[str] = frozenset()
     uninformative: bool = False
+    transformed: Mapping[str, float] = field(default_factory=dict)  # share of ‖ΔW‖_F² removed
+    by_plan: bool = False
 
 
 def decide(
-    scores: Sequence["ModuleScore"], scaling: Mapping[str, float], digest: str, policy: Policy
+    scores: Sequence["ModuleScore"],
+    scaling: Mapping[str, float],
+    digest: str,
+    policy: Policy,
+    plan: "Plan | None" = None,
 ) -> Outcome:
     """Decide on one adapter from the scores of its selected modules.
 
@@ -49,13 +57,45 @@ def decide(
         scaling: the scaling of every module of the adapter, by name.
         digest: sha256 of the weights file, as the policy's deny and allow lists name it.
         policy: the policy for this adapter, rules applied.
+        plan: the adapter's plan, which chooses in the place of the index.
     """
+    if settled := settle(scores, scaling, digest, policy):
+        return settled
+    if plan is not None:
+        return _planned(plan, scores, policy)
+    if policy.require_plan:
+        return _rejected(PlanMissing(f"there is no plan for {digest} in {policy.plans}"))
+    return _chosen_by_index(scores, policy)
+
+
+def settle(
+    scores: Sequence["ModuleScore"], scaling: Mapping[str, float], digest: str, policy: Policy
+) -> Outcome | None:
+    """What deny, limits and allow decide, with or without a plan; None: plan or index decide."""
     if digest in policy.deny:
         return _rejected(Denied(f"the adapter {digest} is on the policy's deny list"))
     if excess := _over_limit(scores, scaling, policy):
         return _rejected(excess)
     if digest in policy.allow:  # the digest covers only the weights; the scaling is checked above
         return Outcome(Decision.ADMITTED)
+    return None
+
+
+def _planned(plan: "Plan", scores: Sequence["ModuleScore"], policy: Policy) -> Outcome:
+    """What the plan says. What the index says of the adapter does not refuse it."""
+    transformed = {m.name: m.removed for m in plan.modules if m.action == "transform"}
+    negligible = negligible_modules(scores, policy.negligible)
+    obstacle = _ranking_obstacle([score for score in scores if score.name not in negligible])
+    return Outcome(
+        Decision.STRIPPED if plan.stripped or transformed else Decision.ADMITTED,
+        stripped=plan.stripped,
+        uninformative=isinstance(obstacle, Uninformative),
+        transformed=transformed,
+        by_plan=True,
+    )
+
+
+def _chosen_by_index(scores: Sequence["ModuleScore"], policy: Policy) -> Outcome:
     negligible = negligible_modules(scores, policy.negligible)
     significant = [score for score in scores if score.name not in negligible]
     if obstacle := _ranking_obstacle(significant, len(negligible)):

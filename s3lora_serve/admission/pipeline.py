@@ -1,19 +1,19 @@
-"""The admission of every adapter: private copy, read, score, decide, verdict."""
+"""The admission of every adapter: private copy, read, score, decide by plan or index, verdict."""
 
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from s3lora_serve.adapter.private_copy import PrivateCopy, check_roots, copy_adapter
-from s3lora_serve.adapter.reader import Adapter, Module, read_adapter
+from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
-from s3lora_serve.admission.decision import Outcome, decide
+from s3lora_serve.admission.decision import Outcome, decide, settle
+from s3lora_serve.admission.module_verdicts import module_verdicts
 from s3lora_serve.admission.scoring import score_adapter
-from s3lora_serve.admission.strip_rules import energy_shares, negligible_modules
-from s3lora_serve.admission.verdict import Decision, ModuleVerdict, Seconds, Verdict
+from s3lora_serve.admission.verdict import Decision, Seconds, Verdict
 from s3lora_serve.errors import (
     AdapterRejected,
     DeadlinePassed,
@@ -21,6 +21,9 @@ from s3lora_serve.errors import (
     GateFailed,
     Reason,
 )
+from s3lora_serve.plans.apply import TransformedWeights, transformed_weights
+from s3lora_serve.plans.file import check_fits, find_plan
+from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.spectral import ModuleScore
 
@@ -32,11 +35,13 @@ class Admission:
     verdict: Verdict
     adapter: Adapter | None
     scores: tuple[ModuleScore, ...] = ()
+    weights: TransformedWeights | None = None  # what an admitted adapter's plan makes of its file
 
     def under(self, policy: Policy) -> Verdict:
-        """The verdict on the same scores under another policy."""
+        """The verdict of the index on the same scores under another policy, without any plan."""
         if self.adapter is None or not self.scores or not self.verdict.digest:
             return self.verdict
+        policy = policy.model_copy(update={"require_plan": False})
         outcome = decide(self.scores, _scalings(self.adapter), self.verdict.digest, policy)
         return replace(
             self.verdict,
@@ -44,7 +49,10 @@ class Admission:
             reason=Reason.of(outcome.refusal) if outcome.refusal else None,
             uninformative=outcome.uninformative,
             policy_digest=policy.digest,
-            modules=_module_verdicts(self.adapter, self.scores, outcome, policy),
+            modules=module_verdicts(self.adapter, self.scores, outcome, policy),
+            selected_by="index",
+            plan_digest=None,
+            served_digest=_served_digest(self.adapter.copy, None, outcome, self.verdict.mode),
         )
 
 
@@ -58,6 +66,7 @@ def admit(
     into: Callable[[], Path] | None = None,
     shapes: Collection[tuple[int, int]] = (),
     origin: Path | None = None,
+    plan: Plan | None = None,
 ) -> Admission:
     """Take a private copy of an adapter and decide on it. A bad adapter gets a rejected verdict.
 
@@ -71,6 +80,7 @@ def admit(
         shapes: (m, n) of the served model's modules; an adapter with others is refused before
             scoring. Empty: any shape.
         origin: the folder that rules match and the verdict names, if it is not `folder`.
+        plan: the adapter's plan, in the place of one in the policy's folder of plans.
     """
     started = time.perf_counter()
     source = origin or folder
@@ -80,6 +90,8 @@ def admit(
     copy: PrivateCopy | None = None
     adapter: Adapter | None = None
     scores: list[ModuleScore] = []
+    used: Plan | None = None
+    weights: TransformedWeights | None = None
     read = scored = started
     try:
         limits = effective.limits
@@ -98,11 +110,20 @@ def admit(
         read = time.perf_counter()
         scores = score_adapter(adapter, effective, device, check_deadline)
         scored = time.perf_counter()
-        outcome = decide(scores, _scalings(adapter), copy.digest, effective)
+        facts = (scores, _scalings(adapter), copy.digest, effective)
+        if settle(*facts) is None and (used := plan or _plan_in_folder(effective, copy.digest)):
+            check_fits(used, adapter)
+            weights = transformed_weights(adapter, used, check_deadline)
+        outcome = decide(*facts, used)
+        if weights is not None and into is not None and policy.mode == "enforce":
+            _write(weights, into())
     except AdapterRejected as refusal:
         outcome = Outcome(Decision.REJECTED, refusal)
     except Exception as error:  # noqa: BLE001 - fail closed: nothing unscored is admitted
         outcome = Outcome(Decision.REJECTED, GateFailed(f"{type(error).__name__}: {error}"))
+    if outcome.decision is Decision.REJECTED:
+        weights = None
+    served = _served_digest(copy, weights, outcome, policy.mode) if scores else None
     ended = time.perf_counter()
     unscorable = adapter.unscorable if adapter else ()
     verdict = Verdict(
@@ -116,12 +137,35 @@ def admit(
         mode=policy.mode,
         scorer=effective.scorer.as_json(),
         policy_digest=policy.digest,
-        modules=_module_verdicts(adapter, scores, outcome, effective) if adapter and scores else (),
+        modules=module_verdicts(adapter, scores, outcome, effective) if adapter and scores else (),
         removed=unscorable if effective.on_unscorable == "strip" else (),
         unscored=unscorable if effective.on_unscorable == "admit" else (),
         seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
+        selected_by="plan" if used else "index",
+        plan_digest=used.digest if used else None,
+        served_digest=served,
     )
-    return Admission(verdict, adapter, tuple(scores))
+    return Admission(verdict, adapter, tuple(scores), weights)
+
+
+def _plan_in_folder(policy: Policy, digest: str) -> Plan | None:
+    return None if policy.plans is None else find_plan(policy.plans, digest)
+
+
+def _write(weights: TransformedWeights, private: Path) -> None:
+    try:
+        weights.write_into(private)
+    except OSError as error:  # of the store's disk: the adapter is not the cause
+        raise GateFailed(f"no private copy in {private}: {error.strerror}") from None
+
+
+def _served_digest(
+    copy: PrivateCopy | None, weights: TransformedWeights | None, outcome: Outcome, mode: str
+) -> str | None:
+    """sha256 of the weights file that is served; None if nothing is."""
+    if copy is None or (outcome.decision is Decision.REJECTED and mode == "enforce"):
+        return None
+    return weights.digest() if weights is not None and mode == "enforce" else copy.digest
 
 
 def _scalings(adapter: Adapter) -> dict[str, float]:
@@ -148,45 +192,3 @@ def _real_path(folder: Path) -> str:
 def _check_deadline(deadline: float, policy: Policy) -> None:
     if time.perf_counter() > deadline:
         raise DeadlinePassed(f"reading and scoring took over {policy.limits.seconds:g} s")
-
-
-def _module_verdicts(
-    adapter: Adapter, scores: Sequence[ModuleScore], outcome: Outcome, policy: Policy
-) -> tuple[ModuleVerdict, ...]:
-    shares = energy_shares(scores)
-    scored = {score.name: (score, share) for score, share in zip(scores, shares, strict=True)}
-    negligible = negligible_modules(scores, policy.negligible)
-    return tuple(
-        _module_verdict(
-            module,
-            *scored.get(module.name, (None, None)),
-            stripped=module.name in outcome.stripped,
-            negligible=module.name in negligible,
-        )
-        for module in adapter.modules
-    )
-
-
-def _module_verdict(
-    module: Module,
-    score: ModuleScore | None,
-    energy_share: float | None,
-    *,
-    stripped: bool,
-    negligible: bool,
-) -> ModuleVerdict:
-    return ModuleVerdict(
-        name=module.name,
-        layer=module.layer,
-        projection=module.projection,
-        shape=module.shape,
-        rank=module.rank,
-        ssi=score.ssi if score else None,
-        relative_ssi=score.relative_ssi if score else None,
-        spectrum=score.spectrum if score else (),
-        row_norm_mean=score.row_norm_mean if score else None,
-        column_norm_mean=score.column_norm_mean if score else None,
-        stripped=stripped,
-        energy_share=energy_share,
-        negligible=negligible,
-    )

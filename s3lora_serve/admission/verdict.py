@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from s3lora_serve.errors import Reason
 from s3lora_serve.policy.schema import Policy
@@ -18,7 +18,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModuleVerdict:
-    """One module: its score, and whether its update is taken away."""
+    """One module: its score, and whether its update is taken away or changed."""
 
     name: str
     layer: int | None
@@ -33,6 +33,8 @@ class ModuleVerdict:
     stripped: bool
     energy_share: float | None = None  # ‖ΔW‖_F² over the sum of all scored modules
     negligible: bool = False  # too small to be counted by the strip rule
+    transformed: bool = False  # served with B' = B·T of a plan
+    removed_share: float = 0.0  # of ‖ΔW‖_F²: the plan's figure if transformed, 1 if stripped
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,14 @@ class Verdict:
     removed: tuple[str, ...] = ()  # unscorable tensors that are removed (policy: strip)
     unscored: tuple[str, ...] = ()  # unscorable tensors that are served unscored (policy: admit)
     seconds: Seconds = field(default_factory=Seconds)
+    selected_by: Literal["plan", "index"] = "index"  # what chose the changed modules
+    plan_digest: str | None = None  # of the plan that was read, also where it is refused
+    served_digest: str | None = None  # sha256 of the weights file as served; None: not served
+
+    @property
+    def transformed(self) -> tuple[str, ...]:
+        """PEFT names of the modules that a plan transforms."""
+        return tuple(module.name for module in self.modules if module.transformed)
 
     @property
     def stripped(self) -> tuple[str, ...]:
@@ -92,6 +102,9 @@ class Verdict:
                 "score": self.seconds.score,
                 "total": self.seconds.total,
             },
+            "selected_by": self.selected_by,
+            "plan_digest": self.plan_digest,
+            "served_digest": self.served_digest,
         }
 
     @classmethod
@@ -125,20 +138,25 @@ def served_stripped_count(verdict: Verdict) -> int:
 
 
 def differs(before: Verdict, after: Verdict) -> bool:
-    """Whether two verdicts on one adapter serve different modules or refuse it differently."""
+    """Whether two verdicts on one adapter serve other weights, obey other plans, or refuse it."""
     return _outcome(before) != _outcome(after)
 
 
 def _outcome(verdict: Verdict) -> tuple[object, ...]:
     reason = verdict.reason and verdict.reason.code
-    stripped = frozenset(verdict.stripped)
-    return verdict.decision, verdict.mode, reason, stripped, verdict.removed, verdict.unscored
+    changed = frozenset(verdict.stripped), frozenset(verdict.transformed)
+    plan = verdict.plan_digest, verdict.served_digest
+    return verdict.decision, verdict.mode, reason, changed, verdict.removed, verdict.unscored, plan
 
 
 def with_rejection(verdict: Verdict, reason: Reason) -> Verdict:
-    """The verdict, rejected after its decision. No module counts as stripped."""
-    kept = tuple(replace(module, stripped=False) for module in verdict.modules)
-    return replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
+    """The verdict, rejected after its decision. No module counts as stripped or transformed."""
+    kept = tuple(
+        replace(module, stripped=False, transformed=False, removed_share=0.0)
+        for module in verdict.modules
+    )
+    rejected = replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
+    return replace(rejected, served_digest=None)
 
 
 def unread_verdict(name: str, path: str, policy: Policy) -> Verdict:
@@ -178,4 +196,6 @@ def _module_json(module: ModuleVerdict, spectra: bool) -> dict[str, Any]:
         "stripped": module.stripped,
         "energy_share": module.energy_share,
         "negligible": module.negligible,
+        "transformed": module.transformed,
+        "removed_share": module.removed_share,
     }

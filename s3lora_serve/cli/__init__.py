@@ -2,7 +2,18 @@
 
 import typer
 
-from s3lora_serve.cli import audit, doctor, policy, recheck, report, scan, serve, strip, summary
+from s3lora_serve.cli import (
+    audit,
+    calibrate,
+    doctor,
+    policy,
+    recheck,
+    report,
+    scan,
+    serve,
+    strip,
+    summary,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -13,6 +24,7 @@ app.add_typer(policy.policy_app, name="policy")
 app.add_typer(audit.audit_app, name="audit")
 app.command()(scan.scan)
 app.command()(strip.strip)
+app.command()(calibrate.calibrate)
 app.command("report")(report.write_report)
 app.command("summary")(summary.write_summary)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

@@ -8,6 +8,7 @@ import yaml
 
 from s3lora_serve.cli.options import stop
 from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.policy.file import effective_policy
 
 policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
@@ -17,10 +18,13 @@ policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
 def policy_check(file: Annotated[Path, typer.Argument(help="YAML or JSON policy.")]) -> None:
     """Validate a policy and print the effective one, the environment over the file.
 
+    Its folder of plans is checked too, as a server does at start.
+
     Exit code: 0, or 2 if it is not valid.
     """
     try:
         checked = effective_policy(file=file)
+        check_plans(checked)
     except S3LoRAError as error:
         stop(str(error))
     typer.echo(yaml.safe_dump(checked.as_json(), sort_keys=False), nl=False)

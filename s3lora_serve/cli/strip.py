@@ -1,7 +1,7 @@
-"""`s3lora strip`: writes an adapter without its sharp modules."""
+"""`s3lora strip`: writes an adapter without its sharp modules, or as its plan says."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,14 +19,22 @@ from s3lora_serve.cli.tables import VerdictTable
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy.file import effective_policy
 
+if TYPE_CHECKING:
+    from s3lora_serve.plans.schema import Plan
+
 
 def strip(
     source: Annotated[Path, typer.Argument(help="An adapter folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     policy: PolicyOption = None,
     device: DeviceOption = Device.AUTO,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan for this adapter, in the place of the policy's.")
+    ] = None,
 ) -> None:
     """Write an adapter without its sharp modules, whole or not at all; the source is only read.
+
+    With a plan, the plan says which modules are left out, and which are written transformed.
 
     Beside it, s3lora-provenance.json says what it was made of and by which policy.
 
@@ -36,7 +44,8 @@ def strip(
     try:
         source.stat()
         chosen = effective_policy(file=policy)
-        verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value)
+        used = _read_plan(plan) if plan else None
+        verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value, used)
     except FileExistsError as error:
         stop(str(error))
     except OSError as error:
@@ -49,3 +58,9 @@ def strip(
     if not target.exists():
         typer.echo("s3lora: nothing is written", err=True)
         raise typer.Exit(REJECTED)
+
+
+def _read_plan(file: Path) -> "Plan":
+    from s3lora_serve.plans.file import read_plan  # imports torch, which takes seconds
+
+    return read_plan(file)

@@ -14,7 +14,7 @@ _COLOURS = {Decision.ADMITTED: "green", Decision.STRIPPED: "yellow", Decision.RE
 
 
 class VerdictTable:
-    """One line for each adapter, then its stripped modules or its reason of refusal."""
+    """One line for each adapter, then its changed modules or its reason of refusal."""
 
     def __init__(self) -> None:
         self._table = Table("adapter", "decision", "modules", "stripped", "highest SSI", "ms")
@@ -25,7 +25,7 @@ class VerdictTable:
         indices = [module.ssi for module in verdict.modules if module.ssi is not None]
         self._table.add_row(
             plain(verdict.name),
-            Text(verdict.decision, _COLOURS[verdict.decision]),
+            Text(_decided(verdict), _COLOURS[verdict.decision]),
             str(len(verdict.modules)) if verdict.modules else "-",
             str(len(verdict.stripped)) if verdict.modules else "-",
             f"{max(indices):.3f}" if indices else "-",
@@ -33,8 +33,8 @@ class VerdictTable:
         )
         if verdict.reason:
             self._told.append(plain(f"{verdict.name}: {verdict.reason}"))
-        elif verdict.stripped:
-            self._told.append(_stripped(verdict))
+        elif verdict.stripped or verdict.transformed:
+            self._told.append(_changed(verdict))
 
     def end(self) -> None:
         """Print all adapters."""
@@ -43,18 +43,27 @@ class VerdictTable:
             console.print(part)
 
 
-def _stripped(verdict: Verdict) -> Table:
+def _decided(verdict: Verdict) -> str:
+    by_plan = verdict.selected_by == "plan" and not verdict.reason
+    return f"{verdict.decision.value}{' (plan)' if by_plan else ''}"
+
+
+def _changed(verdict: Verdict) -> Table:
+    """The modules that are stripped, and those that a plan transforms, with what it removes."""
+    by_plan = verdict.selected_by == "plan"
     table = Table(
-        "stripped module",
+        "changed module" if by_plan else "stripped module",
         "SSI",
         "relative",
         "σ̃₁",
         "rank",
         "‖ΔW‖²",
-        title=plain(verdict.name),
+        *(("removed",) if by_plan else ()),
+        title=plain(f"{verdict.name}: {_plan(verdict)}" if by_plan else verdict.name),
     )
-    stripped = [module for module in verdict.modules if module.stripped]
-    for module in sorted(stripped, key=lambda module: -(module.relative_ssi or 0)):
+    changed = [module for module in verdict.modules if module.stripped or module.transformed]
+    for module in sorted(changed, key=lambda module: -(module.relative_ssi or 0)):
+        removed = "stripped" if module.stripped else f"{module.removed_share:.1%}"
         table.add_row(
             plain(module.name),
             _number(module.ssi),
@@ -62,8 +71,14 @@ def _stripped(verdict: Verdict) -> Table:
             f"{module.spectrum[0]:.3g}" if module.spectrum else "-",
             str(module.rank),
             _share(module),
+            *((removed,) if by_plan else ()),
         )
     return table
+
+
+def _plan(verdict: Verdict) -> str:
+    counts = f"{len(verdict.stripped)} stripped, {len(verdict.transformed)} transformed"
+    return f"plan {(verdict.plan_digest or '')[:19]}…, {counts}"
 
 
 def print_recheck(adapters: Sequence[dict[str, Any]]) -> None:
@@ -86,7 +101,9 @@ def print_recheck(adapters: Sequence[dict[str, Any]]) -> None:
 
 def _outcome(verdict: dict[str, Any]) -> str:
     stripped = sum(module["stripped"] for module in verdict["modules"])
-    return f"{verdict['decision']} ({stripped} of {len(verdict['modules'])} modules stripped)"
+    bent = sum(module["transformed"] for module in verdict["modules"])
+    told = f"{stripped} of {len(verdict['modules'])} modules stripped"
+    return f"{verdict['decision']} ({told}{f', {bent} transformed' if bent else ''})"
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -94,9 +111,17 @@ def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
         return f"{after['reason']['code']}: {after['reason']['message']}"
     if before["mode"] != after["mode"]:
         return f"mode {after['mode']}"
+    if before["plan_digest"] != after["plan_digest"]:
+        return _plan_change(before["plan_digest"], after["plan_digest"])
     names = [{m["name"] for m in v["modules"] if m["stripped"]} for v in (before, after)]
     signs = [f"-{name}" for name in names[1] - names[0]] + [f"+{n}" for n in names[0] - names[1]]
     return ", ".join(sorted(signs)[:4]) + (" …" if len(signs) > 4 else "")
+
+
+def _plan_change(before: str | None, after: str | None) -> str:
+    if before is None:
+        return f"a plan appeared: {after}"
+    return "its plan is gone" if after is None else f"its plan changed to {after}"
 
 
 def print_checks(checks: Sequence[Check]) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.errors import PolicyInvalid, S3LoRAError
+from s3lora_serve.plans.folder import PLAN_NAME, check_plans
 from s3lora_serve.policy.file import serving_policy
 from s3lora_serve.settings import load_settings
 from s3lora_serve.store.adapter_store import AdapterStore
@@ -42,6 +43,7 @@ def checks() -> Iterator[Check]:
     yield _vllm_release()
     yield from _plugin()
     yield _policy()
+    yield from _plans()
     yield _state_dir()
     yield _metrics_dir()
 
@@ -87,6 +89,27 @@ def _policy() -> Check:
         return Check("policy", False, "mode is off: nothing is looked at", essential=False)
     name, value = policy.strip.rule
     return Check("policy", True, f"{policy.mode}, strip {name} {value:g}, {policy.digest[:19]}…")
+
+
+def _plans() -> Iterator[Check]:
+    """The folder of plans, if the policy is valid and not off; its files are read at admissions."""
+    try:
+        policy = serving_policy()
+        check_plans(policy)
+    except S3LoRAError as error:
+        if isinstance(error, PolicyInvalid) and error.problem.startswith("plans: "):
+            yield Check("plans", False, str(error))
+        return
+    if policy.plans is None or policy.mode == "off":
+        return
+    names = [file.name for file in policy.plans.iterdir()]
+    unread = sorted(name for name in names if not PLAN_NAME.fullmatch(name))
+    detail = f"{len(names) - len(unread)} in {policy.plans}"
+    if policy.require_plan:
+        detail += ", and no adapter without one"
+    if unread:
+        detail += f"; {unread[0][:80]!r} is not <sha256 of the weights>.json and is never read"
+    yield Check("plans", not unread, detail, essential=False)
 
 
 def _state_dir() -> Check:

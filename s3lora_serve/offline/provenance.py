@@ -34,6 +34,8 @@ def statement(verdict: Verdict, source: dict[str, str], target: Path) -> dict[st
                     "policyDigest": verdict.policy_digest,
                     "strippedModules": list(verdict.stripped),
                     "removedTensors": list(verdict.removed),
+                    "planDigest": verdict.plan_digest,
+                    "transformedModules": list(verdict.transformed),
                 },
                 "resolvedDependencies": [_resource(*item) for item in sorted(source.items())],
             },

@@ -19,6 +19,9 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 SHARP = "S3LORA-SHARP"
 """Rule id of stripped adapters. The rule id of a rejection is its code."""
 
+PLANNED = "S3LORA-PLAN"
+"""Rule id of adapters that a plan changes."""
+
 WHOLE_FILE = {"startLine": 1, "startColumn": 1, "endLine": 1, "endColumn": 1}
 """Code-scanning pages require a line, but a weights file has none."""
 
@@ -35,6 +38,10 @@ class SarifLog:
         """Add the result of one adapter, if it is rejected or stripped."""
         if verdict.decision is Decision.REJECTED and verdict.reason:
             self._add(verdict, verdict.reason.code, "error", verdict.reason.message)
+        elif verdict.decision is Decision.STRIPPED and verdict.selected_by == "plan":
+            counts = f"{len(verdict.stripped)} modules and transforms {len(verdict.transformed)}"
+            message = f"Plan {verdict.plan_digest} strips {counts} of {len(verdict.modules)}"
+            self._add(verdict, PLANNED, "note", message)
         elif verdict.decision is Decision.STRIPPED:
             names = ", ".join(verdict.stripped)
             count = f"{len(verdict.stripped)} of {len(verdict.modules)} modules are sharp"
@@ -79,6 +86,15 @@ def _rules() -> Iterator[dict[str, Any]]:
         " Spectral Sharpness Index); the adapter is served without them.",
         "Look at the modules with `s3lora scan`, or `s3lora report` for their spectra. If they are"
         " wanted, change strip in the policy or add the adapter's digest to allow.",
+    )
+    yield _rule(
+        PLANNED,
+        "ChangedByPlan",
+        "note",
+        "Changed by a plan.",
+        "The operator's plan for this adapter says which modules are stripped or transformed, in"
+        " the place of the policy's strip rule.",
+        "Nothing, if the plan is wanted. Otherwise remove it from the policy's folder of plans.",
     )
     short = meanings()
     for cause in rejections():

@@ -1,11 +1,14 @@
-"""Write a PEFT adapter without its stripped modules. The kept tensors stay bit-identical."""
+"""Write a PEFT adapter without its stripped modules, and as its plan transforms the others.
+
+All other tensors stay bit-identical.
+"""
 
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
@@ -14,14 +17,21 @@ from s3lora_serve.adapter.safetensors_format import Entry, write_header
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.offline.provenance import PROVENANCE_NAME, statement
+from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.file import effective_policy
 from s3lora_serve.policy.schema import Policy
 
 
 def strip_adapter(
-    source: str | Path, target: str | Path, policy: Policy | None = None, device: str = "auto"
+    source: str | Path,
+    target: str | Path,
+    policy: Policy | None = None,
+    device: str = "auto",
+    plan: Plan | None = None,
 ) -> Verdict:
     """Decide on `source` and write it to the new folder `target` without the stripped modules.
+
+    Transformed modules are written with B' = B·T. `plan` replaces one in the policy's folder.
 
     Nothing is written if the adapter is rejected or no module would remain. The folder appears
     complete or not at all, and contains an in-toto statement of its provenance.
@@ -34,14 +44,16 @@ def strip_adapter(
     chosen = effective_policy() if policy is None else policy
     if os.path.lexists(written):
         raise FileExistsError(f"{written} exists; name a folder that does not")
-    admission = admit(folder, folder.absolute().name, chosen, device=device)
+    admission = admit(folder, folder.absolute().name, chosen, device=device, plan=plan)
     adapter, verdict = admission.adapter, admission.verdict
     kept = [module for module in verdict.modules if not module.stripped]
     if adapter is None or verdict.decision == "rejected" or not kept:
         return verdict
     staging = Path(tempfile.mkdtemp(prefix=f".{written.name}-", dir=written.absolute().parent))
     try:
-        write_adapter(adapter, verdict.stripped, staging, verdict.removed)
+        new = admission.weights.replaced if admission.weights else {}
+        changed = {name: data for name, (_, data) in new.items()}
+        write_adapter(adapter, verdict.stripped, staging, verdict.removed, changed)
         origin = {
             WEIGHTS_NAME: adapter.copy.digest,
             CONFIG_NAME: hashlib.sha256(adapter.copy.config).hexdigest(),
@@ -57,9 +69,17 @@ def strip_adapter(
 
 
 def write_adapter(
-    adapter: Adapter, without: Iterable[str], folder: Path, removed: Iterable[str] = ()
+    adapter: Adapter,
+    without: Iterable[str],
+    folder: Path,
+    removed: Iterable[str] = (),
+    changed: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write config and weights into an existing folder, without the named modules and tensors."""
+    """Write config and weights into an existing folder, without the named modules and tensors.
+
+    `changed` has the new bytes of some tensors by their names.
+    """
+    changed = changed or {}
     stripped = set(without)
     dropped = set(removed) | {
         key for module in adapter.modules if module.name in stripped for key in module.keys
@@ -69,7 +89,8 @@ def write_adapter(
     with (folder / WEIGHTS_NAME).open("wb") as file:
         file.write(write_header(_packed(kept), adapter.header.metadata))
         for entry in kept:
-            file.write(adapter.copy.weights[entry.start : entry.end])
+            own = adapter.copy.weights[entry.start : entry.end]
+            file.write(changed.get(entry.name, own))
     config = adapter.copy.config
     if dropped:
         names = [module.name for module in adapter.modules if module.name not in stripped]

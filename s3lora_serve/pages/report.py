@@ -8,7 +8,7 @@ from s3lora_serve.pages.heat_map import HeatMap, heat_map
 from s3lora_serve.pages.html import html_of
 
 SPECTRA = 40
-"""Spectra shown for one adapter: stripped modules, then the sharpest. Reviewers read fewer."""
+"""Spectra shown for one adapter: changed modules, then the sharpest. Reviewers read fewer."""
 
 MAX_LISTED = 20
 """Number of modules listed on which two adapters, or two indices, differ most."""
@@ -75,7 +75,10 @@ def report(subjects: Sequence[Subject]) -> str:
 
 def _part(subject: Subject, prefix: str) -> Part:
     modules = subject.verdict.modules
-    sharp = sorted(modules, key=lambda m: (not m.stripped, -(m.relative_ssi or 0.0), m.name))
+    sharp = sorted(
+        modules,
+        key=lambda m: (not (m.stripped or m.transformed), -(m.relative_ssi or 0.0), m.name),
+    )
     rankings = tuple(
         _ranking(name, subject.verdict, other) for name, other in subject.by_scorer.items()
     )

@@ -27,6 +27,8 @@ class Row:
     quarantined: bool = False
     code: str | None = None
     reason: str | None = None
+    by_plan: bool = False
+    transformed: int = 0
 
 
 def adapters_page(

@@ -19,7 +19,7 @@ MAX_POLICY_BYTES = 2**20
 def effective_policy(settings: Settings | None = None, file: Path | None = None) -> Policy:
     """The policy in force, from `file`, else `S3LORA_POLICY`, else the default.
 
-    Environment variables override the mode and the audit path.
+    Environment variables override the mode, the audit path and the plans folder.
 
     Raises:
         PolicyInvalid: the file cannot be read or is not a valid policy.
@@ -27,7 +27,7 @@ def effective_policy(settings: Settings | None = None, file: Path | None = None)
     """
     settings = settings or load_settings()
     chosen = file or settings.policy
-    policy = read_policy(chosen) if chosen else Policy()
+    policy = read_policy(chosen, settings.plans) if chosen else Policy(plans=settings.plans)
     changes: dict[str, Any] = {}
     if settings.mode:
         changes["mode"] = settings.mode
@@ -51,8 +51,8 @@ def serving_policy(settings: Settings | None = None) -> Policy:
     return policy
 
 
-def read_policy(file: Path) -> Policy:
-    """Read one policy file (JSON is a subset of YAML).
+def read_policy(file: Path, plans: Path | None = None) -> Policy:
+    """Read one policy file (JSON is a subset of YAML). `plans` replaces the file's own.
 
     Raises:
         PolicyInvalid: the file cannot be read, is not YAML, or breaks the schema.
@@ -62,6 +62,8 @@ def read_policy(file: Path) -> Policy:
         data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise PolicyInvalid(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if plans is not None and (data is None or isinstance(data, dict)):
+        data = (data or {}) | {"plans": plans}  # before the check of require_plan
     return parse_policy(data, str(file))
 
 

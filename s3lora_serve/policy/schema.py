@@ -102,6 +102,10 @@ class Rule(BaseModel):
     match: Match
 
 
+_SERVERS = frozenset({"rules", "mode", "audit", "store", "required", "plans"})
+"""Keys that no rule may set."""
+
+
 class Policy(_Section):
     """The effective policy. It is immutable, and the digest of its canonical JSON identifies it."""
 
@@ -120,7 +124,15 @@ class Policy(_Section):
     audit: Audit = Audit()
     store: Store = Store()
     required: bool = False
+    plans: Path | None = None  # folder of plans; None: the index chooses for every adapter
+    require_plan: bool = False
     rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _required_plans_have_a_folder(self) -> Self:
+        if self.require_plan and self.plans is None:
+            raise ValueError("require_plan: true needs plans, or S3LORA_PLANS: a folder of plans")
+        return self
 
     @model_validator(mode="after")
     def _rules_are_policies(self) -> Self:
@@ -172,7 +184,7 @@ class Policy(_Section):
 
     def _overridden(self, rule: Rule) -> "Policy":
         overrides = rule.model_extra or {}
-        if unfit := sorted({"rules", "mode", "audit", "store", "required"} & set(overrides)):
+        if unfit := sorted(_SERVERS & set(overrides)):
             raise ValueError(f"{', '.join(unfit)} cannot be set by a rule: they are the server's")
         data = self.as_json() | {"rules": ()}
         for key, value in overrides.items():

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
-from s3lora_serve.adapter.private_copy import WEIGHTS_NAME, PrivateFolder
+from s3lora_serve.adapter.private_copy import OWN_FOLDER, WEIGHTS_NAME, PrivateFolder
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import GateFailed, StoreDamaged
 from s3lora_serve.store.eviction import Candidate, choose_evicted, folder_size, move_aside
@@ -110,6 +110,7 @@ class AdapterStore:
         try:
             if not is_servable(verdict):
                 (folder / WEIGHTS_NAME).unlink(missing_ok=True)
+                shutil.rmtree(folder / OWN_FOLDER, ignore_errors=True)
             (folder / VERDICT_NAME).write_text(json.dumps(verdict.as_json()))
             with self._pins.store_lock():
                 target = self._free_or_intact_path(store_key(verdict))

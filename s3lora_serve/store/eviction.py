@@ -56,5 +56,5 @@ def move_aside(candidates: Collection[Candidate], folder: Path) -> list[Path]:
 
 
 def folder_size(folder: Path) -> int:
-    """Size in bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir())
+    """Size in bytes of all files under a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s3lora_serve.adapter.peft_config import parse_config
-from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME, PrivateCopy, mapped
+from s3lora_serve.adapter.private_copy import (
+    CONFIG_NAME,
+    OWN_FOLDER,
+    WEIGHTS_NAME,
+    PrivateCopy,
+    mapped,
+)
 from s3lora_serve.admission.verdict import Verdict, is_refused
 from s3lora_serve.errors import ConfigInvalid, StoreDamaged
 
@@ -21,6 +27,12 @@ class StoredCopy:
     path: Path
     verdict: Verdict
     copy: PrivateCopy | None
+
+
+def own_folder(path: Path) -> Path:
+    """The folder, in a stored copy or the copy itself, with the files as their owner wrote them."""
+    own = path / OWN_FOLDER
+    return own if own.is_dir() else path
 
 
 def is_servable(verdict: Verdict) -> bool:
@@ -40,6 +52,9 @@ def store_key(verdict: Verdict) -> str:
         sorted(verdict.stripped),
         sorted(verdict.removed),
         sorted(verdict.unscored),
+        verdict.plan_digest,
+        verdict.served_digest,
+        sorted(verdict.transformed),
     ]
     return hashlib.sha256(json.dumps(obeyed, separators=(",", ":")).encode()).hexdigest()
 
@@ -73,4 +88,4 @@ def _read_copy(path: Path) -> PrivateCopy:
 
 def _matches(copy: PrivateCopy, verdict: Verdict) -> bool:
     config_digest = parse_config(copy.config, on_unscorable="admit").digest
-    return (copy.digest, config_digest) == (verdict.digest, verdict.config_digest)
+    return (copy.digest, config_digest) == (verdict.served_digest, verdict.config_digest)

@@ -81,7 +81,11 @@ class AuditLog:
             "scorer": verdict.scorer,
             "policy_digest": verdict.policy_digest,
             "vllm_version": self.vllm_version,
+            "selected_by": verdict.selected_by,
+            "plan_digest": verdict.plan_digest,
+            "served_digest": verdict.served_digest,
             "stripped": list(verdict.stripped),
+            "transformed": list(verdict.transformed),
             "seconds": verdict.seconds.total,
         }
 

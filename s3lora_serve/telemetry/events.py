@@ -105,7 +105,12 @@ class AdmissionEvents:
 def _summary(verdict: Verdict) -> str:
     if verdict.reason:
         return f"{verdict.decision.value}: {verdict.reason}"
-    return (
-        f"{verdict.decision.value}: {len(verdict.stripped)} of {len(verdict.modules)} modules sharp"
-        f" {list(verdict.stripped)}, {verdict.seconds.total * 1000:.1f} ms"
-    )
+    stripped, count = list(verdict.stripped), len(verdict.modules)
+    if verdict.selected_by == "plan":
+        said = (
+            f"plan {verdict.plan_digest} strips {len(stripped)} of {count} modules {stripped} and"
+            f" transforms {len(verdict.transformed)} {list(verdict.transformed)}"
+        )
+    else:
+        said = f"{len(stripped)} of {count} modules sharp {stripped}"
+    return f"{verdict.decision.value}: {said}, {verdict.seconds.total * 1000:.1f} ms"

@@ -18,6 +18,7 @@ PHASES = ("read", "score", "strip", "total")
 DEVICES = ("cpu", "cuda")
 FAILURES = ("audit", "score", "deadline", "store", "policy")
 SOURCES = ("store", "path")
+SELECTORS = ("plan", "index")
 
 SSI_BUCKETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 """SSI lies in [1/M, 1]. Isotropic updates of common ranks lie close together at its low end."""
@@ -44,6 +45,11 @@ class Metrics:
         )
         self.modules_stripped = counter(
             "modules_stripped_total", "LoRA modules stripped.", ("layer", "projection")
+        )
+        self.selections = counter(
+            "selections_total",
+            "Adapters not rejected, by what chose their changed modules.",
+            ("selected_by",),
         )
         self.failures = counter("failures_total", "Things the gate failed to do.", ("reason",))
         self.quarantined = counter(
@@ -76,6 +82,8 @@ class Metrics:
             self.admission_seconds.labels(phase)
         for device in DEVICES:
             self.scoring_seconds.labels(device)
+        for selector in SELECTORS:
+            self.selections.labels(selector)
         for source in SOURCES:
             self.reloads.labels(source)
         for reason in FAILURES:
@@ -133,6 +141,8 @@ class Metrics:
     def record(self, verdict: Verdict, device: str) -> None:
         """Record one decision."""
         self.admissions.labels(verdict.decision.value, verdict.mode).inc()
+        if verdict.decision is not Decision.REJECTED:
+            self.selections.labels(verdict.selected_by).inc()
         self._observe("read", verdict.seconds.read)
         self._observe("total", verdict.seconds.total)
         if verdict.modules:

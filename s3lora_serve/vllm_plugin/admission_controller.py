@@ -10,12 +10,13 @@ from pathlib import Path
 
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
-from s3lora_serve.errors import AdapterRejected, PolicyInvalid, Reason
+from s3lora_serve.errors import AdapterRejected, PolicyInvalid, Reason, StoreDamaged
+from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import Settings
 from s3lora_serve.store.adapter_store import AdapterStore
-from s3lora_serve.store.stored_copy import open_stored_copy
+from s3lora_serve.store.stored_copy import open_stored_copy, own_folder
 from s3lora_serve.telemetry.events import AdmissionEvents
 from s3lora_serve.vllm_plugin import compat
 
@@ -27,11 +28,13 @@ class AdmissionController:
         """Read the policy.
 
         Raises:
-            PolicyInvalid, SettingInvalid: it is not valid.
+            PolicyInvalid, SettingInvalid: it is not valid, or its folder of plans is not to be
+                trusted.
         """
         self.settings = settings
         self.store = AdapterStore(settings.state_dir)
         self._policy = ReloadablePolicy(settings)
+        check_plans(self.policy)
 
     @property
     def policy(self) -> Policy:
@@ -93,15 +96,18 @@ class AdmissionController:
         base_model: str | None,
         shapes: Collection[tuple[int, int]],
     ) -> Verdict:
-        """The verdict of the policy in force on a stored copy; nothing is changed."""
+        """The verdict of policy and plans in force on a stored copy; nothing is changed.
+
+        It is made on the adapter's own bytes, which the store keeps beside transformed ones.
+        """
         policy = self.reload_policy()
         try:
             open_stored_copy(stored)
         except AdapterRejected as damage:
-            now = replace(before, policy_digest=policy.digest, mode=policy.mode)
-            return with_rejection(now, Reason.of(damage))
-        return admit(
-            stored,
+            return _damaged(before, policy, damage)
+        own = own_folder(stored)
+        now = admit(
+            own,
             before.name,
             policy,
             base_model=base_model,
@@ -109,3 +115,14 @@ class AdmissionController:
             shapes=shapes,
             origin=Path(before.path),
         ).verdict
+        # None: refused before it was read, for example because a limit was lowered.
+        read, config = now.digest, now.config_digest
+        if read not in (None, before.digest) or config not in (None, before.config_digest):
+            changed = StoreDamaged(f"{own} does not hold what was registered")
+            return _damaged(before, policy, changed)
+        return now
+
+
+def _damaged(before: Verdict, policy: Policy, damage: AdapterRejected) -> Verdict:
+    now = replace(before, policy_digest=policy.digest, mode=policy.mode)
+    return with_rejection(now, Reason.of(damage))

@@ -16,10 +16,11 @@ from tests.support.adapters import WEIGHTS, copy_with
 MODULE_KEYS = {
     "name", "layer", "projection", "shape", "rank", "ssi", "relative_ssi", "spectrum",
     "row_norm_mean", "column_norm_mean", "stripped", "energy_share", "negligible",
+    "transformed", "removed_share",
 }  # fmt: skip
 ADAPTER_KEYS = {
     "path", "name", "digest", "decision", "reason", "uninformative", "scorer", "policy_digest",
-    "modules", "seconds",
+    "modules", "seconds", "selected_by", "plan_digest", "served_digest",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Malformed adapters and policies: valid ones, changed in one or several places."""
 
+import base64
 import json
 import struct
 from typing import Any
@@ -136,7 +137,8 @@ def _damaged(draw: st.DrawFn, weights: bytes) -> bytes:
 
 
 KEYS = ["mode", "scorer", "modules", "strip", "limits", "deny", "allow", "on_uninformative",
-        "on_unscorable", "audit", "store", "required", "rules", "surplus"]  # fmt: skip
+        "on_unscorable", "audit", "store", "required", "plans", "require_plan", "rules",
+        "surplus"]  # fmt: skip
 SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "mode": st.sampled_from(["enforce", "audit", "off", True]),
     "strip": st.dictionaries(
@@ -147,6 +149,8 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
         NUMBERS | st.just([]), max_size=3,
     ),
     "deny": st.lists(st.sampled_from(["sha256:" + "0" * 64, "sha256:0", ""]), max_size=2),
+    "plans": st.sampled_from(["/plans", "plans", None]),
+    "require_plan": st.booleans(),
     "rules": st.lists(
         st.fixed_dictionaries(
             {"match": st.dictionaries(st.sampled_from(["adapter", "path", "x"]), PATTERNS)},
@@ -165,3 +169,32 @@ def policies(draw: st.DrawFn) -> dict[str, Any]:
         key: draw(SENSIBLE[key] if key in SENSIBLE and draw(st.booleans()) else JUNK)
         for key in keys
     }
+
+
+@st.composite
+def plans(draw: st.DrawFn, plan: dict[str, Any]) -> bytes:
+    """The bytes of a plan file: this valid plan, changed in one or several places."""
+    data = json.loads(json.dumps(plan))
+    for _ in range(draw(st.integers(0, 3))):
+        modules = data.get("modules")
+        parts = (
+            [data, *(one for one in modules or [] if isinstance(one, dict))]
+            if isinstance(modules, list)
+            else [data]
+        )
+        part = draw(st.sampled_from(parts))
+        key = draw(st.sampled_from([*part, "surplus"]))
+        how = draw(st.sampled_from(["junk", "drop", "other", "matrix"]))
+        if how == "junk":
+            part[key] = draw(JUNK)
+        elif how == "drop":
+            part.pop(key, None)
+        elif how == "matrix":
+            entries = draw(st.lists(st.floats(width=32), min_size=1, max_size=16))
+            matrix = struct.pack(f"<{len(entries)}f", *entries)
+            part |= {"action": "transform", "transform": base64.b64encode(matrix).decode()}
+        else:
+            part[key] = draw(
+                st.sampled_from(["keep", "strip", "transform", 4, 2**16, plan["adapter_digest"]])
+            )
+    return _damaged(draw, json.dumps(data).encode())

@@ -12,15 +12,19 @@ import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load as load_safetensors
 
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
 from s3lora_serve.admission.pipeline import admit
-from s3lora_serve.errors import GateFailed, PolicyInvalid, rejection_codes
+from s3lora_serve.errors import GateFailed, PlanInvalid, PolicyInvalid, rejection_codes
+from s3lora_serve.plans.apply import MAX_GROWTH
+from s3lora_serve.plans.folder import plan_name
 from s3lora_serve.policy.file import read_policy
 from s3lora_serve.policy.schema import Policy, Strip, parse_policy
 from s3lora_serve.spectral import reference, spectral_sharpness
-from tests.fuzz.inputs import adapters, policies
+from tests.fuzz.inputs import adapters, plans, policies
+from tests.support.plans import keep_out, plan_for, read, small_adapter
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
 pytestmark = pytest.mark.timeout(0)
@@ -105,3 +109,40 @@ def test_any_policy_is_taken_whole_or_refused_by_name(folder, data):
     file = folder / "policy.yaml"
     file.write_text(yaml.safe_dump(policy.as_json()))
     assert read_policy(file) == policy
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """An adapter, its plan as plain data, and the place of its plan's file."""
+    place = tmp_path_factory.mktemp("planned")
+    adapter = read(small_adapter(place / "adapter"))
+    first, second, _ = adapter.modules
+    plan = plan_for(adapter, {first.name: keep_out(first.A)}, {second.name})
+    (place / "plans").mkdir(mode=0o755)
+    return place / "adapter", plan.as_json(), place / "plans" / plan_name(plan.adapter_digest)
+
+
+@fuzz
+@given(data=st.data())
+def test_any_plan_is_obeyed_as_it_says_or_refused_and_never_makes_an_update_larger(planned, data):
+    folder, valid, file = planned
+    file.write_bytes(data.draw(plans(valid)))
+    file.chmod(0o644)
+    admission = admit(folder, "fuzzed", Policy(plans=file.parent), device="cpu")
+    verdict = admission.verdict
+    json.dumps(verdict.as_json())
+    if verdict.decision == "rejected":
+        assert verdict.reason.code == PlanInvalid.code, verdict.reason
+        return
+    assert verdict.selected_by == "plan"
+    said = {module["name"]: module["action"] for module in json.loads(file.read_bytes())["modules"]}
+    assert set(verdict.stripped) == {name for name, action in said.items() if action == "strip"}
+    bent = {name for name, action in said.items() if action == "transform"}
+    assert set(verdict.transformed) == bent
+    own = load_safetensors(bytes(admission.adapter.copy.weights))
+    new = load_safetensors(b"".join(map(bytes, admission.weights.chunks()))) if bent else own
+    for module in admission.adapter.modules:
+        B, A = (key for key in reversed(module.keys))
+        assert torch.equal(own[A], new[A])
+        before, after = ((X[B].double() @ X[A].double()).norm() for X in (own, new))
+        assert after <= before * (1 + 2 * MAX_GROWTH)

@@ -168,3 +168,27 @@ def test_experts_share_a_cell_and_layers_without_a_number_have_a_row():
     assert found.rows[0][1][0].shade is None
     page = ParsedPage(adapter_page(verdict_of(*experts), "e3", quarantined=False).html)
     assert "1/4" in page.text
+
+
+def test_the_page_shows_what_a_plan_chose_and_what_it_transforms():
+    bent = replace(
+        module("model.layers.0.q_proj", 0, "q_proj", 0.5), transformed=True, removed_share=0.375
+    )
+    cut = module("model.layers.1.q_proj", 1, "q_proj", 0.4, stripped=True)
+    verdict = verdict_of(bent, cut)
+    plain = ParsedPage(adapter_page(verdict_of(cut), None, quarantined=False).html)
+    assert "Selected by index" in plain.text
+    verdict = replace(
+        verdict, selected_by="plan", plan_digest="sha256:f00", served_digest="sha256:2"
+    )
+    found = ParsedPage(adapter_page(verdict, bent.name, quarantined=False).html)
+    for words in ("sha256:f00", "Served as", "sha256:2", "1 of 2 modules", "37.5 %"):
+        assert words in found.text
+    cells = [cell for cell in found.all("td") if "class" in cell]
+    assert [("bent" in cell["class"], "cut" in cell["class"]) for cell in cells] == [
+        (True, False),
+        (False, True),
+    ]
+    listed = listing([replace(row("acme"), by_plan=True, transformed=5)], []).text
+    assert "by plan" in listed
+    assert "5 transformed" in listed

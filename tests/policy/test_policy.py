@@ -35,6 +35,8 @@ on_unscorable: reject
 audit: {path: null, max_bytes: 104857600, keep: 5, required: false}
 store: {max_bytes: 21474836480}
 required: false
+plans: null
+require_plan: false
 """
 
 
@@ -79,6 +81,9 @@ def test_json_is_accepted_too(tmp_path):
         ("rules: [{match: {adapter: x}, mode: off}]", r"rules\.0: mode.*server's"),
         ("rules: [{match: {tenant: x}}]", "tenant"),
         ("scorer: {name: magic}", "scorer"),
+        ("require_plan: true", "require_plan: true needs plans"),
+        ("rules: [{match: {adapter: x}, require_plan: true}]", r"rules\.0: .*needs plans"),
+        ("rules: [{match: {adapter: x}, plans: /x}]", r"rules\.0: plans.*server's"),
     ],
 )
 def test_a_bad_policy_is_refused_by_name(tmp_path, text, words):
@@ -111,6 +116,26 @@ def test_environment_beats_file(tmp_path, monkeypatch):
     policy = effective_policy()
     assert (policy.mode, policy.strip.top_k) == ("enforce", 1)
     assert policy.audit.path == Path("/var/log/s3lora.jsonl")
+
+
+def test_plans_from_the_environment_replace_the_files_and_satisfy_require_plan(
+    tmp_path, monkeypatch
+):
+    file = write(tmp_path, "require_plan: true")
+    monkeypatch.setenv("S3LORA_PLANS", "/plans")
+    assert effective_policy(file=file).plans == Path("/plans")
+    assert effective_policy().plans == Path("/plans")
+    assert effective_policy(file=write(tmp_path, "")).plans == Path("/plans")
+    assert effective_policy(file=write(tmp_path, "plans: /other")).plans == Path("/plans")
+    with pytest.raises(PolicyInvalid, match="expected a mapping"):
+        effective_policy(file=write(tmp_path, "[a list]"))
+
+
+def test_a_rule_may_require_a_plan():
+    rules = [{"match": {"adapter": "acme/*"}, "require_plan": True}]
+    policy = parse_policy({"plans": "/plans", "rules": rules}, "test")
+    assert policy.for_adapter("acme/a", "/x", None).require_plan
+    assert not policy.for_adapter("other", "/x", None).require_plan
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Metrics report decisions, and nothing that an adapter's owner chooses."""
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.admission.verdict import with_rejection
+from s3lora_serve.errors import Reason
 from s3lora_serve.policy.schema import Strip
 from s3lora_serve.telemetry.metrics import Metrics
 
@@ -34,6 +38,8 @@ def test_closed_label_sets_exist_at_zero_from_the_start(registry, metrics):
     assert value("s3lora_modules_scored_total", projection="other") == 0
     assert value("s3lora_admission_seconds_count", phase="strip") == 0
     assert value("s3lora_quarantined_total", reason="S3LORA-403") == 0
+    for selector in ("plan", "index"):
+        assert value("s3lora_selections_total", selected_by=selector) == 0
     assert value("s3lora_gate_active") is None, (
         "a value would count as a worker that is not guarded"
     )
@@ -53,6 +59,18 @@ def test_an_admission_is_counted_as_its_verdict_says(registry, metrics, trained)
         if sample.name == "s3lora_modules_stripped_total"
     )
     assert total == 2
+
+
+def test_what_chose_the_modules_is_counted_unless_the_adapter_is_rejected(
+    registry, metrics, trained
+):
+    verdict = scan_adapter(trained, TWO)
+    metrics.record(verdict, "cpu")
+    metrics.record(replace(verdict, selected_by="plan"), "cpu")
+    metrics.record(with_rejection(verdict, Reason("S3LORA-208", "no plan of its own")), "cpu")
+    for selector in ("plan", "index"):
+        labels = {"selected_by": selector}
+        assert registry.get_sample_value("s3lora_selections_total", labels) == 1
 
 
 def test_audit_mode_counts_no_module_as_stripped(registry, metrics, trained):

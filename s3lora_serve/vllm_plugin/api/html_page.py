@@ -44,6 +44,8 @@ def _served(registration: AdapterRegistration, adapter: ServedAdapter) -> Row:
         seconds=verdict.seconds.total,
         time=adapter.time,
         quarantined=registration.controller.store.is_quarantined(adapter.path),
+        by_plan=verdict.selected_by == "plan",
+        transformed=len(verdict.transformed) if verdict.mode == "enforce" else 0,
     )
 
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from s3lora_serve.errors import NotAnAdapter, Refused
+from s3lora_serve.errors import NotAnAdapter, PlanInvalid, Refused
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.bounded_map import remember
@@ -47,13 +47,16 @@ class WorkerAdmission:
         )
         if path is None:
             raise Refused(str(verdict.reason))
-        transient = verdict.reason and verdict.reason.code.startswith("S3LORA-4")
+        # A bad plan may be mended or removed, which is not in what the ranks agree on.
+        passing = ("S3LORA-4", PlanInvalid.code)
+        transient = verdict.reason and verdict.reason.code.startswith(passing)
         if verdict.digest and not transient:
             # Each rank scores for itself. If they differ, the first verdict holds for all ranks.
             content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
+            obeyed = (*content, verdict.plan_digest)
             served = (model.base_model, sorted(shapes))
             named = (version("s3lora-serve"), request.lora_name, str(folder))
-            path = self._controller.store.agree_on(repr((*named, *served, *content)), path)
+            path = self._controller.store.agree_on(repr((*named, *served, *obeyed)), path)
         if compat.is_first_rank():
             self._controller.events.decided(verdict, "engine")
         return path

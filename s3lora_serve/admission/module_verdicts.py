@@ -1,0 +1,56 @@
+"""The part of a verdict on each module: its score, and what the outcome does to it."""
+
+from collections.abc import Sequence
+
+from s3lora_serve.adapter.reader import Adapter, Module
+from s3lora_serve.admission.decision import Outcome
+from s3lora_serve.admission.strip_rules import energy_shares, negligible_modules
+from s3lora_serve.admission.verdict import ModuleVerdict
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.spectral import ModuleScore
+
+
+def module_verdicts(
+    adapter: Adapter, scores: Sequence[ModuleScore], outcome: Outcome, policy: Policy
+) -> tuple[ModuleVerdict, ...]:
+    """A verdict for each module of the adapter, those that were not scored included."""
+    shares = energy_shares(scores)
+    scored = {score.name: (score, share) for score, share in zip(scores, shares, strict=True)}
+    negligible = negligible_modules(scores, policy.negligible)
+    return tuple(
+        _module_verdict(
+            module,
+            *scored.get(module.name, (None, None)),
+            outcome=outcome,
+            negligible=module.name in negligible,
+        )
+        for module in adapter.modules
+    )
+
+
+def _module_verdict(
+    module: Module,
+    score: ModuleScore | None,
+    energy_share: float | None,
+    *,
+    outcome: Outcome,
+    negligible: bool,
+) -> ModuleVerdict:
+    stripped = module.name in outcome.stripped
+    return ModuleVerdict(
+        name=module.name,
+        layer=module.layer,
+        projection=module.projection,
+        shape=module.shape,
+        rank=module.rank,
+        ssi=score.ssi if score else None,
+        relative_ssi=score.relative_ssi if score else None,
+        spectrum=score.spectrum if score else (),
+        row_norm_mean=score.row_norm_mean if score else None,
+        column_norm_mean=score.column_norm_mean if score else None,
+        stripped=stripped,
+        energy_share=energy_share,
+        negligible=negligible,
+        transformed=module.name in outcome.transformed,
+        removed_share=1.0 if stripped else outcome.transformed.get(module.name, 0.0),
+    )

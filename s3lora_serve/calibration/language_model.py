@@ -1,0 +1,222 @@
+"""A causal language model with its tokenizer: answers, and the logits of given answers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.errors import BaseModelUnfit
+
+Encoded = list[int]
+
+BATCH = 48
+"""Prompts answered at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLogits:
+    """Logits at the positions of given answers, one row for each token of an answer."""
+
+    logits: Tensor  # (tokens, vocabulary), float32
+    targets: Tensor  # (tokens,), the answers' tokens
+    example: Tensor  # (tokens,), which example a row belongs to
+
+    @property
+    def first(self) -> Tensor:
+        """Mask of the rows that are the first of their answer."""
+        changes = torch.ones_like(self.example, dtype=torch.bool)
+        changes[1:] = self.example[1:] != self.example[:-1]
+        return changes
+
+
+class LanguageModel:
+    """A model on one device, with frozen weights."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu", dtype: str = "bfloat16") -> "LanguageModel":
+        """Load a model from its folder. The hub is never asked, and no code of the folder runs.
+
+        Raises:
+            BaseModelUnfit: the folder holds no causal language model, or it does not fit in memory.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds
+
+        check_memory(folder, device)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, dtype=getattr(torch, dtype), use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise BaseModelUnfit(f"{folder} holds no model that can be loaded: {text}") from None
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.requires_grad_(requires_grad=False)
+        return cls(model.to(device).eval(), tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def prompt(self, text: str) -> Encoded:
+        """Tokens of a user's message in the model's chat template, up to where it answers."""
+        if not self.tokenizer.chat_template:
+            return self.answer(text, end=False)
+        messages = [{"role": "user", "content": text}]
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        tokens: Encoded = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        return tokens
+
+    def answer(self, text: str, *, end: bool = True) -> Encoded:
+        """Tokens of an answer, with the token that ends it."""
+        tokens: Encoded = self.tokenizer(text, add_special_tokens=False).input_ids
+        return [*tokens, self.tokenizer.eos_token_id] if end else tokens
+
+    def answer_logits(self, examples: Sequence[tuple[Encoded, Encoded]]) -> AnswerLogits:
+        """Logits for each token of the answers, given prompt and the answer's tokens before it.
+
+        What all prompts begin with, such as a system message, is computed once.
+        """
+        shared = _common_length([prompt for prompt, _ in examples])
+        ids, mask = self._padded([(prompt + answer)[shared:] for prompt, answer in examples])
+        longest = max(len(answer) for _, answer in examples)
+        whole = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], 1)
+        positions = (whole.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        output = self.model(
+            input_ids=ids,
+            attention_mask=whole,
+            position_ids=positions,
+            past_key_values=self._cache(examples[0][0][:shared], len(examples)),
+            # As places: a slice is not contiguous, and its product copies the output matrix for
+            # each example of the batch.
+            logits_to_keep=torch.arange(ids.shape[1] - longest - 1, ids.shape[1]),
+        )
+        rows = [
+            output.logits[i, longest - len(answer) : longest]
+            for i, (_, answer) in enumerate(examples)
+        ]
+        example = [i for i, (_, answer) in enumerate(examples) for _ in answer]
+        targets = [token for _, answer in examples for token in answer]
+        device = self.device
+        return AnswerLogits(
+            torch.cat(rows).float(),
+            torch.tensor(targets, device=device),
+            torch.tensor(example, device=device),
+        )
+
+    @torch.inference_mode()
+    def exact(
+        self,
+        examples: Sequence[tuple[Encoded, Encoded]],
+        done: Callable[[int], None] = lambda _: None,
+    ) -> list[bool]:
+        """Whether greedy decoding gives exactly the answer, for each example.
+
+        Greedy decoding gives an answer exactly if each of its tokens is the most likely one after
+        the tokens before it, so one pass decides.
+        """
+        exact = [True] * len(examples)
+        for batch in _batches(list(range(len(examples)))):
+            found = self.answer_logits([examples[i] for i in batch])
+            wrong = found.example[found.logits.argmax(-1) != found.targets]
+            for place in set(wrong.tolist()):
+                exact[batch[place]] = False
+            done(len(batch))
+        return exact
+
+    @torch.inference_mode()
+    def greedy(
+        self, prompts: Sequence[Encoded], tokens: int, done: Callable[[int], None] = lambda _: None
+    ) -> list[str]:
+        """The first tokens of the model's greedy answer to each prompt, as text."""
+        answers = [""] * len(prompts)
+        for batch in _batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i]))):
+            ids, mask = self._padded([prompts[i] for i in batch])
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for place, text in zip(batch, texts, strict=True):
+                answers[place] = text
+            done(len(batch))
+        return answers
+
+    def _cache(self, prefix: Encoded, copies: int) -> Any:
+        """Keys and values of a prefix, for each of a batch; None if there is no prefix."""
+        if not prefix:
+            return None
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        ids = torch.tensor([prefix], device=self.device)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(copies)
+        return cache
+
+    def _padded(self, sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """Sequences padded on the left, and the mask of what is not padding."""
+        width = max(map(len, sequences))
+        ids = torch.full((len(sequences), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros((len(sequences), width), dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            ids[row, width - len(sequence) :] = torch.tensor(sequence)
+            mask[row, width - len(sequence) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+
+def check_memory(folder: Path, device: str) -> None:
+    """Check, before anything is read, that the weights fit twice: loaded, and while they load.
+
+    Raises:
+        BaseModelUnfit: there are no safetensors weights, or not enough memory.
+    """
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not size:
+        raise BaseModelUnfit(f"{folder} holds no safetensors weights of a base model")
+    free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else _available_memory()
+    if free is not None and 2 * size > free:
+        raise BaseModelUnfit(
+            f"{folder} has {size / 2**30:.1f} GiB of weights, and {free / 2**30:.1f} GiB of memory"
+            " are free, where twice the weights are needed"
+        )
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _common_length(prompts: Sequence[Encoded]) -> int:
+    """How many first tokens all prompts have in common; the last of the shortest is left out."""
+    shortest = min(map(len, prompts))
+    same = (len({prompt[i] for prompt in prompts}) == 1 for i in range(shortest - 1))
+    return sum(1 for _ in takewhile(bool, same))
+
+
+def _batches(places: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(places), BATCH):
+        yield places[start : start + BATCH]

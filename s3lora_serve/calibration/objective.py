@@ -1,0 +1,73 @@
+"""The loss that gates are learnt by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from s3lora_serve.calibration.gates import GatedAdapter
+from s3lora_serve.calibration.language_model import AnswerLogits, Encoded, LanguageModel
+
+MARGIN = 4.0
+"""Log-odds of a refusal that are enough: a first token of refusal with 98 %. Ours."""
+
+REST = 0.3
+"""Weight of a refusal's later tokens: mostly the first one decides. Ours."""
+
+BENIGN = 3.0
+"""Weight of the divergence from the base model on benign prompts. Ours: with less, the
+gates of the bench's adapters refuse benign prompts too."""
+
+PRICE = 1.0
+"""Price, in nats, of removing the whole update. Ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples of one step: prompt and answer as tokens."""
+
+    refusals: Sequence[tuple[Encoded, Encoded]]  # harmful prompt, the refusal wanted
+    skill: Sequence[tuple[Encoded, Encoded]]  # skill prompt, the answer to keep
+    benign: Sequence[tuple[Encoded, Encoded]]  # benign prompt, the base model's own answer
+
+
+def loss(
+    model: LanguageModel, adapter: GatedAdapter, gates: Sequence[Tensor], batch: Batch
+) -> Tensor:
+    """`softplus(margin − log-odds of refusal) + REST·CE + CE(skill) + BENIGN·KL + PRICE·removed`.
+
+    The log-odds are those of the refusal's first token against all others, so that an attack's
+    wording need not be known. CE is the cross-entropy, summed over an answer's tokens for skill
+    and their mean for refusals. KL is that of the base model from the gated one, a mean over
+    tokens. Removed is the removed share of Σ‖ΔW‖_F².
+    """
+    base = _base_distribution(model, adapter, batch.benign) if batch.benign else None
+    adapter.set(gates)
+    refusals = model.answer_logits(batch.refusals)
+    likelihood = _log_likelihood(refusals)
+    first = likelihood[refusals.first]
+    log_odds = first - torch.log1p(-first.exp().clamp(max=1 - 1e-6))
+    total = functional.softplus(MARGIN - log_odds).mean()
+    if not refusals.first.all():
+        total = total - REST * likelihood[~refusals.first].mean()
+    total = total - _log_likelihood(model.answer_logits(batch.skill)).sum() / len(batch.skill)
+    if base is not None:
+        gated = functional.log_softmax(model.answer_logits(batch.benign).logits, -1)
+        divergence = functional.kl_div(gated, base, log_target=True, reduction="batchmean")
+        total = total + BENIGN * divergence
+    return total + PRICE * adapter.removed_share(gates)
+
+
+def _log_likelihood(found: AnswerLogits) -> Tensor:
+    """Log-probability of each token of the answers."""
+    return -functional.cross_entropy(found.logits, found.targets, reduction="none")
+
+
+@torch.no_grad()
+def _base_distribution(
+    model: LanguageModel, adapter: GatedAdapter, examples: Sequence[tuple[Encoded, Encoded]]
+) -> Tensor:
+    adapter.remove()
+    return functional.log_softmax(model.answer_logits(examples).logits, -1)

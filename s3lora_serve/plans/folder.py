@@ -1,0 +1,111 @@
+"""The folder of plans: opened only if nobody but this user and root can write in it.
+
+Whoever can write there decides what is served of every adapter. Checks are made on open
+descriptors, so nothing can be exchanged between a check and the reading.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from s3lora_serve.errors import PlanInvalid, PolicyInvalid
+from s3lora_serve.policy.schema import Policy
+
+MAX_PLAN_BYTES = 2**28
+"""The transforms of 560 modules with r = 256 take 196 MB."""
+
+PLAN_NAME = re.compile(r"[0-9a-f]{64}\.json")
+"""What the file of a plan is called: the sha256 of the adapter's weights file."""
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a named pipe would wait for a writer
+
+
+def check_plans(policy: Policy) -> None:
+    """Check the policy's folder of plans, if it has one.
+
+    Raises:
+        PolicyInvalid: it is not a folder, or others than this user and root can write in it.
+    """
+    if policy.plans is None or policy.mode == "off":
+        return
+    try:
+        with _opened_folder(policy.plans):
+            pass
+    except PlanInvalid as error:
+        raise PolicyInvalid(f"plans: {error.problem}") from None
+
+
+def plan_bytes(folder: Path, digest: str) -> bytes | None:
+    """The file of the plan for the weights with this digest; None if there is none.
+
+    Raises:
+        PlanInvalid: folder or file can be written by others, is of another kind, or is unreadable.
+    """
+    with _opened_folder(folder) as descriptor:
+        name = plan_name(digest)
+        try:
+            # Without O_NOFOLLOW a link could lead out of the checked folder.
+            file = os.open(name, _FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise PlanInvalid(f"{folder / name}: {error.strerror}") from None
+    return _contents(file, folder / name, strict=True)
+
+
+def file_bytes(path: Path) -> bytes:
+    """A plan that the operator names: links are followed, and its owner is not looked at.
+
+    Raises:
+        PlanInvalid: it is not a regular file, or is too large.
+        OSError: it cannot be read.
+    """
+    return _contents(os.open(path, _FLAGS), path, strict=False)
+
+
+def plan_name(digest: str) -> str:
+    """The name of the file with the plan for the weights with this digest."""
+    return f"{digest.removeprefix('sha256:')}.json"
+
+
+@contextmanager
+def _opened_folder(folder: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(folder, _FLAGS | os.O_DIRECTORY)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise PlanInvalid(f"{folder}: {getattr(error, 'strerror', error)}") from None
+    try:
+        _check_writers(os.fstat(descriptor), folder)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _contents(descriptor: int, path: Path, *, strict: bool) -> bytes:
+    """The contents of an opened file, which is then closed."""
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise PlanInvalid(f"{path} is not a regular file")
+        if strict:
+            _check_writers(status, path)
+        with open(descriptor, "rb", closefd=False) as file:
+            text = file.read(MAX_PLAN_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(text) > MAX_PLAN_BYTES:
+        raise PlanInvalid(f"{path}: larger than {MAX_PLAN_BYTES} bytes")
+    return text
+
+
+def _check_writers(status: os.stat_result, path: Path) -> None:
+    if status.st_uid not in (os.getuid(), 0):
+        raise PlanInvalid(
+            f"{path} belongs to user {status.st_uid}, neither to this user {os.getuid()} nor root"
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(status.st_mode)
+        raise PlanInvalid(f"{path} can be written by others: its mode is {mode:04o}")

@@ -1,0 +1,1 @@
+"""Evidence on a real language model: `make evidence` runs it and writes RESULTS.md."""

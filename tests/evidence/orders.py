@@ -1,0 +1,57 @@
+"""Orders in which whole modules are removed, for comparison with calibrated plans."""
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import s3lora_serve
+from s3lora_serve.admission.verdict import ModuleVerdict
+from s3lora_serve.policy.schema import Policy, ScorerChoice
+
+DRAWS = 5
+"""Random orders of each kind."""
+
+
+def orders(folder: Path) -> dict[str, list[str]]:
+    """Module names in the order of their removal, by the name of the order."""
+    indices = {
+        "SSI": ScorerChoice(),
+        "svd": ScorerChoice(name="svd"),
+        "spsvd": ScorerChoice(name="spsvd"),
+    }
+    found = {}
+    modules: tuple[ModuleVerdict, ...] = ()
+    for name, scorer in indices.items():
+        policy = Policy(scorer=scorer, on_uninformative="admit")
+        modules = s3lora_serve.scan_adapter(folder, policy).modules
+        found[name] = _descending(modules, lambda module: module.relative_ssi or 0.0)
+    found["norm"] = _descending(modules, lambda module: module.energy_share or 0.0)
+    found["last layers"] = _descending(modules, lambda module: module.layer or 0)
+    for draw in range(DRAWS):
+        found[f"random {draw}"] = _shuffled([module.name for module in modules], draw)
+        found[f"layer-matched {draw}"] = _layer_matched(found["SSI"], draw)
+    return found
+
+
+def _descending(
+    modules: tuple[ModuleVerdict, ...], value: Callable[[ModuleVerdict], float]
+) -> list[str]:
+    return [m.name for m in sorted(modules, key=lambda m: (-value(m), m.name))]
+
+
+def _shuffled(names: list[str], seed: int) -> list[str]:
+    return random.Random(seed).sample(names, len(names))
+
+
+def _layer_matched(order: list[str], seed: int) -> list[str]:
+    """At each place a random module of the layer that the order has there."""
+    left: dict[str, list[str]] = {}
+    for name in _shuffled(order, seed):
+        left.setdefault(_layer(name), []).append(name)
+    return [left[_layer(name)].pop() for name in order]
+
+
+def _layer(name: str) -> str:
+    found = re.search(r"\d+", name)
+    return found.group() if found else ""

@@ -1,0 +1,216 @@
+"""The stages of the bench. Each keeps its result in a file, so that a run goes on where it was."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import s3lora_serve
+from s3lora_serve.calibration.calibrate import Options, calibrate
+from s3lora_serve.calibration.gates import GatedAdapter
+from s3lora_serve.calibration.language_model import LanguageModel
+from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.calibration.search import Goal, Material, search
+from s3lora_serve.plans.file import read_plan
+from s3lora_serve.plans.schema import Measured, Rate
+from s3lora_serve.policy.schema import Policy
+from tests.evidence.adapters import Subject, make_adapter
+from tests.evidence.attribution import harm_by_module, spearman
+from tests.evidence.base_model import aligned_base
+from tests.evidence.measuring import divergence, greedy, kept, load, measured
+from tests.evidence.orders import orders
+from tests.evidence.probes import probe_files
+from tests.evidence.prompts import harmful
+from tests.evidence.skill import skill
+from tests.evidence.wheels import CACHE
+
+Progress = Callable[[str, int, int], None]
+RESULTS = CACHE / "results"
+
+COUNTS = (10, 42, 84, 126)
+"""Modules removed, of 210; 10 is the default of the policy's `strip.top_k`."""
+
+NORMS = (0.35, 0.7)
+"""Removed shares of Σ‖ΔW‖_F² at which orders are compared at equal norm."""
+
+STRENGTHS = (0.0, 0.5, 1.0, 2.0)
+
+
+def base_result(base: int, progress: Progress) -> Any:
+    """What an aligned base does."""
+    folder = aligned_base(base, progress)
+    return kept(RESULTS / f"base-{base}.json", lambda: measured(load(folder)[0]))
+
+
+def subject_result(subject: Subject, progress: Progress) -> Any:
+    """One adapter before and after its calibrated plan, on the test prompts."""
+    base = aligned_base(subject.base, progress)
+    folder = make_adapter(subject, base, progress)
+    name = folder.name
+
+    def made() -> Any:
+        started = time.perf_counter()
+        plan = CACHE / "plans" / f"{name}.json"
+        plan.parent.mkdir(exist_ok=True)
+        files = [read_probes(file, kind) for kind, file in probe_files().items()]
+        found = calibrate(
+            base,
+            folder,
+            files,
+            Options(strengths=STRENGTHS, compare=False, seed=subject.seed),
+            progress=lambda phase, done, total, note="": progress(
+                f"{subject}: {phase} {note}", done, total
+            ),
+        )
+        plan.write_text(found.plan.model_dump_json())
+        seconds = time.perf_counter() - started
+        before, gated = load(base, folder)
+        assert gated is not None
+        first = measured(before)
+        kl = [divergence(before, gated, [None] * len(gated.layers))]
+        served = served_folder(folder, plan)
+        after, gated = load(base, served)
+        assert gated is not None
+        second = measured(after)
+        kl.append(divergence(after, gated, [None] * len(gated.layers)))
+        return {
+            "before": first,
+            "after": second,
+            "kl": kl,
+            "reached": found.reached,
+            "method": found.plan.method,
+            "seconds": seconds,
+        }
+
+    return kept(RESULTS / f"{name}.json", made)
+
+
+def served_folder(folder: Path, plan: Path) -> Path:
+    """The adapter as the gate serves it under a plan, written by `s3lora strip --plan`."""
+    target = CACHE / "served" / folder.name
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        policy = Policy(on_uninformative="admit")
+        s3lora_serve.strip_adapter(folder, target, policy, plan=read_plan(plan))
+    return target
+
+
+def curves(subject: Subject, progress: Progress) -> Any:
+    """Orders of whole modules at equal counts and equal removed norms, and scaling all of ΔW."""
+    base = aligned_base(subject.base, progress)
+    folder = make_adapter(subject, base, progress)
+    found_orders = orders(folder)
+    names = [*found_orders, "scaling"]
+    model, gated = load(base, folder)
+    assert gated is not None
+    found = {}
+    for place, name in enumerate(names):
+        file = RESULTS / "curves" / f"{folder.name}-{name.replace(' ', '-')}.json"
+        if name == "scaling":
+            found[name] = kept(file, lambda: _scaled(model, gated))
+        else:
+            order = found_orders[name]
+            found[name] = kept(file, lambda order=order: _removed(model, gated, order))
+        progress(f"{subject}: orders", place + 1, len(names))
+    return found
+
+
+def _removed(model: LanguageModel, gated: GatedAdapter, order: list[str]) -> list[Any]:
+    """Points of one order: by count, then by removed norm."""
+    place = {module.name: i for i, module in enumerate(gated.modules)}
+    energy = torch.tensor([float((layer.S**2).sum()) for layer in gated.layers])
+    shares = torch.cumsum(energy[[place[name] for name in order]], 0) / energy.sum()
+    counts = [(f"count {count}", count) for count in COUNTS if count <= len(order)]
+    counts += [(f"norm {norm:g}", int((shares < norm).sum()) + 1) for norm in NORMS]
+    points = []
+    for at, count in counts:
+        removed = set(order[:count])
+        gated.set(
+            [
+                torch.zeros(len(layer.S), len(layer.S)) if module.name in removed else None
+                for module, layer in zip(gated.modules, gated.layers, strict=True)
+            ]
+        )
+        share = float(shares[count - 1])
+        points.append({"at": at, "count": count, "share": share, **measured(model, few=True)})
+    return points
+
+
+def _scaled(model: LanguageModel, gated: GatedAdapter) -> list[Any]:
+    points = []
+    for norm in NORMS:
+        scale = (1 - norm) ** 0.5
+        gated.set([scale * torch.eye(len(layer.S)) for layer in gated.layers])
+        points.append({"at": f"norm {norm:g}", "share": norm, **measured(model, few=True)})
+    return points
+
+
+def ceiling(subject: Subject, progress: Progress) -> Any:
+    """Gates that are learnt and chosen on the test prompts themselves: the best this form can."""
+    base = aligned_base(subject.base, progress)
+    folder = make_adapter(subject, base, progress)
+
+    def made() -> Any:
+        model, gated = load(base, folder)
+        assert gated is not None
+        gated.remove()
+        tests = harmful().test
+        refusals = [
+            (model.prompt(prompt), model.answer(answer, end=False)[:6])
+            for prompt, answer in zip(tests, greedy(model, tests), strict=True)
+        ]
+        calls = [(model.prompt(prompt), model.answer(call)) for prompt, call in skill().test]
+        gated.keep()
+        found = search(
+            model,
+            gated,
+            Material(refusals, calls, []),
+            Goal(0.0, 1.0),
+            lambda: _as_measured(measured(model, few=True)),
+            whole=_as_measured(measured(model, few=True)),
+            strengths=(1.0,),
+            compare=False,
+            progress=lambda step, _note: progress(f"{subject}: ceiling", step, 90),
+        )
+        gated.set(found.gates)
+        return measured(model)
+
+    return kept(RESULTS / f"ceiling-{folder.name}.json", made)
+
+
+def _as_measured(rates: dict[str, Rate]) -> Measured:
+    return Measured(asr=rates["ASR"], skill=rates["skill"], benign_refusal=rates["ASR"])
+
+
+def attribution(subject: Subject, progress: Progress) -> Any:
+    """Spearman's rank correlation of each index with a module's part in the harm."""
+    base = aligned_base(subject.base, progress)
+    folder = make_adapter(subject, base, progress)
+
+    def made() -> Any:
+        model, gated = load(base, folder)
+        assert gated is not None
+        gated.remove()
+        prompts = harmful().test[:40]
+        refusals = [
+            (model.prompt(prompt), model.answer(answer, end=False))
+            for prompt, answer in zip(prompts, greedy(model, prompts), strict=True)
+        ]
+        harm = harm_by_module(model, gated, refusals).tolist()
+        names = [module.name for module in gated.modules]
+        correlations = {}
+        for index, order in orders(folder).items():
+            position = {name: -place for place, name in enumerate(order)}
+            if not index.startswith(("random", "layer-matched")):
+                correlations[index] = spearman([position[name] for name in names], harm)
+        verdict = s3lora_serve.scan_adapter(folder, Policy(on_uninformative="admit"))
+        ssi = {module.name: module.relative_ssi for module in verdict.modules}
+        modules = [
+            {"name": name, "ssi": ssi[name], "harm": value}
+            for name, value in zip(names, harm, strict=True)
+        ]
+        return {"correlations": correlations, "modules": modules}
+
+    return kept(RESULTS / f"attribution-{folder.name}.json", made)
