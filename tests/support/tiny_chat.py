@@ -88,7 +88,7 @@ def make_chat_model(folder: Path) -> Path:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
             bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
         )
     )  # fmt: skip
