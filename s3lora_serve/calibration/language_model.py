@@ -90,23 +90,14 @@ class LanguageModel:
 
         What all prompts begin with, such as a system message, is computed once.
         """
-        shared = _common_length([prompt for prompt, _ in examples])
-        ids, mask = self._padded([(prompt + answer)[shared:] for prompt, answer in examples])
         longest = max(len(answer) for _, answer in examples)
-        whole = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], 1)
-        positions = (whole.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        output = self.model(
-            input_ids=ids,
-            attention_mask=whole,
-            position_ids=positions,
-            past_key_values=self._cache(examples[0][0][:shared], len(examples)),
-            # As places: a slice is not contiguous, and its product copies the output matrix for
-            # each example of the batch.
-            logits_to_keep=torch.arange(ids.shape[1] - longest - 1, ids.shape[1]),
+        output, _, _ = self._run(
+            [prompt + answer for prompt, answer in examples],
+            _common_length([prompt for prompt, _ in examples]),
+            last=longest + 1,
         )
         rows = [
-            output.logits[i, longest - len(answer) : longest]
-            for i, (_, answer) in enumerate(examples)
+            output[i, longest - len(answer) : longest] for i, (_, answer) in enumerate(examples)
         ]
         example = [i for i, (_, answer) in enumerate(examples) for _ in answer]
         targets = [token for _, answer in examples for token in answer]
@@ -144,34 +135,57 @@ class LanguageModel:
         """The first tokens of the model's greedy answer to each prompt, as text."""
         answers = [""] * len(prompts)
         for batch in _batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i]))):
-            ids, mask = self._padded([prompts[i] for i in batch])
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-            texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            decoded = self._decoded([prompts[i] for i in batch], tokens)
+            texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
             for place, text in zip(batch, texts, strict=True):
                 answers[place] = text
             done(len(batch))
         return answers
 
-    def _cache(self, prefix: Encoded, copies: int) -> Any:
-        """Keys and values of a prefix, for each of a batch; None if there is no prefix."""
-        if not prefix:
-            return None
+    def _decoded(self, prompts: Sequence[Encoded], tokens: int) -> list[Encoded]:
+        """Greedy decoding of a batch, each answer up to the token that ends it."""
+        logits, mask, cache = self._run(prompts, _common_length(prompts), last=1)
+        found = [logits[:, -1].argmax(-1)]
+        for _ in range(tokens - 1):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            logits = self.model(
+                input_ids=found[-1][:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+            ).logits
+            found.append(logits[:, -1].argmax(-1))
+        ended = self.tokenizer.eos_token_id
+        rows = torch.stack(found, 1).tolist()
+        return [row[: row.index(ended)] if ended in row else row for row in rows]
+
+    def _run(
+        self, sequences: Sequence[Encoded], shared: int, *, last: int
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Logits of the last places, mask and cache; the first `shared` tokens are computed once.
+
+        Logits are (sequences, last, vocabulary); padding lies between shared and other tokens.
+        """
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        ids = torch.tensor([prefix], device=self.device)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(copies)
-        return cache
+        if shared:
+            prefix = torch.tensor([sequences[0][:shared]], device=self.device)
+            self.model(input_ids=prefix, past_key_values=cache, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(sequences))
+        ids, mask = self._padded([sequence[shared:] for sequence in sequences])
+        mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], 1)
+        width = ids.shape[1]
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:],
+            past_key_values=cache,
+            # As places: a slice is not contiguous, and its product copies the output matrix for
+            # each example of the batch.
+            logits_to_keep=torch.arange(max(0, width - last), width, device=self.device),
+        )
+        return output.logits, mask, cache
 
     def _padded(self, sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Sequences padded on the left, and the mask of what is not padding."""

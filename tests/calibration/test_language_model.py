@@ -63,3 +63,13 @@ def test_base_that_does_not_fit_in_memory_is_refused_before_it_is_read(chat, tmp
         file.truncate(2**42)  # sparse: 4 TiB without a block
     with pytest.raises(BaseModelUnfit, match="GiB of memory are free"):
         check_memory(tmp_path, "cpu")
+
+
+def test_greedy_decoding_of_a_batch_is_that_of_transformers(model):
+    prompts = [prompt for prompt, _ in _examples(model)]
+    for prompt, answer in zip(prompts, model.greedy(prompts, 6), strict=True):
+        output = model.model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0
+        )
+        expected = model.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+        assert answer == expected
