@@ -3,10 +3,11 @@
 The API server, `LLM.generate` and the workers each have one.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
@@ -47,6 +48,17 @@ class AdmissionController:
         return AdmissionEvents(
             self.policy, self.settings.device, compat.logger, compat.installed_version()
         )
+
+    def learn_model(self, ranks: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:
+        """The shapes (m, n) of the model's LoRA modules, from each worker's `s3lora_model` answer.
+
+        Metrics get their closed label sets from the same answers.
+        """
+        answers = list(ranks)
+        self.events.metrics.set_model_modules(
+            {tuple(place) for rank in answers for place in rank["places"]}
+        )
+        return {(m, n) for rank in answers for m, n in rank["shapes"]}
 
     def reload_policy(self) -> Policy:
         """The policy in force after a look at its file; an invalid file changes nothing."""

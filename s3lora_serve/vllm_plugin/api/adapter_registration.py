@@ -199,10 +199,7 @@ class AdapterRegistration:
     async def _learn_model(self, engine: Any) -> None:
         """Ask the workers once for the model's modules: their shapes, layers and projections."""
         if self._shapes is None:
-            ranks = await call_workers(engine, "s3lora_model")
-            places = {tuple(place) for rank in ranks for place in rank["places"]}
-            self.controller.events.metrics.set_model_modules(places)
-            self._shapes = {(m, n) for rank in ranks for m, n in rank["shapes"]}
+            self._shapes = self.controller.learn_model(await call_workers(engine, "s3lora_model"))
 
     async def _send_policy(self, engine: Any) -> None:
         """Have the workers reload the policy once this process has a changed one."""

@@ -83,8 +83,5 @@ class LLMEngineAdmission:
 
     def _model_shapes(self, engine: Any) -> set[tuple[int, int]]:
         if self._shapes is None:
-            ranks = engine.collective_rpc("s3lora_model")
-            places = {tuple(place) for rank in ranks for place in rank["places"]}
-            self._controller.events.metrics.set_model_modules(places)
-            self._shapes = {(m, n) for rank in ranks for m, n in rank["shapes"]}
+            self._shapes = self._controller.learn_model(engine.collective_rpc("s3lora_model"))
         return self._shapes
