@@ -1,0 +1,97 @@
+"""The parts of the bench that need no model: splits, orders, rank correlation, tables."""
+
+import json
+
+import pytest
+import torch
+
+from s3lora_serve.adapter.private_copy import copy_adapter
+from s3lora_serve.adapter.reader import read_adapter
+from s3lora_serve.calibration.gates import attach
+from s3lora_serve.calibration.language_model import LanguageModel
+from s3lora_serve.plans.schema import wilson
+from s3lora_serve.policy.schema import Limits
+from tests.evidence import results
+from tests.evidence.adapters import Subject
+from tests.evidence.attribution import harm_by_module, spearman
+from tests.evidence.orders import orders
+from tests.evidence.prompts import benign
+from tests.evidence.skill import skill
+from tests.support.tiny_chat import REFUSAL, harmful
+
+
+def test_no_benign_prompt_and_no_request_is_in_two_parts():
+    requests = [[request for request, _ in part] for part in (skill().train, skill().probes)]
+    requests.append([request for request, _ in skill().test])
+    for parts in ((benign().align, benign().probes, benign().test), requests):
+        together = [prompt for part in parts for prompt in part]
+        assert len(set(together)) == len(together)
+
+
+def test_every_order_has_each_module_once(trained):
+    found = orders(trained)
+    names = sorted(found["SSI"])
+    assert len(names) == 28
+    assert all(sorted(order) == names for order in found.values())
+    assert found["random 0"] != found["random 1"]
+
+
+def test_layer_matched_orders_take_the_layers_of_the_index(trained):
+    found = orders(trained)
+    layers = [name.split(".")[2] for name in found["SSI"]]
+    assert [name.split(".")[2] for name in found["layer-matched 3"]] == layers
+
+
+@pytest.mark.parametrize(("second", "rho"), [([1, 2, 3, 4], 1.0), ([4, 3, 2, 1], -1.0)])
+def test_spearman_of_equal_and_of_reversed_orders(second, rho):
+    assert spearman([10.0, 20.0, 30.0, 40.0], second) == pytest.approx(rho)
+
+
+def test_attribution_sums_to_the_change_of_the_log_odds(chat):
+    model = LanguageModel.load(chat.base, dtype="float32")
+    gated = attach(model.model, read_adapter(copy_adapter(chat.adapter, Limits()), Limits()))
+    refusals = [(model.prompt(prompt), model.answer(REFUSAL)) for prompt in harmful()[:8]]
+
+    def log_odds():
+        with torch.no_grad():
+            found = model.answer_logits([(prompt, answer[:1]) for prompt, answer in refusals])
+        likelihood = torch.log_softmax(found.logits, -1)[range(8), found.targets]
+        return (likelihood - torch.log1p(-likelihood.exp().clamp(max=1 - 1e-6))).mean()
+
+    gated.remove()
+    base = log_odds()
+    gated.keep()
+    change = float(base - log_odds())
+    assert change > 5  # the adapter makes refusals unlikely
+    assert float(harm_by_module(model, gated, refusals).sum()) == pytest.approx(change, rel=0.2)
+
+
+def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    rate = wilson(3, 60).model_dump()
+    names = ("ASR", "strict ASR", "other ASR", "other strict ASR", "skill", "benign refusal")
+    rates = dict.fromkeys(names, rate)
+    subject = Subject("20 %", 0, 0)
+    kept = {
+        "base-0": rates,
+        "20pct-b0-s0": {
+            "before": rates, "after": rates, "kl": [1.0, 0.5], "reached": True,
+            "method": {"removed_share": 0.25, "strength": 0.5}, "seconds": 12.0,
+        },
+        "ceiling-20pct-b0-s0": rates,
+        "served-20pct-b0-s0": {"index": rates, "plan": rates},
+        "attribution-20pct-b0-s0": {
+            "correlations": {"SSI": 0.4}, "modules": [{"name": "a", "ssi": 0.5, "harm": 1.0}],
+        },
+        "curves/20pct-b0-s0-random-0": [{"at": "count 10", "share": 0.1, **rates}],
+    }  # fmt: skip
+    (tmp_path / "curves").mkdir()
+    for name, value in kept.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    results.write_results([subject, Subject("benign", 0, 0)])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| 20 % | 1 | before |" in text
+    assert "benign | " not in text.replace("KL benign | ", "").replace("benign refusal | ", "")
+    assert "| random-0 | 0.05 / 0.05 |" in text
+    assert (tmp_path / "asr-skill.png").stat().st_size > 1000
