@@ -53,7 +53,12 @@ class LanguageModel:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype=getattr(torch, dtype), use_safetensors=True
+                folder,
+                local_files_only=True,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                # For prompts of this length the fused kernel's backward pass is slow on a CPU.
+                attn_implementation="eager" if device == "cpu" else None,
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             text = " ".join(str(error).split())[:300]

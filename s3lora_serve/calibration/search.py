@@ -30,6 +30,9 @@ PATIENCE = 3
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Strengths of the learnt gates that the frontier shows; 0 is the whole adapter."""
 
+ENOUGH_SKILL = 0.97
+"""Share of the whole adapter's skill with which the search ends: one miss in 37 probes. Ours."""
+
 REFUSAL_SLACK = 0.05
 """Rise of the benign refusal rate over the whole adapter's and the base's that is accepted."""
 
@@ -202,8 +205,8 @@ def _by_module(
 
 
 def _is_good(order: tuple[float, ...], whole: Measured) -> bool:
-    """Whether the goal is met with nearly the whole skill, so that nothing is left to gain."""
-    return order[0] == 0 and -order[1] >= 0.98 * whole.skill.value
+    """Whether the goal is met with nearly the whole skill, so that little is left to gain."""
+    return order[0] == 0 and -order[1] >= ENOUGH_SKILL * whole.skill.value
 
 
 @torch.no_grad()
