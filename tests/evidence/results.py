@@ -246,7 +246,8 @@ def _plots() -> None:
         xs, ys = ([module[key] for module in modules] for key in ("ssi", "harm"))
         axes.plot(xs, ys, "o", alpha=0.5, markersize=4, label=stem.removeprefix("attribution-"))
     axes.set(xlabel="relative SSI", ylabel="attribution of harm (log-odds)")
-    axes.legend(fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=7)
     _save(figure, "index-attribution.png")
     plt.close("all")
 
