@@ -7,7 +7,7 @@ from pathlib import Path
 
 import s3lora_serve
 from s3lora_serve.admission.verdict import ModuleVerdict
-from s3lora_serve.policy.schema import Policy, ScorerChoice
+from s3lora_serve.policy.schema import Limits, Policy, ScorerChoice
 
 DRAWS = 5
 """Random orders of each kind."""
@@ -23,8 +23,7 @@ def orders(folder: Path) -> dict[str, list[str]]:
     found = {}
     modules: tuple[ModuleVerdict, ...] = ()
     for name, scorer in indices.items():
-        policy = Policy(scorer=scorer, on_uninformative="admit")
-        modules = s3lora_serve.scan_adapter(folder, policy).modules
+        modules = s3lora_serve.scan_adapter(folder, scoring(scorer)).modules
         found[name] = _descending(modules, lambda module: module.relative_ssi or 0.0)
     found["norm"] = _descending(modules, lambda module: module.energy_share or 0.0)
     found["last layers"] = _descending(modules, lambda module: module.layer or 0)
@@ -32,6 +31,11 @@ def orders(folder: Path) -> dict[str, list[str]]:
         found[f"random {draw}"] = _shuffled([module.name for module in modules], draw)
         found[f"layer-matched {draw}"] = _layer_matched(found["SSI"], draw)
     return found
+
+
+def scoring(scorer: ScorerChoice) -> Policy:
+    """A policy to score by: the dense indices take longer than a server would wait."""
+    return Policy(scorer=scorer, on_uninformative="admit", limits=Limits(seconds=3600))
 
 
 def _descending(

@@ -15,12 +15,12 @@ from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.calibration.search import Goal, Material, search
 from s3lora_serve.plans.file import read_plan
 from s3lora_serve.plans.schema import Measured, Rate
-from s3lora_serve.policy.schema import Policy
+from s3lora_serve.policy.schema import Policy, ScorerChoice
 from tests.evidence.adapters import Subject, make_adapter
 from tests.evidence.attribution import harm_by_module, spearman
 from tests.evidence.base_model import aligned_base
 from tests.evidence.measuring import divergence, greedy, kept, load, measured
-from tests.evidence.orders import orders
+from tests.evidence.orders import orders, scoring
 from tests.evidence.probes import probe_files
 from tests.evidence.prompts import harmful
 from tests.evidence.skill import skill
@@ -101,7 +101,7 @@ def curves(subject: Subject, progress: Progress) -> Any:
     """Orders of whole modules at equal counts and equal removed norms, and scaling all of ΔW."""
     base = aligned_base(subject.base, progress)
     folder = make_adapter(subject, base, progress)
-    found_orders = orders(folder)
+    found_orders = _orders(folder)
     names = [*found_orders, "scaling"]
     model, gated = load(base, folder)
     assert gated is not None
@@ -114,6 +114,14 @@ def curves(subject: Subject, progress: Progress) -> Any:
             order = found_orders[name]
             found[name] = kept(file, lambda order=order: _removed(model, gated, order))
         progress(f"{subject}: orders", place + 1, len(names))
+    return found
+
+
+def _orders(folder: Path) -> dict[str, list[str]]:
+    """All orders of an adapter's modules; the dense indices take minutes."""
+    found: dict[str, list[str]] = kept(
+        RESULTS / f"orders-{folder.name}.json", lambda: orders(folder)
+    )
     return found
 
 
@@ -201,11 +209,11 @@ def attribution(subject: Subject, progress: Progress) -> Any:
         harm = harm_by_module(model, gated, refusals).tolist()
         names = [module.name for module in gated.modules]
         correlations = {}
-        for index, order in orders(folder).items():
+        for index, order in _orders(folder).items():
             position = {name: -place for place, name in enumerate(order)}
             if not index.startswith(("random", "layer-matched")):
                 correlations[index] = spearman([position[name] for name in names], harm)
-        verdict = s3lora_serve.scan_adapter(folder, Policy(on_uninformative="admit"))
+        verdict = s3lora_serve.scan_adapter(folder, scoring(ScorerChoice()))
         ssi = {module.name: module.relative_ssi for module in verdict.modules}
         modules = [
             {"name": name, "ssi": ssi[name], "harm": value}
