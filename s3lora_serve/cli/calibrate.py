@@ -97,7 +97,7 @@ def calibrate(
     if len(plans) != 1 or len(pages) > 1:
         stop("--output takes one plan, and one .html page at most")
     if find_spec("transformers") is None:
-        stop("calibrate takes transformers: pip install 's3lora-serve[calibrate]'")
+        stop("calibrate needs transformers: install s3lora-serve with its extra [calibrate]")
     from s3lora_serve.calibration.calibrate import Options, calibrate
     from s3lora_serve.calibration.judge import REFUSAL_PHRASES
     from s3lora_serve.calibration.probes import read_probes
