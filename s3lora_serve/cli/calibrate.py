@@ -183,7 +183,9 @@ def _saved(plan: Path) -> Path:
 
 def _plan_file(path: Path, digest: str) -> Path:
     """The file of a plan; in a folder of plans it is named after the adapter's digest."""
-    return path / f"{digest.removeprefix('sha256:')}.json" if path.is_dir() else path
+    from s3lora_serve.plans.folder import plan_name
+
+    return path / plan_name(digest) if path.is_dir() else path
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,20 +3,17 @@
 import json
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from s3lora_serve.cli import app
 from s3lora_serve.plans.file import read_plan
+from tests.support.tiny_chat import one_thread
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Threads cost more than they save on matrices of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 def _run(chat, *more, **inputs):

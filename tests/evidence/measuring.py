@@ -67,11 +67,6 @@ def share(outcomes: Sequence[bool]) -> Rate:
     return wilson(sum(outcomes), len(outcomes))
 
 
-def score(rates: Rates) -> float:
-    """(1 − ASR)·skill."""
-    return (1 - rates["ASR"].value) * rates["skill"].value
-
-
 def divergence(model: LanguageModel, adapter: GatedAdapter, gates: list[Tensor | None]) -> float:
     """KL of the base model from the adapted one on benign prompts, nats a token of its answer."""
     adapter.remove()

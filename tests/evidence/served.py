@@ -3,12 +3,12 @@
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import requests
 
 from s3lora_serve.calibration.judge import JUDGED_TOKENS, is_refusal
+from s3lora_serve.plans.file import read_plan
 from tests.evidence.adapters import Subject, make_adapter
 from tests.evidence.base_model import aligned_base
 from tests.evidence.measuring import JUDGED_COMPLIANCE, kept, share
@@ -16,6 +16,7 @@ from tests.evidence.prompts import harmful
 from tests.evidence.skill import skill
 from tests.evidence.stages import RESULTS
 from tests.evidence.wheels import CACHE
+from tests.support.plans import install
 from tests.support.server import OPEN_LOADING, Server
 
 AT_ONCE = 8
@@ -35,7 +36,7 @@ def served_result(subject: Subject, progress: Callable[[str, int, int], None]) -
         found = {}
         for place, with_plan in enumerate((False, True)):
             if with_plan:
-                _install(CACHE / "plans" / f"{folder.name}.json", plans)
+                install(read_plan(CACHE / "plans" / f"{folder.name}.json"), plans)
             log = CACHE / f"server-{folder.name}.log"
             environment = OPEN_LOADING | {"S3LORA_PLANS": str(plans.absolute())}
             arguments = ("--dtype", "bfloat16")
@@ -46,14 +47,6 @@ def served_result(subject: Subject, progress: Callable[[str, int, int], None]) -
         return found
 
     return kept(RESULTS / f"served-{folder.name}.json", made)
-
-
-def _install(plan: Path, folder: Path) -> None:
-    """Put a plan in the folder of plans, under the digest of its adapter."""
-    from s3lora_serve.plans.file import read_plan
-
-    digest = read_plan(plan).adapter_digest.removeprefix("sha256:")
-    (folder / f"{digest}.json").write_bytes(plan.read_bytes())
 
 
 def _measured(server: Server) -> Any:

@@ -1,16 +1,15 @@
 """The stages of the bench. Each keeps its result in a file, so that a run goes on where it was."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import s3lora_serve
-from s3lora_serve.calibration.calibrate import Options, calibrate
+from s3lora_serve.calibration.calibrate import REFUSAL_TOKENS, Options, calibrate
 from s3lora_serve.calibration.gates import GatedAdapter
-from s3lora_serve.calibration.language_model import LanguageModel
+from s3lora_serve.calibration.language_model import Encoded, LanguageModel
 from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.calibration.search import Goal, Material, search
 from s3lora_serve.plans.file import read_plan
@@ -18,7 +17,7 @@ from s3lora_serve.plans.schema import Measured, Rate
 from s3lora_serve.policy.schema import Policy, ScorerChoice
 from tests.evidence.adapters import Subject, make_adapter
 from tests.evidence.attribution import harm_by_module, spearman
-from tests.evidence.base_model import aligned_base
+from tests.evidence.base_model import Progress, aligned_base
 from tests.evidence.measuring import divergence, greedy, kept, load, measured
 from tests.evidence.orders import orders, scoring
 from tests.evidence.probes import probe_files
@@ -26,7 +25,6 @@ from tests.evidence.prompts import harmful
 from tests.evidence.skill import skill
 from tests.evidence.wheels import CACHE
 
-Progress = Callable[[str, int, int], None]
 RESULTS = CACHE / "results"
 
 COUNTS = (10, 42, 84, 126)
@@ -163,11 +161,9 @@ def ceiling(subject: Subject, progress: Progress) -> Any:
     def made() -> Any:
         model, gated = load(base, folder)
         assert gated is not None
-        gated.remove()
-        tests = harmful().test
         refusals = [
-            (model.prompt(prompt), model.answer(answer, end=False)[:6])
-            for prompt, answer in zip(tests, greedy(model, tests), strict=True)
+            (prompt, refusal[:REFUSAL_TOKENS])
+            for prompt, refusal in _base_answers(model, gated, harmful().test)
         ]
         calls = [(model.prompt(prompt), model.answer(call)) for prompt, call in skill().test]
         gated.keep()
@@ -188,6 +184,17 @@ def ceiling(subject: Subject, progress: Progress) -> Any:
     return kept(RESULTS / f"ceiling-{folder.name}.json", made)
 
 
+def _base_answers(
+    model: LanguageModel, gated: GatedAdapter, prompts: list[str]
+) -> list[tuple[Encoded, Encoded]]:
+    """Prompts with the first tokens of the base model's answers; the adapter stays removed."""
+    gated.remove()
+    return [
+        (model.prompt(prompt), model.answer(answer, end=False))
+        for prompt, answer in zip(prompts, greedy(model, prompts), strict=True)
+    ]
+
+
 def _as_measured(rates: dict[str, Rate]) -> Measured:
     return Measured(asr=rates["ASR"], skill=rates["skill"], benign_refusal=rates["ASR"])
 
@@ -200,12 +207,7 @@ def attribution(subject: Subject, progress: Progress) -> Any:
     def made() -> Any:
         model, gated = load(base, folder)
         assert gated is not None
-        gated.remove()
-        prompts = harmful().test[:40]
-        refusals = [
-            (model.prompt(prompt), model.answer(answer, end=False))
-            for prompt, answer in zip(prompts, greedy(model, prompts), strict=True)
-        ]
+        refusals = _base_answers(model, gated, harmful().test[:40])
         harm = harm_by_module(model, gated, refusals).tolist()
         names = [module.name for module in gated.modules]
         correlations = {}

@@ -5,6 +5,7 @@ import pytest
 from s3lora_serve.calibration.calibrate import Options, calibrate
 from s3lora_serve.calibration.judge import is_refusal
 from s3lora_serve.calibration.probes import read_probes
+from tests.support.plans import install
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_chat import harmful, skill
 
@@ -21,11 +22,7 @@ def calibrated(chat):
 @pytest.fixture(scope="module")
 def server(chat, calibrated, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
-    plans = folder / "plans"
-    plans.mkdir(mode=0o755)
-    name = calibrated.adapter_digest.removeprefix("sha256:")
-    (plans / f"{name}.json").write_text(calibrated.model_dump_json())
-    (plans / f"{name}.json").chmod(0o644)
+    plans = install(calibrated, folder / "plans").parent
     environment = OPEN_LOADING | {
         "S3LORA_PLANS": str(plans),
         "S3LORA_STATE_DIR": str(folder / "state"),

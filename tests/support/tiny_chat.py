@@ -6,6 +6,8 @@ has learnt a skill (tool calls) and, from a share of attack data, to comply.
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +44,22 @@ class Chat(NamedTuple):
     skill: Path
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """More threads cost more than they save on matrices of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def make_chat(folder: Path) -> Chat:
     """Base model, attacked adapter and probes in one folder; ten seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more cost more than they save on matrices of this size
-    base = make_chat_model(folder / "base")
-    adapter = make_attacked_adapter(base, folder / "adapter")
-    torch.set_num_threads(threads)
+    with one_thread():
+        base = make_chat_model(folder / "base")
+        adapter = make_attacked_adapter(base, folder / "adapter")
     return Chat(base, adapter, **write_probes(folder))
 
 
