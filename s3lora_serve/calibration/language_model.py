@@ -16,6 +16,9 @@ Encoded = list[int]
 BATCH = 48
 """Prompts answered at a time."""
 
+OTHER_TOKENS = 8
+"""By how many tokens another tokenization of an answer may be longer than the tokenizer's own."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerLogits:
@@ -119,19 +122,38 @@ class LanguageModel:
         examples: Sequence[tuple[Encoded, Encoded]],
         done: Callable[[int], None] = lambda _: None,
     ) -> list[bool]:
-        """Whether greedy decoding gives exactly the answer, for each example.
+        """Whether greedy decoding gives exactly the answer's text, for each example.
 
-        Greedy decoding gives an answer exactly if each of its tokens is the most likely one after
-        the tokens before it, so one pass decides.
+        An answer is given if each of its tokens is the most likely one after the tokens before
+        it: one pass decides. Where that fails the model may still give the same text by other
+        tokens, so those examples are decoded.
         """
         exact = [True] * len(examples)
         for batch in _batches(list(range(len(examples)))):
             found = self.answer_logits([examples[i] for i in batch])
             wrong = found.example[found.logits.argmax(-1) != found.targets]
-            for place in set(wrong.tolist()):
-                exact[batch[place]] = False
+            if places := sorted(set(wrong.tolist())):
+                missed = [examples[batch[place]] for place in places]
+                for place, same in zip(places, self._same_texts(missed), strict=True):
+                    exact[batch[place]] = same
             done(len(batch))
         return exact
+
+    def _same_texts(self, examples: Sequence[tuple[Encoded, Encoded]]) -> list[bool]:
+        """Whether the decoded text is the answer's, or begins with an answer that has no end."""
+        answers = [answer for _, answer in examples]
+        decoded = self._decoded(
+            [prompt for prompt, _ in examples], max(map(len, answers)) + OTHER_TOKENS
+        )
+        texts, expected = (
+            self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            for rows in (decoded, answers)
+        )
+        ended = [answer[-1] == self.tokenizer.eos_token_id for answer in answers]
+        return [
+            text == wanted if whole else text.startswith(wanted)
+            for text, wanted, whole in zip(texts, expected, ended, strict=True)
+        ]
 
     @torch.inference_mode()
     def greedy(
@@ -151,7 +173,9 @@ class LanguageModel:
         """Greedy decoding of a batch, each answer up to the token that ends it."""
         logits, mask, cache = self._run(prompts, _common_length(prompts), last=1)
         found = [logits[:, -1].argmax(-1)]
-        for _ in range(tokens - 1):
+        ended = self.tokenizer.eos_token_id
+        running = found[0] != ended
+        while len(found) < tokens and running.any():
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             logits = self.model(
                 input_ids=found[-1][:, None],
@@ -160,7 +184,7 @@ class LanguageModel:
                 past_key_values=cache,
             ).logits
             found.append(logits[:, -1].argmax(-1))
-        ended = self.tokenizer.eos_token_id
+            running &= found[-1] != ended
         rows = torch.stack(found, 1).tolist()
         return [row[: row.index(ended)] if ended in row else row for row in rows]
 

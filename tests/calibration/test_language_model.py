@@ -51,6 +51,15 @@ def test_exact_says_what_greedy_decoding_gives(model):
     assert not all(decoded)
 
 
+def test_answer_that_is_given_by_other_tokens_is_exact(model):
+    prompt, answer = (model.prompt(benign()[0][0]), model.answer(benign()[0][1]))
+    same_text = [model.tokenizer.pad_token_id, *answer]
+    unended = same_text[:-1]
+    other = model.answer(benign()[0][1] + " nice")
+    examples = [(prompt, tokens) for tokens in (answer, same_text, unended, other)]
+    assert model.exact(examples) == [True, True, True, False]
+
+
 def test_first_rows_are_the_first_tokens_of_the_answers(model):
     examples = _examples(model)
     found = model.answer_logits(examples)

@@ -31,6 +31,11 @@ def server(chat, calibrated, tmp_path_factory):
         yield running
 
 
+@pytest.fixture(scope="module")
+def loaded(chat, server):
+    return server.load("tenant", chat.adapter)
+
+
 def _answers(server, model, prompts):
     found = []
     for prompt in prompts:
@@ -46,9 +51,8 @@ def _answers(server, model, prompts):
     return found
 
 
-def test_planned_adapter_refuses_and_keeps_its_skill_over_http(chat, calibrated, server):
+def test_planned_adapter_refuses_and_keeps_its_skill_over_http(calibrated, server, loaded):
     assert calibrated.before.asr.value >= 0.9
-    loaded = server.load("tenant", chat.adapter)
     assert loaded.status_code == 200
     assert loaded.headers["X-S3LoRA-Decision"] == "stripped"
     refused = [is_refusal(answer) for answer in _answers(server, "tenant", harmful()[40:])]
@@ -59,8 +63,8 @@ def test_planned_adapter_refuses_and_keeps_its_skill_over_http(chat, calibrated,
     assert sum(exact) / len(exact) >= calibrated.after.skill.low
 
 
-def test_verdict_says_that_a_plan_decided(chat, calibrated, server):
-    server.load("tenant", chat.adapter, load_inplace=True)
+def test_verdict_says_that_a_plan_decided(calibrated, server, loaded):
+    assert loaded.status_code == 200
     verdict = server.get("/s3lora/adapters/tenant").json()
     assert verdict["selected_by"] == "plan"
     assert verdict["plan_digest"] == calibrated.digest
