@@ -1,10 +1,14 @@
-"""MAS-SVD on the dense update in float64, exactly as defined. Slow; for tests."""
+"""All scores on the dense update in float64, exactly as defined. Slow; for tests."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from s3lora_serve.spectral._checks import EQUILIBRATION_SWEEPS, ZERO_ROW, check_factors, in_range
+from s3lora_serve.spectral.alignment import FEWEST_SAMPLES, NO_SPREAD, Subspace, Update
 from s3lora_serve.spectral.result import Spectrum
+from s3lora_serve.spectral.rotations import frame_blocks
 
 
 def mas_svd(
@@ -79,3 +83,71 @@ def _norms(update: Tensor, dim: int, cancelled: Tensor) -> Tensor:
 def _inverse(norms: Tensor) -> Tensor:
     """Moore-Penrose inverse of a vector of norms: zero stays zero."""
     return torch.where(norms > 0, 1.0 / norms, 0.0)
+
+
+def safe_lora(modules: Sequence[Update], subspaces: Sequence[Subspace]) -> Tensor:
+    """`cos(C·ΔW, ΔW)` with dense `C = U·diag(σ²)·Uᵀ/‖V‖_F` and ΔW; NaN if ΔW = 0.
+
+    Shape: one subspace for each module -> (k,) float64.
+    Source: Safe LoRA, arXiv 2405.16833.
+    """
+    return torch.stack([_cosine(*_pair(m, s)) for m, s in zip(modules, subspaces, strict=True)])
+
+
+def splora(modules: Sequence[Update], subspaces: Sequence[Subspace]) -> Tensor:
+    """E-DIEM between dense C·ΔW and ΔW, with the sample set of `alignment.splora`.
+
+    Shape: one subspace for each module -> (k,) float64.
+    Source: SPLoRA, arXiv 2506.18931.
+    """
+    pairs = [_pair(m, s) for m, s in zip(modules, subspaces, strict=True)]
+    distances = [(image - update).norm() for image, update in pairs]
+    scores = []
+    for i, (own, (_, update)) in enumerate(zip(distances, pairs, strict=True)):
+        samples = [
+            distance
+            for j, distance in enumerate(distances)
+            if j != i and pairs[j][1].shape == update.shape and distance.isfinite()
+        ]
+        if len(samples) < FEWEST_SAMPLES:
+            samples = _rotated_distances(modules[i], subspaces[i])
+        low, high = torch.quantile(torch.stack(samples), update.new_tensor([0.25, 0.75]))
+        mean = torch.stack(samples).mean()
+        defined = update.norm() > 0 and high - low > NO_SPREAD * mean
+        scores.append((own - mean) / (high - low) if defined else own * torch.nan)
+    return torch.stack(scores)
+
+
+def _pair(module: Update, subspace: Subspace) -> tuple[Tensor, Tensor]:
+    """C·ΔW and ΔW, dense."""
+    B, A, scaling = module
+    return _alignment(subspace) @ (update := scaling * B.double() @ A.double()), update
+
+
+def _alignment(subspace: Subspace) -> Tensor:
+    U = subspace.U.double()
+    return U * subspace.singular_values.square() @ U.mT / subspace.frobenius
+
+
+def _cosine(image: Tensor, update: Tensor) -> Tensor:
+    sizes = image.norm() * update.norm()
+    return (image * update).sum() / sizes if sizes > 0 else update.norm() * 0.0 / update.norm()
+
+
+def _rotated_distances(module: Update, subspace: Subspace) -> list[Tensor]:
+    """Distances of the update in the orientations of `frame_blocks`, each with its whole frame."""
+    B, A, scaling = module
+    U = subspace.U.double()
+    rank = min(B.shape)
+    values, vectors = torch.linalg.eigh(B.double().mT @ B.double())
+    root = (values.clamp_min(0.0).sqrt().unsqueeze(-1) * vectors.mT)[-rank:]
+    outside = torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] :]
+    distances = []
+    for block in frame_blocks(len(B), U.shape[1], rank):
+        inside = U @ torch.linalg.solve(U.mT @ U, block)  # UᵀF = block
+        rest, found = torch.linalg.eigh(torch.eye(rank).double() - inside.mT @ inside)
+        rest = (rest.clamp_min(0.0).sqrt().unsqueeze(-1) * found.mT)[-outside.shape[1] :]
+        frame = inside + outside[:, : len(rest)] @ rest if outside.shape[1] else inside
+        update = scaling * frame @ root @ A.double()
+        distances.append((_alignment(subspace) @ update - update).norm())
+    return distances
