@@ -171,6 +171,13 @@ class PlanInvalid(AdapterRejected):
     remedy = "Mend or remove the plan; docs/reference.md has its schema and its folder's rules."
 
 
+class ReferenceUnfit(AdapterRejected):
+    """The alignment reference lacks a module of the adapter, or has it in another shape."""
+
+    code = "S3LORA-209"
+    remedy = "Make a reference of all modules that the policy selects: s3lora reference make."
+
+
 class DoesNotFitModel(AdapterRejected):
     """A module is not one of the served model's, or has another shape or scaling there."""
 
@@ -286,6 +293,20 @@ class TargetMissed(S3LoRAError):
 
     code = "S3LORA-908"
     remedy = "Give more probes or steps, raise --max-asr, or take the best with --accept-best."
+
+
+class ReferenceInvalid(S3LoRAError):
+    """A file is not an alignment reference, or its numbers cannot be those of one."""
+
+    code = "S3LORA-909"
+    remedy = "Make it again with s3lora reference make."
+
+
+class CheckpointUnfit(S3LoRAError):
+    """No alignment reference can be made of two checkpoints."""
+
+    code = "S3LORA-910"
+    remedy = "Name the folders of a base model and of the model that was aligned from it."
 
 
 @dataclass(frozen=True, slots=True)

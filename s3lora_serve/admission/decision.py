@@ -33,13 +33,14 @@ UNINFORMATIVE_SPREAD = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The decision on one adapter; `stripped` and `transformed` hold module names."""
+    """The decision on one adapter; `stripped`, `transformed`, `projected` hold module names."""
 
     decision: Decision
     refusal: AdapterRejected | None = None
     stripped: frozenset[str] = frozenset()
     uninformative: bool = False
     transformed: Mapping[str, float] = field(default_factory=dict)  # share of ‖ΔW‖_F² removed
+    projected: Mapping[str, float] = field(default_factory=dict)  # the same; < 0 if ΔW grows
     by_plan: bool = False
 
 
@@ -102,23 +103,36 @@ def _chosen_by_index(scores: Sequence["ModuleScore"], policy: Policy) -> Outcome
         uninformative = isinstance(obstacle, Uninformative)
         if policy.on_uninformative == "reject":
             return Outcome(Decision.REJECTED, obstacle, uninformative=uninformative)
-        return _admitted(_sharp_negligible(scores, negligible, policy), uninformative)
+        picked = _sharp_negligible(scores, negligible, policy)
+        return _admitted(picked, scores, policy, uninformative)
 
     sharp = select(scores, significant, policy)
     max_count = max_stripped_count(significant, policy)
     if len(sharp.counted) > max_count:
         return _rejected(
             TooManySharp(
-                f"{len(sharp.counted)} of {len(significant)} scored modules are sharp, and at most"
+                f"{len(sharp.counted)} of {len(significant)} scored modules are"
+                f" {'under the threshold' if policy.scorer.by_alignment else 'sharp'}, and at most"
                 f" {max_count} may be stripped"
             )
         )
-    return _admitted(sharp.counted | sharp.uncounted)
+    return _admitted(sharp.counted | sharp.uncounted, scores, policy)
 
 
-def _admitted(stripped: frozenset[str], uninformative: bool = False) -> Outcome:
-    decision = Decision.STRIPPED if stripped else Decision.ADMITTED
-    return Outcome(decision, stripped=stripped, uninformative=uninformative)
+def _admitted(
+    picked: frozenset[str],
+    scores: Sequence["ModuleScore"],
+    policy: Policy,
+    uninformative: bool = False,
+) -> Outcome:
+    """What the policy's action does to the modules that the rule picks."""
+    decision = Decision.STRIPPED if picked else Decision.ADMITTED
+    if policy.action == "strip":
+        return Outcome(decision, stripped=picked, uninformative=uninformative)
+    kept = {s.name: s.projected_share for s in scores if s.name in picked}
+    # ΔW = 0 has no share; its projection is 0 too.
+    removed = {name: 1.0 if share is None else 1.0 - share for name, share in kept.items()}
+    return Outcome(decision, projected=removed, uninformative=uninformative)
 
 
 def _sharp_negligible(
@@ -162,16 +176,18 @@ def _ranking_obstacle(
     scores: Sequence["ModuleScore"], negligible: int = 0
 ) -> AdapterRejected | None:
     """The reason why the index cannot rank these modules; None if it can."""
-    ranked = [score.relative_ssi for score in scores if score.relative_ssi is not None]
+    ranked = [score.strip_order for score in scores if score.strip_order is not None]
     if len(ranked) < 2:
         return Unrankable(
             f"{len(ranked)} of {len(scores) + negligible} scored modules can be ranked, and ranking"
             f" takes two: {negligible} are negligible beside the largest, and"
             f" {len(scores) - len(ranked)} have no relative index (an update of rank 1 has none)"
         )
+    # Alignment scores have no scale of their own, as the relative index has.
+    scale = max(map(abs, ranked)) if scores[0].by_alignment else 1.0
     spread = max(ranked) - min(ranked)
-    if spread < UNINFORMATIVE_SPREAD:
+    if spread < UNINFORMATIVE_SPREAD * scale or not spread:
         return Uninformative(
-            f"the relative index spreads over {spread:.1e} only, under {UNINFORMATIVE_SPREAD:g}"
+            f"the index spreads over {spread:.1e} only, under {UNINFORMATIVE_SPREAD * scale:g}"
         )
     return None

@@ -37,6 +37,7 @@ def _module_verdict(
     negligible: bool,
 ) -> ModuleVerdict:
     stripped = module.name in outcome.stripped
+    changed = {**outcome.transformed, **outcome.projected}
     return ModuleVerdict(
         name=module.name,
         layer=module.layer,
@@ -52,5 +53,8 @@ def _module_verdict(
         energy_share=energy_share,
         negligible=negligible,
         transformed=module.name in outcome.transformed,
-        removed_share=1.0 if stripped else outcome.transformed.get(module.name, 0.0),
+        removed_share=1.0 if stripped else changed.get(module.name, 0.0),
+        projected=module.name in outcome.projected,
+        alignment=score.alignment if score else None,
+        captured=score.captured if score else None,
     )

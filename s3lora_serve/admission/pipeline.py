@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from s3lora_serve.adapter.changed_weights import ChangedWeights
 from s3lora_serve.adapter.private_copy import PrivateCopy, check_roots, copy_adapter
 from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.admission.decision import Outcome, decide, settle
 from s3lora_serve.admission.module_verdicts import module_verdicts
-from s3lora_serve.admission.scoring import score_adapter
+from s3lora_serve.admission.scoring import alignment_reference, score_adapter
 from s3lora_serve.admission.verdict import Decision, Seconds, Verdict
+from s3lora_serve.alignment.project import projected_weights
 from s3lora_serve.errors import (
     AdapterRejected,
     DeadlinePassed,
@@ -21,7 +23,7 @@ from s3lora_serve.errors import (
     GateFailed,
     Reason,
 )
-from s3lora_serve.plans.apply import TransformedWeights, transformed_weights
+from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.plans.file import check_fits, find_plan
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.schema import Policy
@@ -35,7 +37,7 @@ class Admission:
     verdict: Verdict
     adapter: Adapter | None
     scores: tuple[ModuleScore, ...] = ()
-    weights: TransformedWeights | None = None  # what an admitted adapter's plan makes of its file
+    weights: ChangedWeights | None = None  # what a plan or a projection makes of its file
 
     def under(self, policy: Policy) -> Verdict:
         """The verdict of the index on the same scores under another policy, without any plan."""
@@ -91,7 +93,7 @@ def admit(
     adapter: Adapter | None = None
     scores: list[ModuleScore] = []
     used: Plan | None = None
-    weights: TransformedWeights | None = None
+    weights: ChangedWeights | None = None
     read = scored = started
     try:
         limits = effective.limits
@@ -115,6 +117,8 @@ def admit(
             check_fits(used, adapter)
             weights = transformed_weights(adapter, used, check_deadline)
         outcome = decide(*facts, used)
+        if outcome.projected and (reference := alignment_reference(effective)):
+            weights = projected_weights(adapter, reference, outcome.projected, check_deadline)
         if weights is not None and into is not None and policy.mode == "enforce":
             _write(weights, into())
     except AdapterRejected as refusal:
@@ -152,7 +156,7 @@ def _plan_in_folder(policy: Policy, digest: str) -> Plan | None:
     return None if policy.plans is None else find_plan(policy.plans, digest)
 
 
-def _write(weights: TransformedWeights, private: Path) -> None:
+def _write(weights: ChangedWeights, private: Path) -> None:
     try:
         weights.write_into(private)
     except OSError as error:  # of the store's disk: the adapter is not the cause
@@ -160,7 +164,7 @@ def _write(weights: TransformedWeights, private: Path) -> None:
 
 
 def _served_digest(
-    copy: PrivateCopy | None, weights: TransformedWeights | None, outcome: Outcome, mode: str
+    copy: PrivateCopy | None, weights: ChangedWeights | None, outcome: Outcome, mode: str
 ) -> str | None:
     """sha256 of the weights file that is served; None if nothing is."""
     if copy is None or (outcome.decision is Decision.REJECTED and mode == "enforce"):

@@ -1,14 +1,15 @@
 """Score an adapter's selected modules, and check that the scores are valid."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from s3lora_serve.adapter.reader import Adapter, Module
-from s3lora_serve.errors import Cancels, NotFinite, NothingSelected
+from s3lora_serve.alignment.reference_file import Reference, loaded_reference
+from s3lora_serve.errors import Cancels, NotFinite, NothingSelected, ReferenceUnfit
 from s3lora_serve.policy.schema import Policy
-from s3lora_serve.spectral import Factors, ModuleScore, Scorer, score_modules
+from s3lora_serve.spectral import Factors, ModuleScore, Scorer, Subspace, score_modules
 
 MAX_CANCELLATION = 1e3
 """Largest ‖B‖_F·‖A‖_F/‖B·A‖_F that is scored. Trained factors have about √r. From 2^8 on, rounding
@@ -27,6 +28,8 @@ def score_adapter(
         NotFinite: a factor holds NaN or Inf.
         Cancels: the factors of a module exceed their product by more than MAX_CANCELLATION.
         NothingSelected: the policy selects no module.
+        ReferenceUnfit: the policy's reference lacks a module, or has it in another shape.
+        ReferenceInvalid: the reference cannot be used.
     """
     selected = {module.name for module in adapter.modules if policy.selects(module.name)}
     factors = [
@@ -34,8 +37,13 @@ def score_adapter(
         for m in adapter.modules
         if m.name in selected
     ]
-    scorer = Scorer(**policy.scorer.model_dump())
-    scores = score_modules(factors, scorer, device=device, between_batches=check_deadline)
+    choice = policy.scorer
+    scorer = Scorer(choice.name, choice.rank, choice.normalization)
+    reference = alignment_reference(policy)
+    subspaces = _subspaces(reference, factors) if reference else ()
+    scores = score_modules(
+        factors, scorer, device=device, between_batches=check_deadline, subspaces=subspaces
+    )
     not_finite = [score.name for score in scores if not score.finite]
     for module in adapter.modules:
         if module.name not in selected:
@@ -55,6 +63,31 @@ def score_adapter(
             f"the policy's modules {list(policy.modules)} match none of its modules"
         )
     return scores
+
+
+def alignment_reference(policy: Policy) -> Reference | None:
+    """The reference that the policy's scorer compares with; None if the scorer needs none.
+
+    Raises:
+        ReferenceInvalid: it cannot be read, or is not the file that was there with the policy.
+    """
+    choice = policy.scorer
+    if not choice.by_alignment or choice.reference is None:
+        return None
+    return loaded_reference(choice.reference, choice.reference_digest or "")
+
+
+def _subspaces(reference: Reference, factors: Sequence[Factors]) -> list[Subspace]:
+    for module in factors:
+        shape = (len(module.B), module.A.shape[1])
+        record = reference.about.modules.get(module.name)
+        if record is None or record.shape != shape:
+            held = f"as {record.shape[0]} x {record.shape[1]}" if record else "not at all"
+            raise ReferenceUnfit(
+                f"module {module.name} updates a {shape[0]} x {shape[1]} matrix, which the"
+                f" reference holds {held}"
+            )
+    return [reference.subspaces[module.name] for module in factors]
 
 
 def _as_served(factor: Tensor) -> Tensor:

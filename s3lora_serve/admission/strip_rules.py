@@ -82,7 +82,7 @@ def strip_rule(scores: Sequence["ModuleScore"], policy: Policy) -> Rule:
     if name == "fraction":
         return _sharpest(scores, min(_floor(value, len(scores)), max_count))
     if name == "threshold":
-        return lambda s: s.ssi is not None and round(s.ssi - value, TIE_DIGITS) >= 0
+        return lambda s: _reaches(s, value)
     return _outlying(scores, value)
 
 
@@ -106,15 +106,22 @@ def _sharpest(scores: Sequence["ModuleScore"], count: int) -> Rule:
 
 
 def _order(score: "ModuleScore") -> tuple[float, str] | None:
-    """Sort key of a module, the sharpest first; None if it has no relative index."""
-    if score.relative_ssi is None:
+    """Sort key of a module, the first to strip first; None if it cannot be ranked."""
+    if score.strip_order is None:
         return None
-    return -round(score.relative_ssi, TIE_DIGITS), score.name
+    return -round(score.strip_order, TIE_DIGITS), score.name
+
+
+def _reaches(score: "ModuleScore", bound: float) -> bool:
+    """Whether SSI is at or above the bound, or an alignment score at or below it."""
+    if score.by_alignment:
+        return score.alignment is not None and round(bound - score.alignment, TIE_DIGITS) >= 0
+    return score.ssi is not None and round(score.ssi - bound, TIE_DIGITS) >= 0
 
 
 def _outlying(scores: Sequence["ModuleScore"], bound: float) -> Rule:
     """Picks the modules whose robust z-score `(x − median) / (1.4826·MAD)` exceeds `bound`."""
-    values = [s.relative_ssi for s in scores if s.relative_ssi is not None]
+    values = [s.strip_order for s in scores if s.strip_order is not None]
     if not values:
         return lambda _: False
     middle = median(values)
@@ -122,7 +129,7 @@ def _outlying(scores: Sequence["ModuleScore"], bound: float) -> Rule:
     sigma = MAD_TO_SIGMA * median(deviations) or MEAN_AD_TO_SIGMA * fmean(deviations)
 
     def picked(score: "ModuleScore") -> bool:
-        index = score.relative_ssi
+        index = score.strip_order
         return index is not None and index - middle > bound * sigma
 
     return picked

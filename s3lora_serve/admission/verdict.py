@@ -34,7 +34,15 @@ class ModuleVerdict:
     energy_share: float | None = None  # ‖ΔW‖_F² over the sum of all scored modules
     negligible: bool = False  # too small to be counted by the strip rule
     transformed: bool = False  # served with B' = B·T of a plan
-    removed_share: float = 0.0  # of ‖ΔW‖_F²: the plan's figure if transformed, 1 if stripped
+    removed_share: float = 0.0  # of ‖ΔW‖_F²: 1 if stripped, < 0 if projecting makes ΔW larger
+    projected: bool = False  # served with B' = C·B of the alignment reference
+    alignment: float | None = None  # score of safe-lora or splora; None: another scorer, or ΔW = 0
+    captured: float | None = None  # share of the alignment's energy that the reference holds
+
+    @property
+    def changed(self) -> bool:
+        """Whether the module is served otherwise than its adapter has it."""
+        return self.stripped or self.transformed or self.projected
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,11 @@ class Verdict:
     def transformed(self) -> tuple[str, ...]:
         """PEFT names of the modules that a plan transforms."""
         return tuple(module.name for module in self.modules if module.transformed)
+
+    @property
+    def projected(self) -> tuple[str, ...]:
+        """PEFT names of the projected modules."""
+        return tuple(module.name for module in self.modules if module.projected)
 
     @property
     def stripped(self) -> tuple[str, ...]:
@@ -144,15 +157,15 @@ def differs(before: Verdict, after: Verdict) -> bool:
 
 def _outcome(verdict: Verdict) -> tuple[object, ...]:
     reason = verdict.reason and verdict.reason.code
-    changed = frozenset(verdict.stripped), frozenset(verdict.transformed)
+    changed = tuple(map(frozenset, (verdict.stripped, verdict.transformed, verdict.projected)))
     plan = verdict.plan_digest, verdict.served_digest
     return verdict.decision, verdict.mode, reason, changed, verdict.removed, verdict.unscored, plan
 
 
 def with_rejection(verdict: Verdict, reason: Reason) -> Verdict:
-    """The verdict, rejected after its decision. No module counts as stripped or transformed."""
+    """The verdict, rejected after its decision. No module counts as changed."""
     kept = tuple(
-        replace(module, stripped=False, transformed=False, removed_share=0.0)
+        replace(module, stripped=False, transformed=False, projected=False, removed_share=0.0)
         for module in verdict.modules
     )
     rejected = replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
@@ -198,4 +211,7 @@ def _module_json(module: ModuleVerdict, spectra: bool) -> dict[str, Any]:
         "negligible": module.negligible,
         "transformed": module.transformed,
         "removed_share": module.removed_share,
+        "projected": module.projected,
+        "alignment": module.alignment,
+        "captured": module.captured,
     }

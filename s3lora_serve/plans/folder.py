@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from s3lora_serve.adapter.operator_file import OPEN_FLAGS, foreign_writer
 from s3lora_serve.errors import PlanInvalid, PolicyInvalid
 from s3lora_serve.policy.schema import Policy
 
@@ -19,8 +20,6 @@ MAX_PLAN_BYTES = 2**28
 
 PLAN_NAME = re.compile(r"[0-9a-f]{64}\.json")
 """What the file of a plan is called: the sha256 of the adapter's weights file."""
-
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a named pipe would wait for a writer
 
 
 def check_plans(policy: Policy) -> None:
@@ -48,7 +47,7 @@ def plan_bytes(folder: Path, digest: str) -> bytes | None:
         name = plan_name(digest)
         try:
             # Without O_NOFOLLOW a link could lead out of the checked folder.
-            file = os.open(name, _FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
+            file = os.open(name, OPEN_FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -63,7 +62,7 @@ def file_bytes(path: Path) -> bytes:
         PlanInvalid: it is not a regular file, or is too large.
         OSError: it cannot be read.
     """
-    return _contents(os.open(path, _FLAGS), path, strict=False)
+    return _contents(os.open(path, OPEN_FLAGS), path, strict=False)
 
 
 def plan_name(digest: str) -> str:
@@ -74,7 +73,7 @@ def plan_name(digest: str) -> str:
 @contextmanager
 def _opened_folder(folder: Path) -> Iterator[int]:
     try:
-        descriptor = os.open(folder, _FLAGS | os.O_DIRECTORY)
+        descriptor = os.open(folder, OPEN_FLAGS | os.O_DIRECTORY)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         raise PlanInvalid(f"{folder}: {getattr(error, 'strerror', error)}") from None
     try:
@@ -102,10 +101,5 @@ def _contents(descriptor: int, path: Path, *, strict: bool) -> bytes:
 
 
 def _check_writers(status: os.stat_result, path: Path) -> None:
-    if status.st_uid not in (os.getuid(), 0):
-        raise PlanInvalid(
-            f"{path} belongs to user {status.st_uid}, neither to this user {os.getuid()} nor root"
-        )
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        mode = stat.S_IMODE(status.st_mode)
-        raise PlanInvalid(f"{path} can be written by others: its mode is {mode:04o}")
+    if problem := foreign_writer(status, path):
+        raise PlanInvalid(problem)

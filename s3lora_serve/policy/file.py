@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 import yaml
 
 from s3lora_serve.errors import PolicyInvalid
+from s3lora_serve.policy.reference_digest import with_reference_digest
 from s3lora_serve.policy.schema import Policy, ScorerChoice, parse_policy
 from s3lora_serve.settings import Settings, load_settings
 
-SERVING = ScorerChoice().name
-"""The default scorer is the only one that a server uses."""
+SERVING = {ScorerChoice().name, "safe-lora", "splora"}
+"""Scorers that are fast enough for a server."""
 
 MAX_POLICY_BYTES = 2**20
 """A policy is written by hand. A larger file is the wrong file."""
@@ -33,7 +34,20 @@ def effective_policy(settings: Settings | None = None, file: Path | None = None)
         changes["mode"] = settings.mode
     if settings.audit_log:
         changes["audit"] = policy.audit.model_copy(update={"path": settings.audit_log})
-    return policy.model_copy(update=changes) if changes else policy
+    return with_reference_digest(policy.model_copy(update=changes) if changes else policy)
+
+
+def with_scorer(policy: Policy, name: str, reference: Path | None = None) -> Policy:
+    """The policy with another scorer, and another reference if one is given.
+
+    Raises:
+        PolicyInvalid: the scorer needs a reference, or the action another scorer.
+    """
+    choice = policy.scorer.model_dump() | {"name": name}
+    if reference is not None:
+        choice |= {"reference": reference, "reference_digest": None}
+    changed = parse_policy(policy.as_json() | {"scorer": choice}, "policy")
+    return with_reference_digest(changed)
 
 
 def serving_policy(settings: Settings | None = None) -> Policy:
@@ -44,9 +58,10 @@ def serving_policy(settings: Settings | None = None) -> Policy:
     """
     policy = effective_policy(settings)
     used = {policy.scorer.name, *(each.scorer.name for each in policy.variants())}
-    if slow := sorted(used - {SERVING}):
+    if slow := sorted(used - SERVING):
         raise PolicyInvalid(
-            f"scorer.name is {slow[0]!r}, which is for offline use: serve {SERVING}"
+            f"scorer.name is {slow[0]!r}, which is for offline use: serve one of"
+            f" {', '.join(sorted(SERVING))}"
         )
     return policy
 

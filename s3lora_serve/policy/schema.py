@@ -27,13 +27,29 @@ class _Section(BaseModel):
 class ScorerChoice(_Section):
     """The index, with all parameters that influence it."""
 
-    name: Literal["mas-svd", "svd", "spsvd", "dense"] = "mas-svd"  # arXiv 2508.15068
+    name: Literal["mas-svd", "svd", "spsvd", "dense", "safe-lora", "splora"] = "mas-svd"
     rank: Annotated[int, Field(ge=1)] | None = None  # M; None: min(r, m, n)
     normalization: Literal["two_sided", "row", "column", "equilibrated"] = "two_sided"
+    reference: Path | None = None  # an alignment reference, for safe-lora and splora
+    reference_digest: Digest | None = None  # of that file; None: as it is when the policy is read
+
+    @model_validator(mode="after")
+    def _reference_where_it_is_used(self) -> Self:
+        if self.by_alignment and self.reference is None:
+            raise ValueError(f"{self.name} needs reference: a file of `s3lora reference make`")
+        if self.reference is None and self.reference_digest is not None:
+            raise ValueError("reference_digest is the digest of reference, which is not set")
+        return self
+
+    @property
+    def by_alignment(self) -> bool:
+        """Whether modules are compared with what alignment changed in the base model."""
+        return self.name in ("safe-lora", "splora")
 
     def as_json(self) -> dict[str, Any]:
         """Name and parameters, in the form used in verdicts."""
-        return {"name": self.name, "parameters": self.model_dump(exclude={"name"})}
+        unused = {"name"} if self.by_alignment else {"name", "reference", "reference_digest"}
+        return {"name": self.name, "parameters": self.model_dump(mode="json", exclude=unused)}
 
 
 class Strip(_Section):
@@ -41,7 +57,7 @@ class Strip(_Section):
 
     top_k: Annotated[int, Field(ge=0)] | None = None
     fraction: Fraction | None = None
-    threshold: Fraction | None = None
+    threshold: float | None = None  # in [0, 1], except for splora
     outliers: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
@@ -112,6 +128,7 @@ class Policy(_Section):
     mode: Mode = "enforce"
     scorer: ScorerChoice = ScorerChoice()
     modules: tuple[str, ...] = ("*",)
+    action: Literal["strip", "project"] = "strip"  # what happens to the modules that `strip` picks
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
     # Share of Σ‖ΔW‖_F². Rounding factors to float16 changes 9e-8 of it:
     # tests/admission/test_evasion.py
@@ -132,6 +149,15 @@ class Policy(_Section):
     def _required_plans_have_a_folder(self) -> Self:
         if self.require_plan and self.plans is None:
             raise ValueError("require_plan: true needs plans, or S3LORA_PLANS: a folder of plans")
+        return self
+
+    @model_validator(mode="after")
+    def _action_and_threshold_suit_the_scorer(self) -> Self:
+        if self.action == "project" and self.scorer.name != "safe-lora":
+            raise ValueError(f"action: project needs scorer.name safe-lora, not {self.scorer.name}")
+        bound = self.strip.threshold
+        if bound is not None and self.scorer.name != "splora" and not 0 <= bound <= 1:
+            raise ValueError(f"strip.threshold is {bound:g}, outside of [0, 1]")
         return self
 
     @model_validator(mode="after")
@@ -186,6 +212,9 @@ class Policy(_Section):
         overrides = rule.model_extra or {}
         if unfit := sorted(_SERVERS & set(overrides)):
             raise ValueError(f"{', '.join(unfit)} cannot be set by a rule: they are the server's")
+        scorer = overrides.get("scorer")
+        if isinstance(scorer, dict) and {"reference", "reference_digest"} & scorer.keys():
+            raise ValueError("scorer.reference cannot be set by a rule: it is the server's")
         data = self.as_json() | {"rules": ()}
         for key, value in overrides.items():
             merge = key != "strip" and isinstance(value, dict) and isinstance(data.get(key), dict)

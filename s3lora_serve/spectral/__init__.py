@@ -8,10 +8,10 @@
 (1.0, True)
 """
 
+from s3lora_serve.spectral.alignment import Subspace
 from s3lora_serve.spectral.low_rank import mas_svd
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 from s3lora_serve.spectral.scorer import (
-    SERVING,
     Factors,
     ModuleScore,
     Scorer,
@@ -20,11 +20,11 @@ from s3lora_serve.spectral.scorer import (
 )
 
 __all__ = [
-    "SERVING",
     "Factors",
     "ModuleScore",
     "Scorer",
     "Spectrum",
+    "Subspace",
     "mas_svd",
     "relative_sharpness",
     "resolve_device",

@@ -1,8 +1,9 @@
 """Scores that compare an update with what alignment changed in the base model.
 
-`V = W_aligned − W_base` of a module, `C = V·Vᵀ/‖V‖_F`. The reference holds V's leading left singular
-vectors U (m, k) and singular values σ, so C is replaced by `C_k = U·diag(σ²)·Uᵀ/‖V‖_F`. Neither C
-nor ΔW is formed: r×r and k×r matrices are enough. A low score means: the least aligned.
+`V = W_aligned − W_base` of a module, `C = V·Vᵀ/‖V‖_F`, and C = 0 where V = 0. The reference holds
+V's leading left singular vectors U (m, k) and singular values σ, so C is replaced by
+`C_k = U·diag(σ²)·Uᵀ/‖V‖_F`. Neither C nor ΔW is formed: r×r and k×r matrices are enough. A low
+score means: the least aligned.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,9 @@ class Subspace:
 
     @property
     def captured(self) -> float:
-        """Share of V's energy in the subspace: `Σσ_k² / ‖V‖_F²`."""
+        """Share of V's energy in the subspace: `Σσ_k² / ‖V‖_F²`; 1 if V = 0."""
+        if not self.frobenius:
+            return 1.0
         return float(self.singular_values.square().sum()) / self.frobenius**2
 
     @property
@@ -48,8 +51,8 @@ class Subspace:
         and at most all energy that is not captured.
         """
         left_out = max(0.0, 1.0 - self.captured) * self.frobenius**2
-        last = float(self.singular_values[-1]) ** 2 if len(self.singular_values) else left_out
-        return min(left_out, last) / self.frobenius
+        last = float(self.singular_values[-1]) ** 2 if len(self.singular_values) else 0.0
+        return min(left_out, last) / self.frobenius if self.frobenius else 0.0
 
 
 class Products(NamedTuple):
@@ -65,10 +68,7 @@ Update = tuple[Tensor, Tensor, float]
 
 
 def safe_lora(
-    modules: Sequence[Update],
-    subspaces: Sequence[Subspace],
-    between_modules: Callable[[], None] = lambda: None,
-    device: str = "cpu",
+    modules: Sequence[Update], subspaces: Sequence[Subspace], device: str = "cpu"
 ) -> Tensor:
     """`cos(C·ΔW, ΔW)` of each module, in [0, 1]; 0 if C·ΔW = 0, NaN if ΔW = 0 or not finite.
 
@@ -78,15 +78,10 @@ def safe_lora(
     Shape: one subspace for each module -> (k,) float64.
     Source: Safe LoRA, arXiv 2405.16833.
     """
-    return cosine(products(modules, subspaces, between_modules, device))
+    return cosines(products(modules, subspaces, device=device), modules, subspaces)
 
 
-def splora(
-    modules: Sequence[Update],
-    subspaces: Sequence[Subspace],
-    between_modules: Callable[[], None] = lambda: None,
-    device: str = "cpu",
-) -> Tensor:
+def splora(modules: Sequence[Update], subspaces: Sequence[Subspace], device: str = "cpu") -> Tensor:
     """E-DIEM between C·ΔW and ΔW of each module: `(d − mean(D)) / (q₃(D) − q₁(D))`.
 
     `d = ‖C·ΔW − ΔW‖_F`, and D are the distances of the other modules with ΔW of the same shape. If
@@ -101,7 +96,17 @@ def splora(
     Source: SPLoRA, arXiv 2506.18931; the sample set is ours, because the published code's has only
     the pair itself.
     """
-    found = products(modules, subspaces, between_modules, device)
+    return e_diems(products(modules, subspaces, device=device), modules, subspaces)
+
+
+def cosines(found: Products, modules: Sequence[Update], subspaces: Sequence[Subspace]) -> Tensor:
+    """`safe_lora` from the products of all modules."""
+    del modules, subspaces  # all scorers have one signature
+    return cosine(found)
+
+
+def e_diems(found: Products, modules: Sequence[Update], subspaces: Sequence[Subspace]) -> Tensor:
+    """`splora` from the products of all modules."""
     own = distance(found)
     shapes = [(len(B), A.shape[1]) for B, A, _ in modules]
     scores = torch.full_like(own, torch.nan)
@@ -118,7 +123,7 @@ def splora(
 
 
 def detrended(distance: Tensor, samples: Tensor) -> Tensor:
-    """`(d − mean(D)) / (q₃(D) − q₁(D))` with linearly interpolated quartiles; NaN without spread."""
+    """`(d − mean(D)) / (q₃(D) − q₁(D))` by linear interpolation; NaN without spread."""
     mean = samples.mean()
     low, high = torch.quantile(samples, torch.tensor([0.25, 0.75], dtype=samples.dtype))
     spread = high - low
@@ -196,5 +201,5 @@ def products_of(
     own = (gram_b * gram_a).sum().clamp_min(0.0).expand(len(P))
     inner = ((P.mT @ weighted) * gram_a).sum((-1, -2)).clamp_min(0.0)
     image = (weighted.mT @ subspace.gram.to(device) @ weighted * gram_a).sum((-1, -2))
-    size = subspace.frobenius
-    return Products(square * own, square * inner / size, square * image.clamp_min(0.0) / size**2)
+    over = 1 / subspace.frobenius if subspace.frobenius else 0.0
+    return Products(square * own, square * over * inner, square * over**2 * image.clamp_min(0.0))

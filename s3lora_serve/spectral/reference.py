@@ -126,12 +126,18 @@ def _pair(module: Update, subspace: Subspace) -> tuple[Tensor, Tensor]:
 
 def _alignment(subspace: Subspace) -> Tensor:
     U = subspace.U.double()
-    return U * subspace.singular_values.square() @ U.mT / subspace.frobenius
+    if not subspace.frobenius:
+        return U.new_zeros(len(U), len(U))
+    C: Tensor = U * subspace.singular_values.square() @ U.mT / subspace.frobenius
+    return C
 
 
 def _cosine(image: Tensor, update: Tensor) -> Tensor:
     sizes = image.norm() * update.norm()
-    return (image * update).sum() / sizes if sizes > 0 else update.norm() * 0.0 / update.norm()
+    if sizes > 0:
+        cosine: Tensor = (image * update).sum() / sizes
+        return cosine
+    return torch.where(update.norm() > 0, 0.0, torch.nan).double()
 
 
 def _rotated_distances(module: Update, subspace: Subspace) -> list[Tensor]:

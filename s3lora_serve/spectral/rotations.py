@@ -28,7 +28,8 @@ def frame_blocks(m: int, k: int, r: int) -> Tensor:
         others = below[:, :rest].mT @ below[:, :rest]
     values, vectors = torch.linalg.eigh(block.mT @ block + others)
     inverse_root = vectors / values.clamp_min(1e-300).sqrt().unsqueeze(-2) @ vectors.mT
-    return block @ inverse_root
+    blocks: Tensor = block @ inverse_root
+    return blocks
 
 
 def _gamma(shape: Tensor, draw: torch.Generator) -> Tensor:

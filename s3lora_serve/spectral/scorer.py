@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral import baselines, precision, reference
+from s3lora_serve.spectral import alignment, baselines, precision, reference
+from s3lora_serve.spectral.alignment import SAFE_LORA, SPLORA, Subspace
 from s3lora_serve.spectral.low_rank import with_magnitudes
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 
-SERVING = "mas-svd"
-"""The only scorer used for serving."""
+MAS_SVD = "mas-svd"
+
+SERVING = (MAS_SVD, SAFE_LORA, SPLORA)
+"""Scorers fast enough for serving."""
 
 OFFLINE: dict[str, Callable[..., Spectrum]] = {
     "svd": baselines.svd,
@@ -21,6 +24,10 @@ OFFLINE: dict[str, Callable[..., Spectrum]] = {
     "dense": reference.mas_svd,
 }
 """Slow scorers for comparison. A server refuses them."""
+
+
+ALIGNMENT = {SAFE_LORA: alignment.cosines, SPLORA: alignment.e_diems}
+"""Scorers that need a reference; a low score is stripped first."""
 
 
 class Factors(NamedTuple):
@@ -54,6 +61,17 @@ class ModuleScore:
     column_norm_mean: float
     frobenius_norm: float
     cancellation: float  # ‖B‖_F·‖A‖_F / ‖B·A‖_F; about √r after training, 1 if a factor is 0
+    alignment: float | None = None  # of an alignment scorer; None when ΔW = 0, or no spread
+    projected_share: float | None = None  # ‖C·ΔW‖_F² / ‖ΔW‖_F²
+    captured: float | None = None  # share of the alignment's energy in the reference
+    by_alignment: bool = False
+
+    @property
+    def strip_order(self) -> float | None:
+        """What modules are ranked by; the highest are stripped first. None: cannot be ranked."""
+        if self.by_alignment:
+            return None if self.alignment is None else -self.alignment
+        return self.relative_ssi
 
 
 def score_modules(
@@ -62,19 +80,19 @@ def score_modules(
     *,
     device: str = "auto",
     between_batches: Callable[[], None] = lambda: None,
+    subspaces: Sequence[Subspace] = (),
 ) -> list[ModuleScore]:
     """Score every module with MAS-SVD and the Spectral Sharpness Index, in the order given.
 
+    An alignment scorer adds its own score, which needs a subspace for each module.
     `between_batches` runs before each batch. It may raise to stop scoring, e.g. at a deadline.
 
     Raises:
         ValueError: the factors of a module do not match, or the scorer is unknown.
     """
     scorer = scorer or Scorer()
-    if scorer.name not in (SERVING, *OFFLINE):
-        raise ValueError(
-            f"expected a scorer of {SERVING}, {', '.join(OFFLINE)}; got {scorer.name!r}"
-        )
+    if scorer.name not in (known := (*SERVING, *OFFLINE)):
+        raise ValueError(f"expected a scorer of {', '.join(known)}; got {scorer.name!r}")
     scores: dict[int, ModuleScore] = {}
     for indices in _by_rank(modules):
         members = [modules[i] for i in indices]
@@ -85,7 +103,35 @@ def score_modules(
         values = zip(*(column.tolist() for column in columns), strict=True)
         for i, count, row in zip(indices, counts, values, strict=True):
             scores[i] = _named(modules[i].name, count, *row)
-    return [scores[i] for i in range(len(modules))]
+    found = [scores[i] for i in range(len(modules))]
+    if scorer.name in ALIGNMENT:
+        return _with_alignment(found, modules, scorer, subspaces, device, between_batches)
+    return found
+
+
+def _with_alignment(
+    scores: Sequence[ModuleScore],
+    modules: Sequence[Factors],
+    scorer: Scorer,
+    subspaces: Sequence[Subspace],
+    device: str,
+    between_batches: Callable[[], None],
+) -> list[ModuleScore]:
+    updates = [(module.B, module.A, module.scaling) for module in modules]
+    products = alignment.products(updates, subspaces, between_batches, resolve_device(device))
+    found = ALIGNMENT[scorer.name](products, updates, subspaces)
+    shares = products.image / products.own
+    rows = zip(scores, subspaces, found.tolist(), shares.tolist(), strict=True)
+    return [
+        replace(
+            score,
+            alignment=_defined(value),
+            projected_share=_defined(share),
+            captured=subspace.captured,
+            by_alignment=True,
+        )
+        for score, subspace, value, share in rows
+    ]
 
 
 def _spectra(

@@ -16,7 +16,7 @@ from tests.support.adapters import WEIGHTS, copy_with
 MODULE_KEYS = {
     "name", "layer", "projection", "shape", "rank", "ssi", "relative_ssi", "spectrum",
     "row_norm_mean", "column_norm_mean", "stripped", "energy_share", "negligible",
-    "transformed", "removed_share",
+    "transformed", "removed_share", "projected", "alignment", "captured",
 }  # fmt: skip
 ADAPTER_KEYS = {
     "path", "name", "digest", "decision", "reason", "uninformative", "scorer", "policy_digest",

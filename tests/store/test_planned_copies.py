@@ -5,10 +5,10 @@ import hashlib
 import pytest
 
 from s3lora_serve import Policy
+from s3lora_serve.adapter.changed_weights import ChangedWeights
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.errors import StoreDamaged
-from s3lora_serve.plans.apply import TransformedWeights
 from s3lora_serve.policy.schema import Limits
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.eviction import folder_size
@@ -93,7 +93,7 @@ def test_a_disk_that_fills_up_refuses_and_leaves_no_weights(store, folder, plans
         yield b"half"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(TransformedWeights, "chunks", full)
+    monkeypatch.setattr(ChangedWeights, "chunks", full)
     path, verdict = stored(store, folder, plans=plans)
     assert verdict.reason.code == "S3LORA-401"
     assert "No space left" in verdict.reason.message

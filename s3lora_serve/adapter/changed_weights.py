@@ -1,0 +1,99 @@
+"""The weights file of an adapter with some lora_B replaced; header, layout and other bytes stay."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
+from s3lora_serve.adapter.reader import Adapter, Module
+
+MAX_CANCELLATION = 1e3
+"""Largest ‖B'‖_F·‖A‖_F over the larger of ‖B·A‖_F and ‖B'·A‖_F, as for the adapter's own factors:
+beyond it the served update is the rounding of the engine's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedWeights:
+    """The weights file of an adapter with some of its tensors replaced."""
+
+    own: memoryview
+    replaced: dict[str, tuple[int, bytes]]  # by tensor name: offset in the file, new bytes
+
+    @classmethod
+    def of(cls, adapter: Adapter, factors: Mapping[str, Tensor]) -> "ChangedWeights":
+        """The weights of an adapter with a new lora_B for the modules named."""
+        modules = {module.name: module for module in adapter.modules}
+        entries = {entry.name: entry for entry in adapter.header.entries}
+        replaced = {}
+        for name, B in factors.items():
+            key = modules[name].keys[1]
+            data = B.contiguous().view(torch.uint8).numpy().tobytes()
+            replaced[key] = entries[key].start, data
+        return cls(adapter.copy.weights, replaced)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The whole file in parts, in their order."""
+        position = 0
+        for start, data in sorted(self.replaced.values()):
+            yield self.own[position:start]
+            yield memoryview(data)
+            position = start + len(data)
+        yield self.own[position:]
+
+    def digest(self) -> str:
+        """sha256 of the file."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(chunk)
+        return "sha256:" + digest.hexdigest()
+
+    def write_into(self, folder: Path) -> None:
+        """Put the file in the place of a private copy's weights, whose own move to OWN_FOLDER.
+
+        The private copy is not in the store yet: a process that is killed here leaves nothing that
+        is ever served.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        own = folder / OWN_FOLDER
+        own.mkdir(mode=0o700)
+        (own / CONFIG_NAME).write_bytes((folder / CONFIG_NAME).read_bytes())
+        (folder / WEIGHTS_NAME).rename(own / WEIGHTS_NAME)
+        with (folder / WEIGHTS_NAME).open("xb") as file:
+            for chunk in self.chunks():
+                file.write(chunk)
+
+
+def rounded_factor(module: Module, B: Tensor) -> Tensor:
+    """B' in the dtype that B is stored in, checked.
+
+    Shape: B (m, r) float64 -> (m, r).
+
+    Raises:
+        ValueError: it holds NaN or Inf as served, or its factors cancel. The message names no
+            cause: the caller does.
+    """
+    new = B.to(module.B.dtype).contiguous()
+    # No server holds LoRA weights in a wider dtype than float32.
+    served = new.float() if new.dtype == torch.float64 else new
+    if not served.isfinite().all():
+        raise ValueError(f"makes the lora_B of {module.name} NaN or Inf")
+    A = module.A.double()
+    update = max(update_norm(module.B.double(), A), update_norm(new.double(), A))
+    factors = float(new.double().norm() * A.norm())
+    if not factors <= MAX_CANCELLATION * update:
+        raise ValueError(
+            f"makes factors of {factors:g} for {module.name} that cancel: its update is {update:g}"
+        )
+    return new
+
+
+def update_norm(B: Tensor, A: Tensor) -> float:
+    """‖B·A‖_F = √Σ (BᵀB ∘ AAᵀ), without forming B·A."""
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return max(square, 0.0) ** 0.5 if square == square else square

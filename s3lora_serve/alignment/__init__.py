@@ -1,0 +1,1 @@
+"""The alignment reference: made of two checkpoints, read strictly, used to project."""

@@ -1,0 +1,169 @@
+"""Make an alignment reference of two checkpoints, one module at a time."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from s3lora_serve.adapter.safetensors_format import Entry, write_header
+from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest, difference
+from s3lora_serve.alignment.reference_file import METADATA_KEY, About, ModuleRecord
+from s3lora_serve.errors import CheckpointUnfit
+from s3lora_serve.policy.globs import glob_matches
+from s3lora_serve.spectral.leading_subspace import leading_subspace
+
+NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+BFLOAT16_SKEW = 5e-4
+"""Entry of |UᵀU − 1| from which U stays in float32: half of what a reader allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a reference is made."""
+
+    rank: int = 128  # captures what alignment changed in models of 135M: docs/alignment.md
+    modules: tuple[str, ...] = ("*",)  # globs for names or projections
+    exact: bool = False
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+
+
+Progress = Callable[[str, int, int], None]
+"""A phase's name, steps done, and all steps."""
+
+
+def make_reference(
+    base: Path,
+    aligned: Path,
+    target: Path,
+    options: Options,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda *_: None,
+) -> About:
+    """Write the reference of `aligned` against `base`, whole or not at all.
+
+    Each module's factors are kept in a folder beside the target until all are made; `resume` goes
+    on with those.
+
+    Raises:
+        CheckpointUnfit: the checkpoints have no common modules, differ in shape, or are equal.
+        FileExistsError: the target exists.
+        OSError: it cannot be written.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists; name a file that does not")
+    first, second = Checkpoint.open(base), Checkpoint.open(aligned)
+    names = [name for name in second.shapes if _selected(name, options.modules)]
+    if not names:
+        raise CheckpointUnfit(f"{list(options.modules)} match no linear module of {aligned}")
+    progress("digests", 0, 2)
+    digests = [first.digest]
+    progress("digests", 1, 2)
+    digests.append(second.digest)
+    progress("digests", 2, 2)
+    parts = target.with_name(f".{target.name}.parts")
+    _begin(parts, json.dumps([digests, asdict(options)]), resume=resume)
+    records = {}
+    for place, name in enumerate(names):
+        part = parts / f"{place}.safetensors"
+        records[name] = _kept(part) or _make(first, second, name, part, options)
+        progress("modules", place + 1, len(names))
+    if not any(record.frobenius for record in records.values()):
+        raise CheckpointUnfit(
+            f"{base} and {aligned} are equal in all {len(names)} modules: alignment changed nothing"
+        )
+    about = About(
+        rank=options.rank,
+        base_digest=digests[0],
+        aligned_digest=digests[1],
+        config_digest=config_digest(aligned),
+        exact=options.exact,
+        s3lora_serve=version("s3lora-serve"),
+        modules=records,
+    )
+    _assemble(about, parts, target)
+    shutil.rmtree(parts)
+    return about
+
+
+def _selected(name: str, globs: Sequence[str]) -> bool:
+    projection = name.rpartition(".")[2]
+    return any(glob_matches(glob, projection) or glob_matches(glob, name) for glob in globs)
+
+
+def _begin(parts: Path, settings: str, *, resume: bool) -> None:
+    """An empty folder for the parts, or the one of an interrupted run with the same settings."""
+    note = parts / "settings.json"
+    if not (resume and note.exists() and note.read_text() == settings):
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir()
+        note.write_text(settings)
+
+
+def _kept(part: Path) -> ModuleRecord | None:
+    try:
+        shape = load_file(part)["shape"].tolist()
+        return ModuleRecord(shape=(int(shape[0]), int(shape[1])), frobenius=shape[2])
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _make(
+    base: Checkpoint, aligned: Checkpoint, name: str, part: Path, options: Options
+) -> ModuleRecord:
+    V = difference(base, aligned, name)
+    m, n = V.shape
+    rows = (V[at : at + 256].double() for at in range(0, m, 256))  # float64, without a copy of V
+    record = ModuleRecord(shape=(m, n), frobenius=sum(float((r * r).sum()) for r in rows) ** 0.5)
+    if record.frobenius:
+        U, values = leading_subspace(V.to(options.device), options.rank, exact=options.exact)
+        factors = {"U": _rounded(U.cpu(), options.dtype), "sigma": values.cpu()}
+    else:
+        factors = {"U": V.new_zeros(m, 0), "sigma": V.new_zeros(0)}
+    shape = torch.tensor([m, n, record.frobenius], dtype=torch.float64)
+    partial = part.with_suffix(".partial")
+    save_file(factors | {"shape": shape}, partial)
+    partial.rename(part)
+    return record
+
+
+def _rounded(U: Tensor, dtype: str) -> Tensor:
+    """U in the dtype, or in float32 where rounding would cost too much of its orthonormality."""
+    rounded = U.to(getattr(torch, dtype))
+    gram = rounded.double().mT @ rounded.double()
+    skew = (gram - torch.eye(len(gram), dtype=torch.float64)).abs().max()
+    return rounded if float(skew) <= BFLOAT16_SKEW else U
+
+
+def _assemble(about: About, parts: Path, target: Path) -> None:
+    """Write the reference's one file from its parts."""
+    staging = parts / "whole"
+    entries = []
+    at = 0
+    for name, tensor in _tensors(about, parts):
+        size = tensor.numel() * tensor.element_size()
+        entries.append((Entry(name, NAMES[tensor.dtype], tuple(tensor.shape), at, at + size), at))
+        at += size
+    with staging.open("wb") as file:
+        file.write(write_header(iter(entries), {METADATA_KEY: about.model_dump_json()}))
+        for _, tensor in _tensors(about, parts):
+            if tensor.numel():
+                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+    staging.chmod(0o644)
+    staging.rename(target)
+
+
+def _tensors(about: About, parts: Path) -> Iterator[tuple[str, Tensor]]:
+    for place, name in enumerate(about.modules):
+        factors = load_file(parts / f"{place}.safetensors")
+        yield f"{name}.U", factors["U"]
+        yield f"{name}.sigma", factors["sigma"]
