@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.adapter.reader import Adapter, Module
-from s3lora_serve.alignment.reference_file import Reference, loaded_reference
-from s3lora_serve.errors import Cancels, NotFinite, NothingSelected, ReferenceUnfit
+from s3lora_serve.alignment.reference_file import Reference, check_owner, loaded_reference
+from s3lora_serve.errors import (
+    Cancels,
+    NotFinite,
+    NothingSelected,
+    PolicyInvalid,
+    ReferenceInvalid,
+    ReferenceUnfit,
+)
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.spectral import Factors, ModuleScore, Scorer, Subspace, score_modules
 
@@ -75,6 +82,21 @@ def alignment_reference(policy: Policy) -> Reference | None:
     if not choice.by_alignment or choice.reference is None:
         return None
     return loaded_reference(choice.reference, choice.reference_digest or "")
+
+
+def check_reference(policy: Policy) -> None:
+    """Read the policy's alignment reference, if it has one, and check who can write it.
+
+    Raises:
+        PolicyInvalid: it is not valid, or others than this user and root can write it.
+    """
+    if policy.mode == "off" or not policy.scorer.reference:
+        return
+    try:
+        check_owner(policy.scorer.reference)
+        alignment_reference(policy)
+    except ReferenceInvalid as error:
+        raise PolicyInvalid(f"scorer.reference: {error.problem}") from None
 
 
 def _subspaces(reference: Reference, factors: Sequence[Factors]) -> list[Subspace]:

@@ -40,6 +40,11 @@ class ModuleVerdict:
     captured: float | None = None  # share of the alignment's energy that the reference holds
 
     @property
+    def strip_order(self) -> float | None:
+        """What modules are ranked by, the highest first: minus the alignment, or relative SSI."""
+        return self.relative_ssi if self.alignment is None else -self.alignment
+
+    @property
     def changed(self) -> bool:
         """Whether the module is served otherwise than its adapter has it."""
         return self.stripped or self.transformed or self.projected
@@ -75,6 +80,11 @@ class Verdict:
     selected_by: Literal["plan", "index"] = "index"  # what chose the changed modules
     plan_digest: str | None = None  # of the plan that was read, also where it is refused
     served_digest: str | None = None  # sha256 of the weights file as served; None: not served
+
+    @property
+    def by_alignment(self) -> bool:
+        """Whether modules are ranked by an alignment reference and not by their sharpness."""
+        return any(module.captured is not None for module in self.modules)
 
     @property
     def transformed(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ MAX_BYTES = 32 * 2**30
 """k = 512 in float32 for all modules of a 70B model takes 23 GB."""
 
 MAX_SKEW = 1e-3
-"""Largest entry of |UᵀU − 1|. Rounding U to bfloat16 makes 5e-4 of it at m = 64, and less above."""
+"""Largest entry of |UᵀU − 1|. Rounding to bfloat16 makes half of it at m = 512, less above."""
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 

@@ -8,6 +8,7 @@ from s3lora_serve.cli import (
     doctor,
     policy,
     recheck,
+    reference,
     report,
     scan,
     serve,
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(policy.policy_app, name="policy")
 app.add_typer(audit.audit_app, name="audit")
+app.add_typer(reference.reference_app, name="reference")
 app.command()(scan.scan)
 app.command()(strip.strip)
 app.command()(calibrate.calibrate)

@@ -19,15 +19,20 @@ class Device(StrEnum):
 
 
 class Scorer(StrEnum):
-    """The index to score with; all but the first are slow, and refused by a server."""
+    """The index to score with; svd and spsvd are slow, and refused by a server."""
 
     MAS_SVD = "mas-svd"
     SVD = "svd"
     SPSVD = "spsvd"
+    SAFE_LORA = "safe-lora"
+    SPLORA = "splora"
 
 
 PolicyOption: TypeAlias = Annotated[
     Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
+]
+ReferenceOption: TypeAlias = Annotated[
+    Path | None, typer.Option(help="An alignment reference, in the place of the policy's.")
 ]
 DeviceOption: TypeAlias = Annotated[
     Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")

@@ -11,6 +11,7 @@ from s3lora_serve.cli.options import (
     Device,
     DeviceOption,
     PolicyOption,
+    ReferenceOption,
     Scorer,
     check_device,
     stop,
@@ -18,7 +19,7 @@ from s3lora_serve.cli.options import (
 )
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.pages.report import Subject, report
-from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.file import effective_policy, with_options
 from s3lora_serve.policy.schema import Policy, Strip
 
 COUNTS = (0, 5, 10, 15, 20)
@@ -30,8 +31,10 @@ def write_report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
     policy: PolicyOption = None,
     compare: Annotated[
-        str | None, typer.Option(help="Indices to rank by as well: mas-svd,svd,spsvd.")
+        str | None,
+        typer.Option(help="Indices to rank by as well: mas-svd,svd,spsvd,safe-lora,splora."),
     ] = None,
+    reference: ReferenceOption = None,
     device: DeviceOption = Device.AUTO,
 ) -> None:
     """Write one self-contained page: heat map, spectra, what is stripped and why.
@@ -48,6 +51,7 @@ def write_report(
         for path in paths:
             path.stat()
         chosen = effective_policy(file=policy)
+        chosen = with_options(chosen, reference=reference)
         subjects = [_subject(path, chosen, scorers, device.value) for path in paths]
         output.write_text(report(subjects))
     except OSError as error:
@@ -67,6 +71,7 @@ def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Sub
     own = policy.for_adapter(name, str(path.resolve()), None).model_copy(update={"rules": ()})
     admission = admit(path, name, policy, device=device)
     others = [other for other in scorers if other != policy.scorer.name]
+    by_scorer = {other: with_options(own, other, action="strip") for other in others}
     return Subject(
         admission.verdict,
         {
@@ -74,12 +79,7 @@ def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Sub
             for count in COUNTS
         },
         {
-            other: admit(path, name, _scored_by(own, other), device=device).verdict
-            for other in others
+            other: admit(path, name, policy, device=device).verdict
+            for other, policy in by_scorer.items()
         },
     )
-
-
-def _scored_by(policy: Policy, scorer: str) -> Policy:
-    choice = policy.scorer.model_copy(update={"name": scorer})
-    return policy.model_copy(update={"scorer": choice})

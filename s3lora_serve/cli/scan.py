@@ -27,6 +27,7 @@ from s3lora_serve.cli.options import (
     Device,
     DeviceOption,
     PolicyOption,
+    ReferenceOption,
     Scorer,
     check_device,
     stop,
@@ -35,7 +36,7 @@ from s3lora_serve.cli.options import (
 from s3lora_serve.cli.scan_output import Format, output_in
 from s3lora_serve.errors import S3LoRAError, StorageFailed
 from s3lora_serve.offline.sweep import Folder, default_jobs, sweep
-from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.file import effective_policy, with_options
 from s3lora_serve.policy.schema import Policy
 
 MANY = 32
@@ -55,6 +56,7 @@ def scan(
     scorer: Annotated[
         Scorer | None, typer.Option(help="Another index than the policy's, to compare.")
     ] = None,
+    reference: ReferenceOption = None,
     device: DeviceOption = Device.AUTO,
     jobs: Annotated[
         int, typer.Option(min=0, help="Processes; 0: one a core where there are many adapters.")
@@ -80,7 +82,7 @@ def scan(
         stop("--resume takes --format jsonl and --output FILE")
     if ray is not None and jobs:
         stop("--ray scores on all CPUs of the cluster: leave --jobs out")
-    chosen = _policy(policy, scorer)
+    chosen = _policy(policy, scorer, reference)
     try:
         folders = list(find_adapters(_listed(paths)))
     except OSError as error:
@@ -104,15 +106,11 @@ def scan(
     raise typer.Exit(REJECTED if rejected else 0)
 
 
-def _policy(file: Path | None, scorer: Scorer | None) -> Policy:
+def _policy(file: Path | None, scorer: Scorer | None, reference: Path | None) -> Policy:
     try:
-        chosen = effective_policy(file=file)
+        return with_options(effective_policy(file=file), scorer, reference)
     except S3LoRAError as error:
         stop(str(error))
-    if scorer is None:
-        return chosen
-    choice = chosen.scorer.model_copy(update={"name": scorer.value})
-    return chosen.model_copy(update={"scorer": choice})
 
 
 def _on_cluster(

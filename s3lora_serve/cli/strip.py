@@ -1,5 +1,6 @@
 """`s3lora strip`: writes an adapter without its sharp modules, or as its plan says."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,16 +12,25 @@ from s3lora_serve.cli.options import (
     Device,
     DeviceOption,
     PolicyOption,
+    ReferenceOption,
+    Scorer,
     check_device,
     stop,
     stop_at,
 )
 from s3lora_serve.cli.tables import VerdictTable
 from s3lora_serve.errors import S3LoRAError
-from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.file import effective_policy, with_options
 
 if TYPE_CHECKING:
     from s3lora_serve.plans.schema import Plan
+
+
+class Action(StrEnum):
+    """What happens to the modules that the policy picks."""
+
+    STRIP = "strip"
+    PROJECT = "project"
 
 
 def strip(
@@ -31,8 +41,15 @@ def strip(
     plan: Annotated[
         Path | None, typer.Option(help="A plan for this adapter, in the place of the policy's.")
     ] = None,
+    action: Annotated[
+        Action | None, typer.Option(help="What happens to the modules that the policy picks.")
+    ] = None,
+    scorer: Annotated[Scorer | None, typer.Option(help="Another index than the policy's.")] = None,
+    reference: ReferenceOption = None,
 ) -> None:
     """Write an adapter without its sharp modules, whole or not at all; the source is only read.
+
+    With --action project their updates are projected on what alignment changed (safe-lora).
 
     With a plan, the plan says which modules are left out, and which are written transformed.
 
@@ -44,6 +61,7 @@ def strip(
     try:
         source.stat()
         chosen = effective_policy(file=policy)
+        chosen = with_options(chosen, scorer, reference, action)
         used = _read_plan(plan) if plan else None
         verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value, used)
     except FileExistsError as error:

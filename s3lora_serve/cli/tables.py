@@ -33,7 +33,7 @@ class VerdictTable:
         )
         if verdict.reason:
             self._told.append(plain(f"{verdict.name}: {verdict.reason}"))
-        elif verdict.stripped or verdict.transformed:
+        elif any(module.changed for module in verdict.modules):
             self._told.append(_changed(verdict))
 
     def end(self) -> None:
@@ -49,29 +49,30 @@ def _decided(verdict: Verdict) -> str:
 
 
 def _changed(verdict: Verdict) -> Table:
-    """The modules that are stripped, and those that a plan transforms, with what it removes."""
+    """The modules that are stripped, transformed or projected, with what that removes."""
     by_plan = verdict.selected_by == "plan"
+    partly = by_plan or bool(verdict.projected)
     table = Table(
-        "changed module" if by_plan else "stripped module",
+        "changed module" if partly else "stripped module",
         "SSI",
-        "relative",
+        "alignment" if verdict.by_alignment else "relative",
         "σ̃₁",
         "rank",
         "‖ΔW‖²",
-        *(("removed",) if by_plan else ()),
+        *(("removed",) if partly else ()),
         title=plain(f"{verdict.name}: {_plan(verdict)}" if by_plan else verdict.name),
     )
-    changed = [module for module in verdict.modules if module.stripped or module.transformed]
-    for module in sorted(changed, key=lambda module: -(module.relative_ssi or 0)):
+    changed = [module for module in verdict.modules if module.changed]
+    for module in sorted(changed, key=lambda module: -(module.strip_order or 0)):
         removed = "stripped" if module.stripped else f"{module.removed_share:.1%}"
         table.add_row(
             plain(module.name),
             _number(module.ssi),
-            _number(module.relative_ssi),
+            _number(module.alignment if verdict.by_alignment else module.relative_ssi),
             f"{module.spectrum[0]:.3g}" if module.spectrum else "-",
             str(module.rank),
             _share(module),
-            *((removed,) if by_plan else ()),
+            *((removed,) if partly else ()),
         )
     return table
 
@@ -101,9 +102,11 @@ def print_recheck(adapters: Sequence[dict[str, Any]]) -> None:
 
 def _outcome(verdict: dict[str, Any]) -> str:
     stripped = sum(module["stripped"] for module in verdict["modules"])
-    bent = sum(module["transformed"] for module in verdict["modules"])
     told = f"{stripped} of {len(verdict['modules'])} modules stripped"
-    return f"{verdict['decision']} ({told}{f', {bent} transformed' if bent else ''})"
+    for change in ("transformed", "projected"):
+        if count := sum(module[change] for module in verdict["modules"]):
+            told += f", {count} {change}"
+    return f"{verdict['decision']} ({told})"
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -44,6 +44,7 @@ def checks() -> Iterator[Check]:
     yield from _plugin()
     yield _policy()
     yield from _plans()
+    yield from _reference()
     yield _state_dir()
     yield _metrics_dir()
 
@@ -110,6 +111,24 @@ def _plans() -> Iterator[Check]:
     if unread:
         detail += f"; {unread[0][:80]!r} is not <sha256 of the weights>.json and is never read"
     yield Check("plans", not unread, detail, essential=False)
+
+
+def _reference() -> Iterator[Check]:
+    """The alignment reference of a valid policy that has one, and whether others can write it."""
+    try:
+        policy = serving_policy()
+    except S3LoRAError:
+        return
+    if policy.scorer.reference is None or policy.mode == "off":
+        return
+    from s3lora_serve.admission.scoring import check_reference  # torch takes seconds to import
+
+    try:
+        check_reference(policy)
+    except S3LoRAError as error:
+        yield Check("reference", False, str(error))
+        return
+    yield Check("reference", True, f"{policy.scorer.reference}, for {policy.scorer.name}")
 
 
 def _state_dir() -> Check:

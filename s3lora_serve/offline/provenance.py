@@ -36,6 +36,7 @@ def statement(verdict: Verdict, source: dict[str, str], target: Path) -> dict[st
                     "removedTensors": list(verdict.removed),
                     "planDigest": verdict.plan_digest,
                     "transformedModules": list(verdict.transformed),
+                    "projectedModules": list(verdict.projected),
                 },
                 "resolvedDependencies": [_resource(*item) for item in sorted(source.items())],
             },

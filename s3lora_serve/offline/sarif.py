@@ -20,6 +20,7 @@ SHARP = "S3LORA-SHARP"
 """Rule id of stripped adapters. The rule id of a rejection is its code."""
 
 PLANNED = "S3LORA-PLAN"
+UNALIGNED = "S3LORA-UNALIGNED"
 """Rule id of adapters that a plan changes."""
 
 WHOLE_FILE = {"startLine": 1, "startColumn": 1, "endLine": 1, "endColumn": 1}
@@ -43,9 +44,13 @@ class SarifLog:
             message = f"Plan {verdict.plan_digest} strips {counts} of {len(verdict.modules)}"
             self._add(verdict, PLANNED, "note", message)
         elif verdict.decision is Decision.STRIPPED:
-            names = ", ".join(verdict.stripped)
-            count = f"{len(verdict.stripped)} of {len(verdict.modules)} modules are sharp"
-            self._add(verdict, SHARP, "warning", f"{count} and are stripped: {names}")
+            changed = verdict.projected or verdict.stripped
+            rule, found = (
+                (UNALIGNED, "the least aligned") if verdict.by_alignment else (SHARP, "sharp")
+            )
+            count = f"{len(changed)} of {len(verdict.modules)} modules are {found}"
+            action = "projected" if verdict.projected else "stripped"
+            self._add(verdict, rule, "warning", f"{count} and are {action}: {', '.join(changed)}")
 
     def _add(self, verdict: Verdict, rule: str, level: str, message: str) -> None:
         place = {
@@ -86,6 +91,16 @@ def _rules() -> Iterator[dict[str, Any]]:
         " Spectral Sharpness Index); the adapter is served without them.",
         "Look at the modules with `s3lora scan`, or `s3lora report` for their spectra. If they are"
         " wanted, change strip in the policy or add the adapter's digest to allow.",
+    )
+    yield _rule(
+        UNALIGNED,
+        "UnalignedModules",
+        "warning",
+        "Unaligned modules.",
+        "The policy's strip rule picks modules whose updates agree least with what alignment"
+        " changed in the base model; they are stripped or projected.",
+        "Look at the modules with `s3lora scan`. If they are wanted, change strip in the policy or"
+        " add the adapter's digest to allow.",
     )
     yield _rule(
         PLANNED,

@@ -77,7 +77,7 @@ def _part(subject: Subject, prefix: str) -> Part:
     modules = subject.verdict.modules
     sharp = sorted(
         modules,
-        key=lambda m: (not (m.stripped or m.transformed), -(m.relative_ssi or 0.0), m.name),
+        key=lambda m: (not m.changed, -(m.strip_order or 0.0), m.name),
     )
     rankings = tuple(
         _ranking(name, subject.verdict, other) for name, other in subject.by_scorer.items()
@@ -86,9 +86,9 @@ def _part(subject: Subject, prefix: str) -> Part:
 
 
 def _positions(verdict: Verdict) -> dict[str, int]:
-    """The position of each ranked module by its relative index, 1 for the sharpest."""
-    ranked = [m for m in verdict.modules if m.relative_ssi is not None]
-    ranked.sort(key=lambda m: (-(m.relative_ssi or 0.0), m.name))
+    """The position of each ranked module, 1 for the one that is stripped first."""
+    ranked = [m for m in verdict.modules if m.strip_order is not None]
+    ranked.sort(key=lambda m: (-(m.strip_order or 0.0), m.name))
     return {module.name: position for position, module in enumerate(ranked, 1)}
 
 

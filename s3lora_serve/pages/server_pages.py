@@ -29,6 +29,7 @@ class Row:
     reason: str | None = None
     by_plan: bool = False
     transformed: int = 0
+    projected: int = 0
 
 
 def adapters_page(

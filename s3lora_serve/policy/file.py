@@ -37,17 +37,24 @@ def effective_policy(settings: Settings | None = None, file: Path | None = None)
     return with_reference_digest(policy.model_copy(update=changes) if changes else policy)
 
 
-def with_scorer(policy: Policy, name: str, reference: Path | None = None) -> Policy:
-    """The policy with another scorer, and another reference if one is given.
+def with_options(
+    policy: Policy,
+    scorer: str | None = None,
+    reference: Path | None = None,
+    action: str | None = None,
+) -> Policy:
+    """The policy with those options of a command that are given, in the place of its own.
 
     Raises:
         PolicyInvalid: the scorer needs a reference, or the action another scorer.
     """
-    choice = policy.scorer.model_dump() | {"name": name}
+    if scorer is None and reference is None and action is None:
+        return policy
+    choice = policy.scorer.model_dump() | ({"name": scorer} if scorer else {})
     if reference is not None:
         choice |= {"reference": reference, "reference_digest": None}
-    changed = parse_policy(policy.as_json() | {"scorer": choice}, "policy")
-    return with_reference_digest(changed)
+    changes = {"scorer": choice} | ({"action": action} if action else {})
+    return with_reference_digest(parse_policy(policy.as_json() | changes, "policy"))
 
 
 def serving_policy(settings: Settings | None = None) -> Policy:

@@ -55,6 +55,7 @@ def store_key(verdict: Verdict) -> str:
         verdict.plan_digest,
         verdict.served_digest,
         sorted(verdict.transformed),
+        sorted(verdict.projected),
     ]
     return hashlib.sha256(json.dumps(obeyed, separators=(",", ":")).encode()).hexdigest()
 

@@ -86,6 +86,7 @@ class AuditLog:
             "served_digest": verdict.served_digest,
             "stripped": list(verdict.stripped),
             "transformed": list(verdict.transformed),
+            "projected": list(verdict.projected),
             "seconds": verdict.seconds.total,
         }
 

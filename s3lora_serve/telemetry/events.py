@@ -111,6 +111,9 @@ def _summary(verdict: Verdict) -> str:
             f"plan {verdict.plan_digest} strips {len(stripped)} of {count} modules {stripped} and"
             f" transforms {len(verdict.transformed)} {list(verdict.transformed)}"
         )
+    elif verdict.projected:
+        said = f"projects {len(verdict.projected)} of {count} modules {list(verdict.projected)}"
     else:
-        said = f"{len(stripped)} of {count} modules sharp {stripped}"
+        found = "least aligned" if verdict.by_alignment else "sharp"
+        said = f"{len(stripped)} of {count} modules {found} {stripped}"
     return f"{verdict.decision.value}: {said}, {verdict.seconds.total * 1000:.1f} ms"

@@ -23,6 +23,25 @@ SELECTORS = ("plan", "index")
 SSI_BUCKETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 """SSI lies in [1/M, 1]. Isotropic updates of common ranks lie close together at its low end."""
 
+ALIGNMENT_BUCKETS = (
+    -2.0,
+    -1.0,
+    -0.5,
+    0.0,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.35,
+    0.5,
+    0.75,
+    1.0,
+    2.0,
+    4.0,
+)
+"""safe-lora lies in [0, 1], and near 0 for most modules; splora counts quartile distances."""
+
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """From the time for one small module to the default deadline."""
 
@@ -61,6 +80,15 @@ class Metrics:
         self.module_ssi = histogram(
             "module_ssi", "Spectral Sharpness Index of scored modules.", "projection", SSI_BUCKETS
         )
+        self.module_alignment = histogram(
+            "module_alignment",
+            "Alignment score of modules scored by safe-lora or splora; low: not aligned.",
+            "projection",
+            ALIGNMENT_BUCKETS,
+        )
+        self.modules_projected = counter(
+            "modules_projected_total", "LoRA modules projected.", ("layer", "projection")
+        )
         self.admission_seconds = histogram(
             "admission_seconds", "Time to decide on an adapter.", "phase", SECONDS_BUCKETS
         )
@@ -98,6 +126,8 @@ class Metrics:
             self.modules_stripped.labels(layer, projection)
             self.modules_scored.labels(projection)
             self.module_ssi.labels(projection)
+            self.module_alignment.labels(projection)
+            self.modules_projected.labels(layer, projection)
 
     def activate(self, policy_digest: str, mode: str, version: str) -> None:
         """Set the gauges that show the policy in force, and whether the gate is active.
@@ -153,8 +183,12 @@ class Metrics:
             if module.ssi is not None:
                 self.modules_scored.labels(projection).inc()
                 self.module_ssi.labels(projection).observe(module.ssi)
+            if module.alignment is not None:
+                self.module_alignment.labels(projection).observe(module.alignment)
             if module.stripped and verdict.mode == "enforce":
                 self.modules_stripped.labels(layer, projection).inc()
+            if module.projected and verdict.mode == "enforce":
+                self.modules_projected.labels(layer, projection).inc()
 
     def observe_strip(self, seconds: float) -> None:
         """Record the time from the verdict until the adapter is ready for vLLM to load."""

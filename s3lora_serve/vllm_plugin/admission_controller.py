@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
 from s3lora_serve.errors import AdapterRejected, PolicyInvalid, Reason, StoreDamaged
 from s3lora_serve.plans.folder import check_plans
@@ -30,12 +31,13 @@ class AdmissionController:
 
         Raises:
             PolicyInvalid, SettingInvalid: it is not valid, or its folder of plans is not to be
-                trusted.
+                trusted, or its alignment reference cannot be used.
         """
         self.settings = settings
         self.store = AdapterStore(settings.state_dir)
         self._policy = ReloadablePolicy(settings)
         check_plans(self.policy)
+        check_reference(self.policy)
 
     @property
     def policy(self) -> Policy:

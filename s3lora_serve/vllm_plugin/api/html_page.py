@@ -46,6 +46,7 @@ def _served(registration: AdapterRegistration, adapter: ServedAdapter) -> Row:
         quarantined=registration.controller.store.is_quarantined(adapter.path),
         by_plan=verdict.selected_by == "plan",
         transformed=len(verdict.transformed) if verdict.mode == "enforce" else 0,
+        projected=len(verdict.projected) if verdict.mode == "enforce" else 0,
     )
 
 

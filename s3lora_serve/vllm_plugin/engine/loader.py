@@ -1,7 +1,7 @@
 """The choke point in a worker: it loads admitted stored copies, or adapters without effect.
 
-Nothing here raises. An exception would stop the engine for every tenant, or leave the ranks of a
-tensor-parallel engine out of step.
+Nothing here raises, but `activate` at start. An exception would stop the engine for every tenant, or
+leave the ranks of a tensor-parallel engine out of step.
 """
 
 import time
@@ -32,6 +32,7 @@ from s3lora_serve.vllm_plugin.engine.loaded_adapter import adapter_without_effec
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.preload import Preloader
 from s3lora_serve.vllm_plugin.engine.quarantine import quarantine
+from s3lora_serve.vllm_plugin.engine.reference_fit import check_reference_fits
 from s3lora_serve.vllm_plugin.engine.worker_admission import WorkerAdmission
 
 logger = compat.logger
@@ -59,8 +60,15 @@ class AdapterLoader:
         self._loaded: OrderedDict[int, str] = OrderedDict()  # store key by adapter id
 
     def activate(self, manager: Any, vllm_config: Any) -> None:
-        """Read the worker's LoRA modules, and report that its gate is active."""
-        self.model = WorkerModel.of(manager, vllm_config)
+        """Read the worker's LoRA modules, and report that its gate is active.
+
+        Raises:
+            PolicyInvalid: the alignment reference was made for another model.
+        """
+        model = WorkerModel.of(manager, vllm_config)
+        if self.controller.policy.mode != "off":
+            check_reference_fits(manager, model.base_model, self.controller.policy)
+        self.model = model
         self.controller.events.metrics.set_model_modules(self.model.places)
         self.report_policy()
 
