@@ -166,6 +166,11 @@ def _sharpness() -> list[Panel]:
             "Of every module scored. Trained adapters crowd at the low end.",
             f"sum by (le) (increase(s3lora_module_ssi_bucket{{HERE}}{RATE}))",
         ).height(10),
+        distribution(
+            "Alignment score",
+            "Of modules that safe-lora or splora scored. Low: away from what alignment changed.",
+            f"sum by (le) (increase(s3lora_module_alignment_bucket{{HERE}}{RATE}))",
+        ).height(10),
     ]
 
 

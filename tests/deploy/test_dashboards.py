@@ -12,6 +12,7 @@ from deploy.generate import generated
 from tests.serving.conftest import answers
 from tests.support.adapters import WEIGHTS, copy_with, diverged
 from tests.support.prometheus import Prometheus, needs_prometheus
+from tests.support.references import reference_for_model
 from tests.support.server import OPEN_LOADING, Server
 
 ROOT = Path(__file__).parents[2]
@@ -52,12 +53,22 @@ def test_every_panel_says_what_it_shows_and_is_for_the_chosen_replicas():
         assert len(set(letters)) == len(letters)
 
 
+POLICY = """
+scorer: {{reference: {reference}}}
+strip: {{top_k: 3}}
+rules:
+  - {{match: {{adapter: "aligned-*"}}, scorer: {{name: safe-lora}}, action: project}}
+"""
+
+
 @pytest.fixture(scope="module")
 def watched(model, trained, spiked, workplace):
     """A Prometheus that scraped a guarded vLLM through every event that the panels show."""
     state = workplace / "dashboard-state"
     policy = workplace / "dashboard-policy.yaml"
-    policy.write_text("strip: {top_k: 3}\n")
+    folder = workplace / "dashboard-reference"
+    folder.mkdir()
+    policy.write_text(POLICY.format(reference=reference_for_model(model, folder, rank=16)))
     environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy), "S3LORA_STATE_DIR": str(state)}
     arguments = ("--max-cpu-loras", "2", "--max-loras", "1")
     with Server(model, workplace / "dashboard.log", arguments, environment) as server:
@@ -74,7 +85,8 @@ def _cause_events(server, trained, spiked, workplace, state):
     """Have adapters stripped, rejected, evicted, reloaded, and damaged in the store."""
     bad = copy_with(trained, workplace / "dashboard-bad", diverged)
     for round_ in range(3):
-        for name, folder in {"acme": trained, "globex": spiked, "umbrella": trained}.items():
+        tenants = {"acme": trained, "globex": spiked, "umbrella": trained, "aligned": trained}
+        for name, folder in tenants.items():
             server.load(f"{name}-{round_}", folder)
             answers(server, f"{name}-{round_}")
         assert server.load("initech", bad).status_code == 400
@@ -119,7 +131,7 @@ def test_the_metrics_of_the_dashboard_count_what_happened(watched):
     assert places
     assert all(layer.isdigit() for layer, _ in places)
     assert watched.value('s3lora_admissions_total{decision="rejected",mode="enforce"}') == 3
-    assert watched.value('s3lora_admissions_total{decision="stripped",mode="enforce"}') == 9
+    assert watched.value('s3lora_admissions_total{decision="stripped",mode="enforce"}') == 12
     assert watched.value('s3lora_reloads_total{source="store"}') > 0
 
 

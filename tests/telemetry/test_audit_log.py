@@ -33,7 +33,7 @@ from s3lora_serve.telemetry.audit_log import MAX_TEXT, AuditLog
 KEYS = {
     "previous", "time", "adapter", "path", "digest", "door", "decision", "reason", "mode",
     "scorer", "policy_digest", "vllm_version", "stripped", "seconds",
-    "selected_by", "plan_digest", "served_digest", "transformed",
+    "selected_by", "plan_digest", "served_digest", "transformed", "projected",
 }  # fmt: skip
 NO_LIMIT = 2**40
 fork = multiprocessing.get_context("fork")

@@ -1,7 +1,7 @@
 """The choke point in a worker: it loads admitted stored copies, or adapters without effect.
 
-Nothing here raises, but `activate` at start. An exception would stop the engine for every tenant, or
-leave the ranks of a tensor-parallel engine out of step.
+Nothing here raises, but `activate` at start. An exception would stop the engine for every tenant,
+or leave the ranks of a tensor-parallel engine out of step.
 """
 
 import time
