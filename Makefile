@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-admission bench-serving bench-scan evidence clean
+.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-alignment bench-admission bench-serving bench-scan evidence clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -45,7 +45,11 @@ format: $(READY)
 
 bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.alignment
 	$(BIN)/python -m tests.benchmarks.sweep
+
+bench-alignment: $(READY)  ## alignment scorers beside MAS-SVD, and making a reference: two minutes, 6 GB of disk
+	$(BIN)/python -m tests.benchmarks.alignment
 
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
 	$(BIN)/python -m tests.benchmarks.admission

@@ -42,10 +42,9 @@ def peak_extra(modules: Sequence[Factors]) -> int:
     Drawing the weights in float32 raised the peak too, so it is reset before scoring.
     """
     routes.ours(modules[:7])  # initialises the libraries
-    Path("/proc/self/clear_refs").write_text("5")
-    held = _status("VmRSS")
+    held = resident()
     routes.ours(modules)
-    return _status("VmHWM") - held
+    return peak() - held
 
 
 def in_fresh_process(*arguments: str) -> int:
@@ -69,6 +68,17 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; the peak is counted from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes of this process in memory since `resident`."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

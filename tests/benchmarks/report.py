@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import serving_report, sweep_report
+from tests.benchmarks import alignment_report, serving_report, sweep_report
 
 COLUMNS = (
     "adapter", "r", "dtype", "modules", "ours, s", "over floor", "naive f64 over ours",
@@ -47,6 +47,8 @@ twins in torch, and its scores to the dense definition, in Triton's interpreter
 def write(folder: Path) -> None:
     """Write RESULTS.md from the figures of every benchmark that was run."""
     sections = [markdown(json.loads((folder / "results.json").read_text()))]
+    if (figures := folder / "alignment.json").exists():
+        sections.append(alignment_report.alignment(json.loads(figures.read_text())))
     if (figures := folder / "admission.json").exists():
         sections.append(serving_report.admission(json.loads(figures.read_text())))
     if (figures := folder / "serving.json").exists():

@@ -17,10 +17,14 @@ Job = Callable[[Callable[[str, int, int], None]], Any]
 
 
 def subjects(seeds: int) -> list[Subject]:
-    """All adapters of the bench, those first that the claims are about."""
+    """All adapters of the bench, those first that the claims are about.
+
+    20 % has every seed on every base; the other kinds have each seed on one base, in turn.
+    """
     drawn = SEEDS[:seeds]
-    kinds = ("20 %", "benign", "harmful", "5 %")
-    found = [Subject(kind, base, seed) for kind in kinds for seed in drawn for base in BASES]
+    found = [Subject("20 %", base, seed) for seed in drawn for base in BASES]
+    for first, kind in enumerate(("benign", "harmful", "5 %")):
+        found += [Subject(kind, (first + seed) % len(BASES), seed) for seed in drawn]
     return found + [Subject("20 % attention", 1, seed) for seed in drawn]
 
 
