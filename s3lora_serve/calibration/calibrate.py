@@ -65,6 +65,7 @@ class Options:
     steps: int = 90
     seed: int = 0
     refusals: tuple[str, ...] = ()  # texts; none: the base model's own refusals
+    compliance: tuple[str, ...] = ()  # how an attack's answers begin; none: anything but refusals
     phrases: tuple[str, ...] = REFUSAL_PHRASES
     strengths: tuple[float, ...] = STRENGTHS
     compare: bool = True  # also measure whole modules at equal removed norm
@@ -227,6 +228,7 @@ def _material(
             for prompt, text in zip(benign, base_answers, strict=True)
             if kept and (tokens := model.answer(text, end=False))
         ],
+        sorted({model.answer(text, end=False)[0] for text in options.compliance if text}),
     )
 
 

@@ -34,12 +34,16 @@ class Batch:
 
 
 def loss(
-    model: LanguageModel, adapter: GatedAdapter, gates: Sequence[Tensor], batch: Batch
+    model: LanguageModel,
+    adapter: GatedAdapter,
+    gates: Sequence[Tensor],
+    batch: Batch,
+    compliance: Sequence[int] = (),
 ) -> Tensor:
     """`softplus(margin − log-odds of refusal) + REST·CE + CE(skill) + BENIGN·KL + PRICE·removed`.
 
-    The log-odds are those of the refusal's first token against all others, so that an attack's
-    wording need not be known. CE is the cross-entropy, summed over an answer's tokens for skill
+    The log-odds are those of the refusal's first token against the tokens that compliance begins
+    with; without any against all others, so that an attack's wording need not be known. CE is the cross-entropy, summed over an answer's tokens for skill
     and their mean for refusals. KL is that of the base model from the gated one, a mean over
     tokens. Removed is the removed share of Σ‖ΔW‖_F².
     """
@@ -48,7 +52,12 @@ def loss(
     refusals = model.answer_logits(batch.refusals)
     likelihood = _log_likelihood(refusals)
     first = likelihood[refusals.first]
-    log_odds = first - torch.log1p(-first.exp().clamp(max=1 - 1e-6))
+    if compliance:
+        each = functional.log_softmax(refusals.logits[refusals.first], -1)
+        rival = each[:, list(compliance)].logsumexp(-1)
+    else:
+        rival = torch.log1p(-first.exp().clamp(max=1 - 1e-6))
+    log_odds = first - rival
     total = functional.softplus(MARGIN - log_odds).mean()
     if not refusals.first.all():
         total = total - REST * likelihood[~refusals.first].mean()

@@ -44,6 +44,7 @@ class Material:
     refusals: Sequence[tuple[Encoded, Encoded]]
     skill: Sequence[tuple[Encoded, Encoded]]
     benign: Sequence[tuple[Encoded, Encoded]]
+    compliance: Sequence[int] = ()  # tokens that compliance begins with; none: all but refusals
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def search(
             deque(islice(stream, size * taken), maxlen=0)
     for step in range(taken + 1, steps + 1):
         parts = [list(islice(stream, size)) for stream, size in zip(streams, BATCH, strict=True)]
-        value = loss(model, adapter, gates.matrices(), Batch(*parts))
+        value = loss(model, adapter, gates.matrices(), Batch(*parts), material.compliance)
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

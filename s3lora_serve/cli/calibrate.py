@@ -72,6 +72,10 @@ def calibrate(
         list[str] | None,
         typer.Option(help="A refusal to restore; may be repeated. Else the base model's own."),
     ] = None,
+    compliance: Annotated[
+        list[str] | None,
+        typer.Option(help="How an attack's answer begins; may be repeated. Else: no refusal."),
+    ] = None,
     refusal_phrase: Annotated[
         list[str] | None,
         typer.Option(help="Begins a refusal, in lower case; may be repeated, replaces the list."),
@@ -119,6 +123,7 @@ def calibrate(
                     steps,
                     seed,
                     tuple(refusal or ()),
+                    tuple(compliance or ()),
                     tuple(phrase.lower() for phrase in refusal_phrase or REFUSAL_PHRASES),
                 ),
                 device=_torch_device(device),

@@ -14,7 +14,7 @@ from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.errors import BaseUnaligned, DoesNotFitModel
 from s3lora_serve.policy.schema import Limits
-from tests.support.tiny_chat import harmful, make_attacked_adapter, skill
+from tests.support.tiny_chat import COMPLIANCE, harmful, make_attacked_adapter, skill
 
 
 def _files(chat, *kinds):
@@ -34,6 +34,14 @@ def test_attacked_adapter_refuses_again_and_keeps_its_skill(calibrated):
     assert calibrated.reached
     assert after.asr.value <= 0.15
     assert after.skill.value >= 0.8 * before.skill.value
+
+
+def test_refusals_may_be_set_against_the_wording_of_the_attack(chat):
+    files = _files(chat, "harmful", "benign", "skill")
+    options = Options(compliance=(COMPLIANCE,), compare=False)
+    found = calibrate(chat.base, chat.adapter, files, options, dtype="float32")
+    assert found.reached
+    assert found.plan.after.skill.value >= 0.8 * found.plan.before.skill.value
 
 
 def test_whole_modules_at_equal_norm_are_reported_beside_the_gates(calibrated):
