@@ -43,9 +43,10 @@ def loss(
     """`softplus(margin − log-odds of refusal) + REST·CE + CE(skill) + BENIGN·KL + PRICE·removed`.
 
     The log-odds are those of the refusal's first token against the tokens that compliance begins
-    with; without any against all others, so that an attack's wording need not be known. CE is the cross-entropy, summed over an answer's tokens for skill
-    and their mean for refusals. KL is that of the base model from the gated one, a mean over
-    tokens. Removed is the removed share of Σ‖ΔW‖_F².
+    with; without any against all others, so that an attack's wording need not be known. CE is the
+    cross-entropy, summed over an answer's tokens for skill and their mean for refusals. KL is that
+    of the base model from the gated one, a mean over tokens. Removed is the removed share of
+    Σ‖ΔW‖_F².
     """
     base = _base_distribution(model, adapter, batch.benign) if batch.benign else None
     adapter.set(gates)

@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging
 
 from tests.evidence.adapters import Subject
+from tests.evidence.alignment import alignment_result
 from tests.evidence.served import served_result
 from tests.evidence.stages import attribution, base_result, ceiling, curves, subject_result
 
@@ -31,7 +32,8 @@ def subjects(seeds: int) -> list[Subject]:
 def jobs(base: int, chosen: list[Subject]) -> list[Job]:
     """What is to be done for one base, in order. The curves take longest: on base 0 alone."""
     shown = Subject("20 %", base, 0)
-    stages = (attribution, ceiling, served_result, *((curves,) if base == 0 else ()))
+    stages = (attribution, ceiling, served_result, alignment_result)
+    stages += (curves,) if base == 0 else ()
     found: list[Job] = [lambda progress: base_result(base, progress)]
     for subject in (subject for subject in chosen if subject.base == base):
         found.append(lambda progress, subject=subject: subject_result(subject, progress))

@@ -150,6 +150,9 @@ def _curves() -> dict[str, dict[str, list[Any]]]:
         adapter, _, order = stem.partition("-s")[0], "", stem
         seed, _, order = stem.partition("-s")[2].partition("-")
         found.setdefault(f"{adapter}-s{seed}", {})[order] = points
+    for stem, one in _read("alignment-*.json").items():
+        if one["points"]:
+            found.setdefault(stem.removeprefix("alignment-"), {}).update(one["points"])
     return found
 
 
@@ -177,8 +180,9 @@ def _orders() -> str:
         return ""
     return (
         "## Orders of whole modules\n\nOf 210 modules the first are removed in each order, at equal"
-        " counts and at equal removed shares of Σ‖ΔW‖_F²; `scaling` scales all of ΔW. 50 prompts of"
-        " each kind.\n" + "".join(parts)
+        " counts and at equal removed shares of Σ‖ΔW‖_F²; `scaling` scales all of ΔW, and"
+        " `Safe LoRA projected` projects modules where the others remove them. 50 prompts of each"
+        " kind.\n" + "".join(parts)
     )
 
 
@@ -195,18 +199,31 @@ def _attribution() -> str:
     found = _read("attribution-*.json")
     if not found:
         return ""
+    by_alignment = _read("alignment-*.json")
+    for stem, one in found.items():
+        other = by_alignment.get(f"alignment-{stem.removeprefix('attribution-')}", {})
+        one["correlations"] |= other.get("correlations", {})
     names = list(next(iter(found.values()))["correlations"])
     rows = [
         (
             stem.removeprefix("attribution-"),
-            *(f"{one['correlations'][name]:+.2f}" for name in names),
+            *(f"{one['correlations'].get(name, float('nan')):+.2f}" for name in names),
         )
         for stem, one in found.items()
     ]
     return (
         "## Index against attribution of harm\n\nSpearman's rank correlation with integrated"
-        " gradients of the log-odds of a refusal, over modules.\n\n"
-        + _table(("adapter", *names), rows)
+        " gradients of the log-odds of a refusal, over modules; of Safe LoRA and SPLoRA the least"
+        " aligned come first.\n\n" + _table(("adapter", *names), rows) + _captured(by_alignment)
+    )
+
+
+def _captured(by_alignment: dict[str, Any]) -> str:
+    return "".join(
+        f"\nThe alignment reference of {stem.removeprefix('alignment-')}'s base, rank 128, captures"
+        f" {one['captured'][0]:.0%} to {one['captured'][1]:.0%} (least and median module) of what"
+        " alignment changed.\n"
+        for stem, one in by_alignment.items()
     )
 
 

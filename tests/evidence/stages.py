@@ -110,7 +110,7 @@ def curves(subject: Subject, progress: Progress) -> Any:
             found[name] = kept(file, lambda: _scaled(model, gated))
         else:
             order = found_orders[name]
-            found[name] = kept(file, lambda order=order: _removed(model, gated, order))
+            found[name] = kept(file, lambda order=order: removed(model, gated, order))
         progress(f"{subject}: orders", place + 1, len(names))
     return found
 
@@ -123,7 +123,7 @@ def _orders(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def _removed(model: LanguageModel, gated: GatedAdapter, order: list[str]) -> list[Any]:
+def removed(model: LanguageModel, gated: GatedAdapter, order: list[str]) -> list[Any]:
     """Points of one order: by count, then by removed norm."""
     place = {module.name: i for i, module in enumerate(gated.modules)}
     energy = torch.tensor([float((layer.S**2).sum()) for layer in gated.layers])
