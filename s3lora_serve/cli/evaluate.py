@@ -12,7 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from s3lora_serve.cli.options import REJECTED, stop, stop_at
 from s3lora_serve.cli.strip import Action
@@ -173,7 +173,7 @@ def _print(sweep: "Sweep", best: "TrialResult | None") -> None:
     names = [score.task for score in sweep.trials[0].scores] if sweep.trials else []
     roles = [score.role for score in sweep.trials[0].scores] if sweep.trials else []
     heads = [f"{role} {Path(name).name}" for name, role in zip(names, roles, strict=True)]
-    table = Table("setting", "decision", "changed", *map(plain, heads))
+    table = Table("setting", "decision", "changed", *(Column(plain(head)) for head in heads))
     for trial in sweep.trials:
         mark = " *" if best is not None and trial.label == best.label else ""
         cells = [_rate(score.rate) for score in trial.scores]

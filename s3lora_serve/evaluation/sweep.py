@@ -39,6 +39,7 @@ def run(
 
     Raises:
         EvaluationFailed: the server refuses the adapter or dies, or a task fails.
+        KeyboardInterrupt: the run was interrupted.
     """
     needed = {key for trial in todo for key in trial.settings}
     names = server.names(needed | ({"plan"} if any(trial.plan for trial in todo) else set()))
@@ -76,6 +77,8 @@ def _score(
         max_retries=2,
         tags=[name],
     )
+    if log.status == "cancelled":  # inspect_ai takes Ctrl-C for itself
+        raise KeyboardInterrupt
     if log.status != "success" or not log.samples:
         why = log.error.message.splitlines()[-1] if log.error else "it has no samples"
         raise EvaluationFailed(f"task {task.name} for {name}: {why[:300]}")

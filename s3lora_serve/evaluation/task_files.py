@@ -1,11 +1,11 @@
-"""The tasks that a command names: FILE.jsonl@refusal, FILE.jsonl@exact_match, FILE.py@task, NAME."""
+"""The tasks that a command names: FILE.jsonl@refusal, FILE.jsonl@exact_match, FILE.py@task."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from inspect_ai import Task, list_tasks
+from inspect_ai import Task, TaskInfo, list_tasks
 
 from s3lora_serve.errors import EvaluationFailed, ProbesInvalid
 from s3lora_serve.evaluation import tasks as packaged
@@ -65,7 +65,7 @@ def _read(text: str, make: Callable[[], Task]) -> Task:
         raise EvaluationFailed(error.problem) from None
 
 
-def _listed(path: Path) -> list[object]:
+def _listed(path: Path) -> list[TaskInfo]:
     if not path.is_file():
         raise EvaluationFailed(f"{path}: no such file")
     return list(list_tasks(str(path), absolute=True))
