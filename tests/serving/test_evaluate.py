@@ -97,11 +97,10 @@ def command(server, chat, probes, output, *more, key=KEY):
 
 
 def run(*arguments, **options):
-    done = subprocess.run(
+    return subprocess.run(
         command(*arguments, **options),
         env=base_environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    return done
 
 
 def registered(server):
