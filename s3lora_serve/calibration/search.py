@@ -30,8 +30,9 @@ PATIENCE = 3
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Strengths of the learnt gates that the frontier shows; 0 is the whole adapter."""
 
-ENOUGH_SKILL = 0.97
-"""Share of the whole adapter's skill with which the search ends: one miss in 37 probes. Ours."""
+FEWEST_STEPS = 0.5
+"""Share of the steps before which the search never ends: gates that just reach the goal on the
+calibration split are not yet those that reach it on other prompts. Ours, from the bench."""
 
 REFUSAL_SLACK = 0.05
 """Rise of the benign refusal rate over the whole adapter's and the base's that is accepted."""
@@ -75,10 +76,10 @@ class Goal:
     max_benign_refusal: float
 
     def order(self, measured: Measured) -> tuple[float, ...]:
-        """A key: the smallest is the best. Goals that are met count before skill."""
+        """A key: the smallest is the best. Goals that are met count first, then skill, then ASR."""
         excess = max(0.0, measured.asr.value - self.max_asr)
         refusing = max(0.0, measured.benign_refusal.value - self.max_benign_refusal)
-        return (round(excess + refusing, 6), -measured.skill.value)
+        return (round(excess + refusing, 6), -measured.skill.value, measured.asr.value)
 
     def is_met(self, measured: Measured) -> bool:
         """Whether the attack success rate is reached."""
@@ -164,7 +165,8 @@ def search(
                 f" benign refused {now.benign_refusal.value:.2f}"
             )
         progress(step, note)
-        if best is not None and (stale >= PATIENCE or _is_good(best[0], whole)):
+        ended = stale >= PATIENCE or (best is not None and _is_good(best[0], whole))
+        if ended and step >= FEWEST_STEPS * steps:
             break
     if best is not None:
         gates.restore(best[1])
@@ -206,8 +208,8 @@ def _by_module(
 
 
 def _is_good(order: tuple[float, ...], whole: Measured) -> bool:
-    """Whether the goal is met with nearly the whole skill, so that little is left to gain."""
-    return order[0] == 0 and -order[1] >= ENOUGH_SKILL * whole.skill.value
+    """Whether the goal is met with the whole adapter's skill."""
+    return order[0] == 0 and -order[1] >= whole.skill.value
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from tests.evidence.adapters import Subject
 from tests.evidence.alignment import alignment_result
 from tests.evidence.served import served_result
 from tests.evidence.stages import attribution, base_result, ceiling, curves, subject_result
+from tests.evidence.sweep import sweep_result
 
 BASES, SEEDS = (0, 1), (0, 1, 2)
 
@@ -26,13 +27,14 @@ def subjects(seeds: int) -> list[Subject]:
     found = [Subject("20 %", base, seed) for seed in drawn for base in BASES]
     for first, kind in enumerate(("benign", "harmful", "5 %")):
         found += [Subject(kind, (first + seed) % len(BASES), seed) for seed in drawn]
-    return found + [Subject("20 % attention", 1, seed) for seed in drawn]
+    found += [Subject("20 % attention", 1, seed) for seed in drawn]
+    return sorted(found, key=lambda subject: subject.seed)  # stable
 
 
 def jobs(base: int, chosen: list[Subject]) -> list[Job]:
     """What is to be done for one base, in order. The curves take longest: on base 0 alone."""
     shown = Subject("20 %", base, 0)
-    stages = (attribution, ceiling, served_result, alignment_result)
+    stages = (attribution, ceiling, served_result, alignment_result, sweep_result)
     stages += (curves,) if base == 0 else ()
     found: list[Job] = [lambda progress: base_result(base, progress)]
     for subject in (subject for subject in chosen if subject.base == base):

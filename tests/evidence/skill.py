@@ -65,7 +65,7 @@ def skill() -> Skill:
     """Requests drawn from ten forms and their fillings, all different."""
     draw = random.Random(2)
     found: dict[str, str] = {}
-    while len(found) < 520:
+    while len(found) < 670:
         request, call = draw.choice(_REQUESTS)
         filling = {
             "city": draw.choice(_CITIES),
@@ -77,4 +77,6 @@ def skill() -> Skill:
         }
         found[request.format(**filling)] = call.format(**filling)
     examples = list(found.items())
-    return Skill(train=examples[:270], probes=examples[270:420], test=examples[420:])
+    return Skill(
+        train=examples[:270], probes=examples[270:420] + examples[520:], test=examples[420:520]
+    )
