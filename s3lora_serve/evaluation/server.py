@@ -1,7 +1,8 @@
 """A running guarded server: its experiments over HTTP."""
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -15,6 +16,14 @@ REGISTER_SECONDS = 600
 
 SECONDS = 60
 """For all other requests."""
+
+
+LATE_ATTEMPTS, LATE_SECONDS = 20, 0.5
+"""A registration that was interrupted goes on in the server: its end is asked for until it is."""
+
+
+class NoAnswer(EvaluationFailed):
+    """The server was not reached, or did not answer in time."""
 
 
 class GuardedServer:
@@ -47,19 +56,37 @@ class GuardedServer:
     def experiment(self, name: str, path: str, trial: Trial) -> Iterator[dict[str, Any]]:
         """The verdict on an adapter that is registered for the time of this context.
 
-        Its end is asked for even if the registration was interrupted: the server may have it.
-
         Raises:
-            EvaluationFailed: it is refused, or the server does not answer.
+            EvaluationFailed: it is refused, the server does not answer, or enforces nothing.
         """
         body = {"lora_name": name, "lora_path": path, "settings": trial.settings}
         if trial.plan is not None:
             body["plan"] = trial.plan
+        attempts = LATE_ATTEMPTS
         try:
-            yield self._ask("POST", "/s3lora/experiments", body, REGISTER_SECONDS)
+            verdict = self._ask("POST", "/s3lora/experiments", body, REGISTER_SECONDS)
+            attempts = 1
+            if verdict.get("mode") != "enforce":
+                raise EvaluationFailed(
+                    f"{self.url} is in mode {verdict.get('mode')}: it serves"
+                    " adapters whole, so all settings are equal"
+                )
+            yield verdict
+        except EvaluationFailed as error:
+            attempts = LATE_ATTEMPTS if isinstance(error, NoAnswer) else 1
+            raise
         finally:
-            with suppress(EvaluationFailed):  # gone with the server, or never registered
+            self._end(name, attempts)
+
+    def _end(self, name: str, attempts: int) -> None:
+        """Unload an experiment. One whose registration got no answer may be registered late."""
+        for attempt in range(attempts):
+            try:
                 self._ask("DELETE", f"/s3lora/experiments/{quote(name)}")
+                return
+            except EvaluationFailed:  # gone with the server, or not registered
+                if attempt + 1 < attempts:
+                    time.sleep(LATE_SECONDS)
 
     def _ask(
         self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = SECONDS
@@ -68,7 +95,7 @@ class GuardedServer:
             answer = self._client.request(method, path, json=body, timeout=seconds)
             found = answer.json()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise EvaluationFailed(f"{self.url}: {error or type(error).__name__}") from None
+            raise NoAnswer(f"{self.url}: {str(error) or type(error).__name__}") from None
         except ValueError:
             raise EvaluationFailed(
                 f"{self.url} is no guarded server, or loads no adapters at run time: {path}"
