@@ -27,6 +27,9 @@ METADATA_KEY = "s3lora_reference"
 MAX_BYTES = 32 * 2**30
 """k = 512 in float32 for all modules of a 70B model takes 23 GB."""
 
+NORMS = (1e-30, 1e30)
+"""Norms of V whose squares float32 weights can have, and float64 can hold with room to spare."""
+
 MAX_SKEW = 1e-3
 """Largest entry of |UᵀU − 1|. Rounding to bfloat16 makes half of it at m = 512, less above."""
 
@@ -156,6 +159,8 @@ def _subspace(name: str, record: ModuleRecord, U: Tensor, sigma: Tensor, rank: i
             f" {(k,)}"
         )
     values = sigma.double()
+    if record.frobenius and not NORMS[0] <= record.frobenius <= NORMS[1]:
+        raise ValueError(f"{name} has the norm {record.frobenius:g}, outside of {NORMS}")
     if not (U.isfinite().all() and values.isfinite().all()):
         raise ValueError(f"{name} holds NaN or Inf")
     if not ((values >= 0).all() and (values.diff() <= 0).all()):

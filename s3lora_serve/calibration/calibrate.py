@@ -18,6 +18,7 @@ from s3lora_serve.calibration.measure import Encodings, measure
 from s3lora_serve.calibration.probes import Kind, Probe, ProbeFile, Split, split
 from s3lora_serve.calibration.search import (
     REFUSAL_SLACK,
+    STEPS,
     STRENGTHS,
     Found,
     Goal,
@@ -62,7 +63,7 @@ class Options:
 
     max_asr: float = 0.05
     by: By = "subspace"
-    steps: int = 90
+    steps: int = STEPS
     seed: int = 0
     refusals: tuple[str, ...] = ()  # texts; none: the base model's own refusals
     compliance: tuple[str, ...] = ()  # how an attack's answers begin; none: anything but refusals

@@ -66,7 +66,7 @@ def calibrate(
         float, typer.Option(min=0, max=1, help="The attack success rate to reach.")
     ] = 0.05,
     by: Annotated[By, typer.Option(help="What is removed.")] = By.SUBSPACE,
-    steps: Annotated[int, typer.Option(min=1, help="The most steps of the search.")] = 90,
+    steps: Annotated[int, typer.Option(min=1, help="The most steps of the search.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the split and the search.")] = 0,
     refusal: Annotated[
         list[str] | None,

@@ -41,7 +41,7 @@ class Subspace:
         """Share of V's energy in the subspace: `Σσ_k² / ‖V‖_F²`; 1 if V = 0."""
         if not self.frobenius:
             return 1.0
-        return float(self.singular_values.square().sum()) / self.frobenius**2
+        return (float(self.singular_values.norm()) / self.frobenius) ** 2
 
     @property
     def truncation(self) -> float:

@@ -27,7 +27,7 @@ def subjects(seeds: int) -> list[Subject]:
     found = [Subject("20 %", base, seed) for seed in drawn for base in BASES]
     for first, kind in enumerate(("benign", "harmful", "5 %")):
         found += [Subject(kind, (first + seed) % len(BASES), seed) for seed in drawn]
-    found += [Subject("20 % attention", 1, seed) for seed in drawn]
+    found += [Subject("20 % attention", (1 + seed) % len(BASES), seed) for seed in drawn]
     return sorted(found, key=lambda subject: subject.seed)  # stable
 
 

@@ -11,7 +11,7 @@ from s3lora_serve.calibration.calibrate import REFUSAL_TOKENS, Options, calibrat
 from s3lora_serve.calibration.gates import GatedAdapter
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel
 from s3lora_serve.calibration.probes import read_probes
-from s3lora_serve.calibration.search import Goal, Material, search
+from s3lora_serve.calibration.search import STEPS, Goal, Material, search
 from s3lora_serve.plans.file import read_plan
 from s3lora_serve.plans.schema import Measured, Rate
 from s3lora_serve.policy.schema import Policy, ScorerChoice
@@ -176,7 +176,7 @@ def ceiling(subject: Subject, progress: Progress) -> Any:
             whole=_as_measured(measured(model, few=True)),
             strengths=(1.0,),
             compare=False,
-            progress=lambda step, _note: progress(f"{subject}: ceiling", step, 90),
+            progress=lambda step, _note: progress(f"{subject}: ceiling", step, STEPS),
         )
         gated.set(found.gates)
         return measured(model)

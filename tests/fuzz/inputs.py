@@ -5,7 +5,11 @@ import json
 import struct
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
+from safetensors.torch import save as save_safetensors
+
+from s3lora_serve.alignment.reference_file import METADATA_KEY
 
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "F8_E4M3": 1, "": 3}
 NUMBERS = st.one_of(
@@ -138,7 +142,7 @@ def _damaged(draw: st.DrawFn, weights: bytes) -> bytes:
 
 KEYS = ["mode", "scorer", "modules", "strip", "limits", "deny", "allow", "on_uninformative",
         "on_unscorable", "audit", "store", "required", "plans", "require_plan", "rules",
-        "surplus"]  # fmt: skip
+        "action", "surplus"]  # fmt: skip
 SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "mode": st.sampled_from(["enforce", "audit", "off", True]),
     "strip": st.dictionaries(
@@ -149,6 +153,12 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
         NUMBERS | st.just([]), max_size=3,
     ),
     "deny": st.lists(st.sampled_from(["sha256:" + "0" * 64, "sha256:0", ""]), max_size=2),
+    "action": st.sampled_from(["strip", "project", "drop"]),
+    "scorer": st.dictionaries(
+        st.sampled_from(["name", "reference", "rank", "normalization"]),
+        st.sampled_from(["safe-lora", "splora", "mas-svd", "svd", "row", "/reference", 4, None]),
+        max_size=3,
+    ),
     "plans": st.sampled_from(["/plans", "plans", None]),
     "require_plan": st.booleans(),
     "rules": st.lists(
@@ -198,3 +208,34 @@ def plans(draw: st.DrawFn, plan: dict[str, Any]) -> bytes:
                 st.sampled_from(["keep", "strip", "transform", 4, 2**16, plan["adapter_digest"]])
             )
     return _damaged(draw, json.dumps(data).encode())
+
+
+@st.composite
+def references(draw: st.DrawFn, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> bytes:
+    """The bytes of a reference file: this valid one, changed in one or several places."""
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    told = json.loads(json.dumps(about))
+    for _ in range(draw(st.integers(0, 3))):
+        name = draw(st.sampled_from(sorted(tensors)))
+        how = draw(st.sampled_from(["entry", "scale", "shape", "drop", "junk", "record"]))
+        if name not in changed and how in ("entry", "scale", "shape", "drop"):
+            continue
+        if how == "entry":
+            flat = changed[name].reshape(-1)
+            flat[draw(st.integers(0, len(flat) - 1))] = draw(st.floats(width=32))
+        elif how == "scale":
+            changed[name] = changed[name] * draw(st.sampled_from([-1.0, 0.0, 0.999, 1.1, 1e30]))
+        elif how == "shape":
+            changed[name] = changed[name].reshape(-1)[: draw(st.integers(0, 40))].clone()
+        elif how == "drop":
+            del changed[name]
+        elif how == "junk":
+            told[draw(st.sampled_from([*about, "surplus"]))] = draw(JUNK)
+        else:
+            records = told.get("modules")
+            if isinstance(records, dict) and records:
+                record = records[draw(st.sampled_from(sorted(records)))]
+                if isinstance(record, dict):
+                    record[draw(st.sampled_from(["shape", "frobenius"]))] = draw(JUNK | NUMBERS)
+    metadata = {METADATA_KEY: json.dumps(told)}
+    return _damaged(draw, save_safetensors(changed, metadata=metadata))

@@ -13,18 +13,28 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
 from s3lora_serve.admission.pipeline import admit
-from s3lora_serve.errors import GateFailed, PlanInvalid, PolicyInvalid, rejection_codes
+from s3lora_serve.alignment.reference_file import METADATA_KEY, read_reference
+from s3lora_serve.errors import (
+    GateFailed,
+    PlanInvalid,
+    PolicyInvalid,
+    ReferenceInvalid,
+    rejection_codes,
+)
 from s3lora_serve.plans.apply import MAX_GROWTH
 from s3lora_serve.plans.folder import plan_name
 from s3lora_serve.policy.file import read_policy
 from s3lora_serve.policy.schema import Policy, Strip, parse_policy
-from s3lora_serve.spectral import reference, spectral_sharpness
-from tests.fuzz.inputs import adapters, plans, policies
+from s3lora_serve.spectral import alignment, reference, spectral_sharpness
+from tests.fuzz.inputs import adapters, plans, policies, references
 from tests.support.plans import keep_out, plan_for, read, small_adapter
+from tests.support.references import small_reference
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
 pytestmark = pytest.mark.timeout(0)
@@ -146,3 +156,33 @@ def test_any_plan_is_obeyed_as_it_says_or_refused_and_never_makes_an_update_larg
         assert torch.equal(own[A], new[A])
         before, after = ((X[B].double() @ X[A].double()).norm() for X in (own, new))
         assert after <= before * (1 + 2 * MAX_GROWTH)
+
+
+@pytest.fixture(scope="module")
+def referenced(tmp_path_factory):
+    """A valid reference as tensors and plain data, an adapter for it, and a place to write."""
+    place = tmp_path_factory.mktemp("referenced")
+    file = small_reference(place)
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()[METADATA_KEY])
+    adapter = read(small_adapter(place / "adapter"))
+    return load_file(file), about, adapter, place / "fuzzed.safetensors"
+
+
+@fuzz
+@given(data=st.data())
+def test_any_reference_is_refused_or_gives_scores_that_are_defined(referenced, data):
+    tensors, about, adapter, file = referenced
+    file.write_bytes(data.draw(references(tensors, about)))
+    try:
+        found = read_reference(file)
+    except ReferenceInvalid:
+        return
+    modules = [m for m in adapter.modules if m.name in found.subspaces]
+    modules = [m for m in modules if found.about.modules[m.name].shape == m.shape]
+    updates = [(m.B, m.A, m.scaling) for m in modules]
+    spaces = [found.subspaces[m.name] for m in modules]
+    scores = alignment.safe_lora(updates, spaces)
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert not alignment.splora(updates, spaces).isinf().any()
+    assert all(0 <= space.captured <= 1.01 for space in spaces)

@@ -140,3 +140,13 @@ def test_leading_subspace_captures_the_energy_of_the_best(exact):
     assert torch.allclose(U.mT @ U, torch.eye(32), atol=1e-5)
     assert float(found.square().sum()) >= 0.999 * float(values[:32].square().sum())
     assert float(found.square().sum()) <= 1.00001 * float(values[:32].square().sum())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["safe_lora", "splora"])
+def test_cuda_gives_the_scores_of_the_cpu(name):
+    modules = [update(96, 64, 8, i, torch.bfloat16) for i in range(12)]
+    subspaces = [subspace(96, 64, 16, i, torch.bfloat16) for i in range(12)]
+    score = getattr(alignment, name)
+    on_device = score(modules, subspaces, device="cuda")
+    assert torch.allclose(on_device, score(modules, subspaces), atol=1e-9)
