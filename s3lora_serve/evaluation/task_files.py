@@ -1,5 +1,6 @@
 """The tasks that a command names: FILE.jsonl@refusal, FILE.jsonl@exact_match, FILE.py@task."""
 
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,8 +40,7 @@ def task_file(text: str, judge: str) -> TaskFile:
             raise EvaluationFailed(f"{path} has the tasks {found}, not {name!r}")
         if not file and len(found) != 1:
             raise EvaluationFailed(f"{path} has the tasks {found}: name one, {path}@TASK")
-        chosen = f"{path}@{name if file else found[0]}"
-        return TaskFile(text, "utility", lambda: chosen)
+        return TaskFile(text, "utility", partial(_from_python, path, name if file else found[0]))
     return TaskFile(text, "utility", lambda: text)
 
 
@@ -68,4 +68,13 @@ def _read(text: str, make: Callable[[], Task]) -> Task:
 def _listed(path: Path) -> list[TaskInfo]:
     if not path.is_file():
         raise EvaluationFailed(f"{path}: no such file")
-    return list(list_tasks(str(path), absolute=True))
+    return list_tasks(path.name, root_dir=path.parent)
+
+
+def _from_python(path: Path, name: str) -> Task:
+    """A task of an operator's own file, which runs."""
+    try:
+        task: Task = runpy.run_path(str(path))[name]()
+    except Exception as error:  # noqa: BLE001 - whatever the file raises
+        raise EvaluationFailed(f"{path}@{name}: {type(error).__name__}: {error}") from None
+    return task
