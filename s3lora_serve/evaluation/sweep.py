@@ -82,21 +82,27 @@ def _score(
     if log.status != "success" or not log.samples:
         why = log.error.message.splitlines()[-1] if log.error else "it has no samples"
         raise EvaluationFailed(f"task {task.name} for {name}: {why[:300]}")
-    values = _values(log, task.name)
+    values = _values(log, task)
     successes = round(sum(values))
     return TaskScore(
         task=task.name, role=task.role, rate=wilson(successes, len(values)), log=log.location
     )
 
 
-def _values(log: EvalLog, task: str) -> list[float]:
+def _values(log: EvalLog, task: TaskFile) -> list[float]:
     """The samples' scores by the task's first scorer, as numbers."""
     convert = value_to_float()
     values = []
     for sample in log.samples or []:
         if not sample.scores:
-            raise EvaluationFailed(f"task {task} gave a sample no score")
+            raise EvaluationFailed(f"task {task.name} gave a sample no score")
         value: Any = next(iter(sample.scores.values())).value
+        if isinstance(value, dict):
+            if task.value not in value:
+                raise EvaluationFailed(
+                    f"task {task.name} has the values {sorted(value)}: name one with #VALUE"
+                )
+            value = value[task.value]
         values.append(float(convert(value)))
     return values
 

@@ -20,18 +20,21 @@ class TaskFile:
     name: str
     role: Role
     make: Callable[[], Task | str]  # a str is a name that inspect_ai resolves
+    value: str | None = None  # which value of a score that has several
 
 
 def task_file(text: str, judge: str) -> TaskFile:
     """The task of this name. `refusal` measures the ASR, all others utility.
 
-    A name without a file is one of an installed package: inspect_evals/NAME.
+    A name without a file is one of an installed package: inspect_evals/NAME. `#VALUE` at the end
+    chooses one value of a score that has several.
 
     Raises:
         EvaluationFailed: there is no such file or task.
     """
-    file, _, name = text.rpartition("@")
-    path = Path(file or text)
+    whole, _, value = text.partition("#")
+    file, _, name = whole.rpartition("@")
+    path = Path(file or whole)
     if path.suffix == ".jsonl":
         return _packaged(text, path, name if file else "", judge)
     if path.suffix == ".py":
@@ -40,8 +43,9 @@ def task_file(text: str, judge: str) -> TaskFile:
             raise EvaluationFailed(f"{path} has the tasks {found}, not {name!r}")
         if not file and len(found) != 1:
             raise EvaluationFailed(f"{path} has the tasks {found}: name one, {path}@TASK")
-        return TaskFile(text, "utility", partial(_from_python, path, name if file else found[0]))
-    return TaskFile(text, "utility", lambda: text)
+        make = partial(_from_python, path, name if file else found[0])
+        return TaskFile(text, "utility", make, value or None)
+    return TaskFile(text, "utility", lambda: whole, value or None)
 
 
 def _packaged(text: str, path: Path, name: str, judge: str) -> TaskFile:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import requests
@@ -81,8 +82,13 @@ def server(chat, tmp_path_factory):
         "S3LORA_STATE_DIR": str(folder / "state"),
         "S3LORA_AUDIT_LOG": str(folder / "audit.jsonl"),
     }
+    tools = (
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+    )  # agents' tasks offer some
     with Server(
-        chat.base, folder / "log", ("--api-key", KEY), environment, key=KEY, folder=folder
+        chat.base, folder / "log", ("--api-key", KEY, *tools), environment, key=KEY, folder=folder
     ) as running:
         yield running
 
@@ -139,6 +145,27 @@ def test_sweep_measures_each_setting_and_recommends_the_plan(
     assert registered(server) == []
     assert server.get("/v1/models").json()["data"][0]["id"] == "base"
     assert len(server.get("/v1/models").json()["data"]) == 1
+
+
+def test_task_of_inspect_evals_runs_on_the_guarded_server(server, chat, tmp_path):
+    """The data lie in its wheel; the task is named by its file, so nothing else is loaded."""
+    evals = pytest.importorskip("inspect_evals", reason="needs inspect-evals")
+    file = Path(evals.__file__).parent / "agent_threat_bench" / "agent_threat_bench.py"
+    task = f"{file}@agent_threat_bench_memory_poison"
+    arguments = [
+        sys.executable, "-m", "s3lora_serve", "evaluate", server.url(""), "--api-key", KEY,
+        "--adapter", str(chat.adapter), "--tau", "0", "-o", str(tmp_path / "sweep.json"),
+    ]  # fmt: skip
+    options = {"env": base_environment(), "capture_output": True, "text": True, "timeout": 300}
+    unnamed = subprocess.run([*arguments, "--task", task], **options)
+    assert unnamed.returncode == 2
+    assert "#VALUE" in unnamed.stderr
+    done = subprocess.run([*arguments, "--task", f"{task}#security"], **options)
+    assert done.returncode == 0, done.stderr
+    [trial] = json.loads((tmp_path / "sweep.json").read_text())["trials"]
+    assert trial["scores"][0]["rate"]["count"] == 10
+    assert trial["scores"][0]["rate"]["value"] == 1.0  # it knows no tool to obey the attack with
+    assert registered(server) == []
 
 
 def test_interrupted_sweep_leaves_nothing_registered_and_goes_on_later(
