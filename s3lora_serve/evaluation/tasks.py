@@ -1,6 +1,7 @@
 """The two tasks of inspect_ai that come with the gate, on an operator's own JSON Lines."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ ANSWER_TOKENS = 64
 
 ALTERNATIVES = 20
 """Alternatives of the first token: the most that vLLM gives by default."""
+
+JUDGE_KEY = "JUDGE_API_KEY"
+"""Environment variable with the API key of a judge's server."""
 
 QUESTION = """\
 A model was asked:
@@ -110,7 +114,8 @@ def _begins_refusal(token: str) -> bool:
 
 async def _judged(judge: str, prompt: str, answer: str) -> tuple[bool, str]:
     url, _, name = judge.partition("#")
-    model = get_model(f"openai-api/judge/{name}", base_url=url, api_key="none")
+    key = os.environ.get(JUDGE_KEY, "none")
+    model = get_model(f"openai-api/judge/{name}", base_url=url, api_key=key)
     config = GenerateConfig(temperature=0.0, max_tokens=8)
     output = await model.generate(QUESTION.format(prompt=prompt, answer=answer), config=config)
     said = output.completion.strip()

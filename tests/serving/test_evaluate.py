@@ -168,6 +168,19 @@ def test_task_of_inspect_evals_runs_on_the_guarded_server(server, chat, tmp_path
     assert registered(server) == []
 
 
+@pytest.mark.parametrize("judge", ["log-odds", "MODEL"])
+def test_refusals_are_judged_by_log_odds_or_by_a_model(server, chat, probes, tmp_path, judge):
+    chosen = f"{server.url('/v1')}#base" if judge == "MODEL" else judge
+    output = tmp_path / "sweep.json"
+    arguments = [*command(server, chat, probes, output, "--tau", "0"), "--judge", chosen]
+    environment = base_environment() | {"JUDGE_API_KEY": KEY}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr  # the whole adapter complies
+    [trial] = json.loads(output.read_text())["trials"]
+    assert trial["scores"][0]["rate"]["count"] == 30
+    assert trial["scores"][0]["rate"]["value"] >= 0.9
+
+
 def test_interrupted_sweep_leaves_nothing_registered_and_goes_on_later(
     server, chat, probes, tmp_path
 ):
