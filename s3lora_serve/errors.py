@@ -178,6 +178,20 @@ class ReferenceUnfit(AdapterRejected):
     remedy = "Make a reference of all modules that the policy selects: s3lora reference make."
 
 
+class NameReserved(AdapterRejected):
+    """The name is one of the policy's names for experiments, and this is none; or the reverse."""
+
+    code = "S3LORA-210"
+    remedy = "Take another name; experiments.names in the policy says which are for experiments."
+
+
+class ExperimentClosed(AdapterRejected):
+    """The policy allows no experiments, or none with this setting."""
+
+    code = "S3LORA-211"
+    remedy = "Open experiments in the policy of this server: names, and what they may set."
+
+
 class DoesNotFitModel(AdapterRejected):
     """A module is not one of the served model's, or has another shape or scaling there."""
 
@@ -307,6 +321,15 @@ class CheckpointUnfit(S3LoRAError):
 
     code = "S3LORA-910"
     remedy = "Name the folders of a base model and of the model that was aligned from it."
+
+
+class EvaluationFailed(S3LoRAError):
+    """An evaluation cannot begin, or a task of it failed."""
+
+    code = "S3LORA-911"
+    remedy = (
+        "Check server, key, policy and tasks; --resume goes on with the settings that are left."
+    )
 
 
 @dataclass(frozen=True, slots=True)

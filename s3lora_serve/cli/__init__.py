@@ -6,6 +6,7 @@ from s3lora_serve.cli import (
     audit,
     calibrate,
     doctor,
+    evaluate,
     policy,
     recheck,
     reference,
@@ -27,6 +28,7 @@ app.add_typer(reference.reference_app, name="reference")
 app.command()(scan.scan)
 app.command()(strip.strip)
 app.command()(calibrate.calibrate)
+app.command()(evaluate.evaluate)
 app.command("report")(report.write_report)
 app.command("summary")(summary.write_summary)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

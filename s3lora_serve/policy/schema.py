@@ -103,6 +103,17 @@ class Store(_Section):
     max_bytes: Annotated[int, Field(gt=0)] = 20 * 2**30  # ten adapters of the largest size
 
 
+class Experiments(_Section):
+    """Registrations with settings of their own, which `s3lora evaluate` asks for."""
+
+    names: str = "eval/*"  # ours; * does not cross /
+    allow: frozenset[Literal["strip", "scorer", "action", "plan"]] = frozenset()
+
+    def claims(self, name: str) -> bool:
+        """Whether a name is kept for experiments."""
+        return glob_matches(self.names, name)
+
+
 class Match(_Section):
     """Globs that an adapter must match for a rule to apply. An unset glob matches everything."""
 
@@ -118,7 +129,7 @@ class Rule(BaseModel):
     match: Match
 
 
-_SERVERS = frozenset({"rules", "mode", "audit", "store", "required", "plans"})
+_SERVERS = frozenset({"rules", "mode", "audit", "store", "required", "plans", "experiments"})
 """Keys that no rule may set."""
 
 
@@ -143,6 +154,7 @@ class Policy(_Section):
     required: bool = False
     plans: Path | None = None  # folder of plans; None: the index chooses for every adapter
     require_plan: bool = False
+    experiments: Experiments | None = None  # None: there are none, and no name is kept for them
     rules: tuple[Rule, ...] = ()
 
     @model_validator(mode="after")
@@ -182,6 +194,8 @@ class Policy(_Section):
         data = self.model_dump(mode="json", exclude={"strip"})
         data["strip"] = dict([self.strip.rule])
         data["deny"], data["allow"] = sorted(self.deny), sorted(self.allow)
+        if self.experiments is not None:
+            data["experiments"]["allow"] = sorted(self.experiments.allow)
         return data
 
     def for_adapter(self, name: str, path: str, base_model: str | None) -> "Policy":

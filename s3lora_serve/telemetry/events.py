@@ -19,6 +19,9 @@ from s3lora_serve.spectral import resolve_device
 from s3lora_serve.telemetry.audit_log import AuditLog
 from s3lora_serve.telemetry.metrics import Metrics
 
+EXPERIMENT = "experiment"
+"""The door of registrations with settings of their own. They count in a metric of their own."""
+
 _FAILURES = {
     GateFailed.code: "score",
     DeadlinePassed.code: "deadline",
@@ -62,7 +65,10 @@ class AdmissionEvents:
             self._logger.warning if verdict.decision is Decision.REJECTED else self._logger.info
         )
         report("s3lora: adapter %r %s", verdict.name, _summary(verdict))
-        self.metrics.record(verdict, self._device)
+        if door == EXPERIMENT:
+            self.metrics.experiments.labels(verdict.decision.value).inc()
+        else:
+            self.metrics.record(verdict, self._device)
         self._count_failure(verdict.reason)
         return self._write(verdict, door)
 

@@ -59,6 +59,11 @@ class Metrics:
         self.admissions = counter(
             "admissions_total", "Decisions on adapters.", ("decision", "mode")
         )
+        self.experiments = counter(
+            "experiments_total",
+            "Decisions on experiments, which no other metric counts.",
+            ("decision",),
+        )
         self.modules_scored = counter(
             "modules_scored_total", "LoRA modules scored.", ("projection",)
         )
@@ -106,6 +111,8 @@ class Metrics:
         for mode in MODES:
             for decision in Decision:
                 self.admissions.labels(decision.value, mode)
+        for decision in Decision:
+            self.experiments.labels(decision.value)
         for phase in PHASES:
             self.admission_seconds.labels(phase)
         for device in DEVICES:

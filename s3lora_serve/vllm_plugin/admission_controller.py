@@ -3,8 +3,9 @@
 The API server, `LLM.generate` and the workers each have one.
 """
 
+import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
 from s3lora_serve.errors import AdapterRejected, PolicyInvalid, Reason, StoreDamaged
 from s3lora_serve.plans.folder import check_plans
+from s3lora_serve.plans.schema import Plan
+from s3lora_serve.policy.experiment import Settings as ExperimentSettings
+from s3lora_serve.policy.experiment import check_name, experiment_policy
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import Settings
@@ -21,6 +25,14 @@ from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.stored_copy import open_stored_copy, own_folder
 from s3lora_serve.telemetry.events import AdmissionEvents
 from s3lora_serve.vllm_plugin import compat
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A registration with settings of its own."""
+
+    settings: ExperimentSettings
+    plan: Plan | None = None
 
 
 class AdmissionController:
@@ -78,17 +90,26 @@ class AdmissionController:
         shapes: Collection[tuple[int, int]],
         *,
         store_refused: bool,
+        experiment: Experiment | None = None,
     ) -> tuple[Verdict, Path | None]:
         """The verdict on an adapter, and the path of its stored copy, pinned.
 
-        Without `store_refused` the path of a refused adapter is None.
+        Without `store_refused` the path of a refused adapter is None. An experiment has settings
+        of its own, as far as the policy allows them.
 
         Raises:
+            ExperimentClosed, NameReserved: see `policy/experiment.py`.
             AuditFailed: the policy requires an audit log, and it cannot be written.
             GateFailed, StoreFull: the store cannot take the copy.
         """
         policy = self.reload_policy()
         self.events.require_audit(policy)
+        check_name(policy, name, is_experiment=experiment is not None)
+        plan = None
+        if experiment is not None:
+            plan = experiment.plan
+            own = policy.for_adapter(name, os.path.realpath(folder), base_model)
+            policy = experiment_policy(own, experiment.settings, with_plan=plan is not None)
         with self.store.new_private_folder() as private:
             verdict = admit(
                 folder,
@@ -98,6 +119,7 @@ class AdmissionController:
                 device=self.settings.device,
                 into=private.make,
                 shapes=shapes,
+                plan=plan,
             ).verdict
             if is_refused(verdict) and not store_refused:
                 return verdict, None

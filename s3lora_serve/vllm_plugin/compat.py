@@ -190,6 +190,13 @@ def load_request_model() -> Any:
     return LoadLoRAAdapterRequest
 
 
+def unload_request_model() -> Any:
+    """Body of POST /v1/unload_lora_adapter."""
+    from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+    return UnloadLoRAAdapterRequest
+
+
 def drop_route(app: Any, path: str, method: str) -> None:
     """Remove vLLM's own route, which one of the gate's replaces.
 

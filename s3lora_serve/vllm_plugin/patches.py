@@ -167,7 +167,8 @@ def wrap_doors(door: ContextVar[str]) -> None:
     load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: Any = None) -> Any:
-        with _through(door, "static" if door.get() == "static" else "http"):
+        # "experiment" is set by the gate's own route, "static" by vLLM's start.
+        with _through(door, "http" if door.get() == "engine" else door.get()):
             result = await load(self, request, base_model_name)
         refusal = None if isinstance(result, str) else refusal_in(result.error.message)
         if refusal is None:

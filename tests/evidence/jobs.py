@@ -11,6 +11,7 @@ from tests.evidence.adapters import Subject
 from tests.evidence.alignment import alignment_result
 from tests.evidence.served import served_result
 from tests.evidence.stages import attribution, base_result, ceiling, curves, subject_result
+from tests.evidence.sweep import sweep_result
 
 BASES, SEEDS = (0, 1), (0, 1, 2)
 
@@ -33,7 +34,7 @@ def subjects(seeds: int) -> list[Subject]:
 def jobs(base: int, chosen: list[Subject]) -> list[Job]:
     """What is to be done for one base, in order. The curves take longest: on base 0 alone."""
     shown = Subject("20 %", base, 0)
-    stages = (attribution, ceiling, served_result, alignment_result)
+    stages = (attribution, ceiling, served_result, alignment_result, sweep_result)
     stages += (curves,) if base == 0 else ()
     found: list[Job] = [lambda progress: base_result(base, progress)]
     for subject in (subject for subject in chosen if subject.base == base):

@@ -36,6 +36,7 @@ def write_results(subjects: Sequence[Subject]) -> None:
         _bases(),
         _calibrated(subjects),
         _served(),
+        _sweep(),
         _orders(),
         _attribution(),
         _setting(),
@@ -139,6 +140,21 @@ def _served() -> str:
     text = (
         "## Served by a guarded vLLM\n\nBy the index: `strip.top_k: 10`, and the whole adapter in"
         " the PEFT columns; by the plan: the plan's bytes in both.\n\n"
+    )
+    return text + _table(head, rows) if rows else ""
+
+
+def _sweep() -> str:
+    rows = []
+    for stem, found in _read("sweep-*.json").items():
+        for trial in found["trials"]:
+            rates = [_rate(score["rate"]) for score in trial["scores"]]
+            label = trial["label"] + (" *" if trial["label"] == found["recommended"] else "")
+            rows.append((stem.removeprefix("sweep-"), label, str(trial["changed"]), *rates))
+    head = ("adapter", "setting", "modules changed", "ASR", "skill")
+    text = (
+        "## Swept by `s3lora evaluate`\n\nThe same prompts by tasks of inspect_ai on a running"
+        " server; `*` is the setting that its rule recommends.\n\n"
     )
     return text + _table(head, rows) if rows else ""
 

@@ -23,7 +23,7 @@ from s3lora_serve.errors import (
     Refused,
 )
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, is_first_server
@@ -46,6 +46,9 @@ POLL_SECONDS = 0.005
 
 door: ContextVar[str] = ContextVar("door", default="engine")
 """The door (load route, resolver, static list) of the adapter that this task registers."""
+
+experiment: ContextVar[Experiment | None] = ContextVar("experiment", default=None)
+"""The settings of the experiment that this task registers, if it does."""
 
 
 def _limit_cores() -> None:
@@ -95,7 +98,9 @@ class AdapterRegistration:
             await engine.remove_lora(request.lora_int_id)
             self.controller.store.unpin(path)
             raise Refused(str(AuditFailed("the decision could not be written down")))
-        self.served.add(engine, ServedAdapter(request.lora_int_id, path, origin, verdict))
+        is_experiment = experiment.get() is not None
+        adapter = ServedAdapter(request.lora_int_id, path, origin, verdict, is_experiment)
+        self.served.add(engine, adapter)
         return added
 
     async def dry_run(self, engine: Any, name: str, path: str) -> Verdict:
@@ -126,6 +131,7 @@ class AdapterRegistration:
         return [
             (adapter.verdict, await self._in_thread(recheck, adapter.verdict, adapter.path))
             for adapter in self.served.all()
+            if not adapter.is_experiment  # their settings are not the policy's
         ]
 
     async def _load(
@@ -165,7 +171,7 @@ class AdapterRegistration:
 
     async def _admit(self, engine: Any, request: Any) -> tuple[Verdict, Path | None]:
         """The verdict, and the stored copy that workers may load (None if refused)."""
-        admit = partial(self.controller.admit, store_refused=False)
+        admit = partial(self.controller.admit, store_refused=False, experiment=experiment.get())
         base_model = compat.base_model(engine.vllm_config)
         try:
             folder = await self._folder(request)

@@ -44,6 +44,20 @@ class Recheck(BaseModel):
     adapters: list[Rechecked]
 
 
+class Experiments(BaseModel):
+    """What experiments this server allows, and those that are registered."""
+
+    names: str | None = Field(description="glob of the names kept for them; null: there are none")
+    allow: list[str] = Field(description="settings that an experiment may have")
+    registered: list[str]
+
+
+class Ended(BaseModel):
+    """The experiment that was unloaded."""
+
+    ended: str
+
+
 class Problem(BaseModel):
     """What was wrong."""
 
@@ -69,6 +83,8 @@ POLICY = _answers(PolicyInForce)
 ADAPTERS = _answers(AdapterList)
 VERDICT = _answers(Verdict)
 RECHECK = _answers(Recheck)
+EXPERIMENTS = _answers(Experiments)
+ENDED = _answers(Ended)
 LOADED = _answers(Problem) | {
     200: {
         "description": "vLLM's text of success; the decision is in X-S3LoRA-Decision",

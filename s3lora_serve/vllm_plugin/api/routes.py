@@ -11,6 +11,7 @@ from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
+from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
 
@@ -43,6 +44,11 @@ class GateRoutes:
         if compat.runtime_loading_open():
             json_only = {"dependencies": compat.json_only()}
             _add(app, "POST", "/s3lora/scan", self.scan, openapi.VERDICT, **json_only)
+            experiments = ExperimentRoutes(self._registration)
+            path = "/s3lora/experiments"
+            _add(app, "GET", path, experiments.show, openapi.EXPERIMENTS)
+            _add(app, "POST", path, experiments.register, openapi.VERDICT, **json_only)
+            _add(app, "DELETE", f"{path}/{{name:path}}", experiments.end, openapi.ENDED)
             load = "/v1/load_lora_adapter"
             compat.drop_route(app, load, "POST")
             _add(app, "POST", load, self._load_route(), openapi.LOADED, **json_only)

@@ -24,6 +24,7 @@ class ServedAdapter:
     path: Path  # of the stored copy
     origin: str  # the path that it was registered with
     verdict: Verdict
+    is_experiment: bool = False
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
@@ -53,7 +54,8 @@ class ServedAdapters:
         name = adapter.verdict.name
         before = self._adapters.pop(name, None)
         self._adapters[name] = adapter
-        self._controller.events.metrics.serve(adapter.verdict)
+        if not adapter.is_experiment:
+            self._controller.events.metrics.serve(adapter.verdict)
         if before is not None:
             self._unload(engine, before)
 

@@ -1,0 +1,1 @@
+"""Evaluations of an adapter on a running guarded server, under several settings."""

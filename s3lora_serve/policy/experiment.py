@@ -1,0 +1,65 @@
+"""What one experiment changes in the policy: only what the policy allows, and no limit."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from s3lora_serve.errors import ExperimentClosed, NameReserved
+from s3lora_serve.policy.schema import Policy, Strip, parse_policy
+
+
+class ScorerSettings(BaseModel):
+    """The scorer of an experiment; its reference, if it needs one, is the policy's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Literal["mas-svd", "safe-lora", "splora"] = "mas-svd"
+    rank: Annotated[int, Field(ge=1)] | None = None
+    normalization: Literal["two_sided", "row", "column", "equilibrated"] = "two_sided"
+
+
+class Settings(BaseModel):
+    """The settings of one experiment; those left out are the policy's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    strip: Strip | None = None
+    scorer: ScorerSettings | None = None
+    action: Literal["strip", "project"] | None = None
+
+
+def check_name(policy: Policy, name: str, *, is_experiment: bool) -> None:
+    """Check that experiments, and nothing else, are registered under the names kept for them.
+
+    Raises:
+        ExperimentClosed: an experiment, and the policy allows none.
+        NameReserved: a name for experiments that is asked for otherwise, or the reverse.
+    """
+    if policy.experiments is None:
+        if is_experiment:
+            raise ExperimentClosed("this server's policy has no experiments")
+        return
+    if policy.experiments.claims(name) != is_experiment:
+        kept = f"{policy.experiments.names!r}, the names for experiments"
+        raise NameReserved(f"{name!r} {'is not one of' if is_experiment else 'is one of'} {kept}")
+
+
+def experiment_policy(policy: Policy, settings: Settings, *, with_plan: bool) -> Policy:
+    """The policy with an experiment's settings in the place of its own.
+
+    `policy` is the one for this adapter, rules applied: rules must not undo the settings. A plan
+    that is given takes the place of the folder's; without one the index chooses.
+
+    Raises:
+        ExperimentClosed: the policy does not allow one of the settings.
+        PolicyInvalid: the settings do not suit each other.
+    """
+    changes = settings.model_dump(exclude_none=True)
+    used = {*changes, *(("plan",) if with_plan else ())}
+    allowed = policy.experiments.allow if policy.experiments else frozenset[str]()
+    if closed := sorted(used - allowed):
+        raise ExperimentClosed(f"experiments.allow of the policy does not list {closed[0]}")
+    if "strip" in changes and settings.strip:
+        changes["strip"] = dict([settings.strip.rule])
+    if "scorer" in changes:
+        changes["scorer"] = policy.scorer.model_dump(mode="json") | changes["scorer"]
+    whole = policy.as_json() | {"rules": (), "plans": None, "require_plan": False} | changes
+    return parse_policy(whole, "the experiment")

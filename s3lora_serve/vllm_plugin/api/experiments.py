@@ -1,0 +1,101 @@
+"""HTTP routes that register adapters as experiments, with settings of their own."""
+
+from collections.abc import Callable
+from contextvars import Token
+from typing import Annotated, Any
+
+from fastapi import Body, Request
+from fastapi.responses import JSONResponse
+
+from s3lora_serve.errors import ExperimentClosed, PlanInvalid, Reason, S3LoRAError
+from s3lora_serve.plans.schema import parse_plan
+from s3lora_serve.policy.experiment import Settings, check_name, experiment_policy
+from s3lora_serve.telemetry.events import EXPERIMENT
+from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.admission_controller import Experiment
+from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door, experiment
+
+
+class ExperimentRoutes:
+    """`/s3lora/experiments`: what may be set, registration, and its end."""
+
+    def __init__(self, registration: Callable[[], AdapterRegistration | None]) -> None:
+        self._registration = registration
+
+    async def show(self) -> JSONResponse:
+        """The names kept for experiments, what they may set, and those that are registered."""
+        registration = self._registration()
+        if registration is None:
+            return _problem("the gate is off: nothing is looked at", 404)
+        kept = registration.controller.reload_policy().experiments
+        served = [one.verdict.name for one in registration.served.all() if one.is_experiment]
+        return JSONResponse(
+            {
+                "names": kept.names if kept else None,
+                "allow": sorted(kept.allow) if kept else [],
+                "registered": served,
+            }
+        )
+
+    async def register(
+        self,
+        raw_request: Request,
+        lora_name: Annotated[str, Body(min_length=1)],
+        lora_path: Annotated[str, Body(min_length=1)],
+        settings: Annotated[Settings | None, Body()] = None,
+        plan: Annotated[dict[str, Any] | None, Body()] = None,
+    ) -> JSONResponse:
+        """Register an adapter with settings of its own, and answer with its verdict.
+
+        Settings that are left out are the policy's. Without a plan the index chooses.
+        """
+        registration = self._registration()
+        if registration is None:
+            return _problem("the gate is off: nothing is looked at", 404)
+        wanted = settings or Settings()
+        try:
+            policy = registration.controller.reload_policy()
+            check_name(policy, lora_name, is_experiment=True)
+            experiment_policy(policy, wanted, with_plan=plan is not None)
+            parsed = None if plan is None else parse_plan(plan, "the experiment's plan")
+        except ExperimentClosed as closed:
+            return _refused(closed, 403)
+        except (PlanInvalid, S3LoRAError) as error:
+            return _refused(error, 400)
+        tokens: tuple[Token[Any], ...] = (
+            experiment.set(Experiment(wanted, parsed)),
+            door.set(EXPERIMENT),
+        )
+        try:
+            load = compat.load_request_model()(lora_name=lora_name, lora_path=lora_path)
+            result = await compat.served_models(raw_request).load_lora_adapter(load)
+        finally:
+            experiment.reset(tokens[0])
+            door.reset(tokens[1])
+        if not isinstance(result, str):
+            return JSONResponse(result.model_dump(), result.error.code)
+        found = registration.served.get(lora_name)
+        return JSONResponse(found.verdict.as_json(spectra=False) if found else {})
+
+    async def end(self, raw_request: Request, name: str) -> JSONResponse:
+        """Unload an experiment; adapters that are none are left alone."""
+        registration = self._registration()
+        if registration is None:
+            return _problem("the gate is off: nothing is looked at", 404)
+        found = registration.served.get(name)
+        if found is None or not found.is_experiment:
+            return _problem(f"no experiment {name!r} is registered", 404)
+        unload = compat.unload_request_model()(lora_name=name)
+        result = await compat.served_models(raw_request).unload_lora_adapter(unload)
+        if not isinstance(result, str):
+            return JSONResponse(result.model_dump(), result.error.code)
+        return JSONResponse({"ended": name})
+
+
+def _problem(text: str, status: int) -> JSONResponse:
+    return JSONResponse({"error": text}, status)
+
+
+def _refused(error: S3LoRAError, status: int) -> JSONResponse:
+    reason = Reason.of(error)
+    return JSONResponse({"error": {"code": reason.code, "message": reason.message}}, status)
