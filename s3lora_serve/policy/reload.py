@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections.abc import Callable
 
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file import policy_bytes, serving_policy
@@ -14,16 +15,20 @@ _AT_START_ONLY = ("audit", "required")
 class ReloadablePolicy:
     """The policy in force. A changed file replaces it if it is valid."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Read the policy.
+    def __init__(
+        self, settings: Settings, check: Callable[[Policy], None] = lambda _: None
+    ) -> None:
+        """Read the policy. `check` looks at files that a policy names, and raises PolicyInvalid.
 
         Raises:
             PolicyInvalid, SettingInvalid: the policy is not valid, so the server must not start.
         """
         self._settings = settings
+        self._check = check
         self._mutex = threading.Lock()
         self._seen = self._file_digest()
         self.current: Policy = serving_policy(settings)
+        check(self.current)
 
     def reload(self) -> Policy:
         """Read the file again if it has changed, and return the policy in force.
@@ -36,6 +41,7 @@ class ReloadablePolicy:
             if digest != self._seen:
                 changed = serving_policy(self._settings)
                 self._check_change(changed)
+                self._check(changed)
                 self._seen, self.current = digest, changed
             return self.current
 

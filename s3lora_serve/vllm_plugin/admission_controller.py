@@ -47,9 +47,7 @@ class AdmissionController:
         """
         self.settings = settings
         self.store = AdapterStore(settings.state_dir)
-        self._policy = ReloadablePolicy(settings)
-        check_plans(self.policy)
-        check_reference(self.policy)
+        self._policy = ReloadablePolicy(settings, _check_files)
 
     @property
     def policy(self) -> Policy:
@@ -157,6 +155,12 @@ class AdmissionController:
             changed = StoreDamaged(f"{own} does not hold what was registered")
             return _damaged(before, policy, changed)
         return now
+
+
+def _check_files(policy: Policy) -> None:
+    """Check the files that a policy names: its folder of plans and its alignment reference."""
+    check_plans(policy)
+    check_reference(policy)
 
 
 def _damaged(before: Verdict, policy: Policy, damage: AdapterRejected) -> Verdict:

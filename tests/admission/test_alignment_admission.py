@@ -14,7 +14,9 @@ from s3lora_serve.alignment.reference_file import read_reference
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file import with_options
 from s3lora_serve.policy.reference_digest import with_reference_digest
+from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import ScorerChoice, parse_policy
+from s3lora_serve.settings import Settings
 from s3lora_serve.spectral import ModuleScore
 from tests.support.references import small_reference, wide_adapter
 
@@ -212,3 +214,18 @@ def test_no_module_is_changed_while_a_less_aligned_one_is_kept(values, top_k, ac
     assert len(picked) <= top_k
     assert not kept or not picked or max(picked) <= min(kept) + 1e-8
     assert changed <= aligned.keys()
+
+
+def test_changed_policy_with_a_bad_reference_leaves_the_one_in_force(reference, tmp_path):
+    file = tmp_path / "policy.yaml"
+    file.write_text(f"scorer: {{name: safe-lora, reference: {reference}}}\n")
+    policy = ReloadablePolicy(Settings(policy=file), check_reference)
+    before = policy.current
+    other = small_reference(tmp_path / "other", rank=3)
+    other.chmod(0o666)
+    file.write_text(f"scorer: {{name: safe-lora, reference: {other}}}\n")
+    with pytest.raises(PolicyInvalid, match="can be written by others"):
+        policy.reload()
+    assert policy.current is before
+    other.chmod(0o644)
+    assert policy.reload().scorer.reference == other
