@@ -22,7 +22,7 @@ BATCH = (9, 7, 8)
 """Refusals, skill and benign examples in one step."""
 
 STEPS = 60
-"""Steps of Adam at most. Ours: the bench's adapters gain nothing from 90."""
+"""Steps of Adam at most. Ours: in trials 90 took half as long again, and kept 0.03 more skill."""
 
 CHECK_EVERY = 15
 """Steps between measurements on the calibration split."""
