@@ -222,7 +222,8 @@ def references(draw: st.DrawFn, tensors: dict[str, torch.Tensor], about: dict[st
             continue
         if how == "entry":
             flat = changed[name].reshape(-1)
-            flat[draw(st.integers(0, len(flat) - 1))] = draw(st.floats(width=32))
+            if len(flat):
+                flat[draw(st.integers(0, len(flat) - 1))] = draw(st.floats(width=32))
         elif how == "scale":
             changed[name] = changed[name] * draw(st.sampled_from([-1.0, 0.0, 0.999, 1.1, 1e30]))
         elif how == "shape":

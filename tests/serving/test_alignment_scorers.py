@@ -105,7 +105,7 @@ def test_verdict_metrics_and_audit_say_what_was_projected(server, loaded, workpl
     assert verdict["served_digest"] != verdict["digest"]
     lines = (workplace / "alignment-audit.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
-    [entry] = [entry for entry in entries if entry["adapter"] == "projected"]
+    entry = next(entry for entry in entries if entry["adapter"] == "projected")  # then re-loads
     assert entry["projected"] == projected
     assert entry["stripped"] == []
     metrics = server.metrics()
