@@ -23,8 +23,8 @@ FEWEST_SAMPLES = 8
 NO_SPREAD = 1e-6
 """Spread of the distances, relative to their mean, under which rounding would decide the score."""
 
-BLOCK_ROWS = 1024
-"""Rows of U that are converted to float64 at a time: one megabyte with k = 128."""
+BLOCK_ROWS = 2048
+"""Rows of U that are converted to float64 at a time: two megabytes with k = 128."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,25 +107,50 @@ def cosines(found: Products, modules: Sequence[Update], subspaces: Sequence[Subs
 
 def e_diems(found: Products, modules: Sequence[Update], subspaces: Sequence[Subspace]) -> Tensor:
     """`splora` from the products of all modules."""
-    own = distance(found)
-    shapes = [(len(B), A.shape[1]) for B, A, _ in modules]
-    scores = torch.full_like(own, torch.nan)
-    for i, subspace in enumerate(subspaces):
-        if not found.own[i] > 0:
+    distances = distance(found)
+    scores = torch.full_like(distances, torch.nan)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, (B, A, _) in enumerate(modules):
+        if distances[i].isfinite():
+            alike.setdefault((len(B), A.shape[1]), []).append(i)
+    for members in alike.values():
+        if len(members) > FEWEST_SAMPLES:
+            scores[members] = _among_others(distances[members])
             continue
-        alike = [own[j] for j in range(len(modules)) if j != i and shapes[j] == shapes[i]]
-        samples = torch.stack(alike) if alike else own[:0]
-        samples = samples[samples.isfinite()]
-        if len(samples) < FEWEST_SAMPLES:
-            samples = distance(rotated(modules[i], subspace))
-        scores[i] = detrended(own[i], samples)
-    return scores
+        for i in members:
+            samples = distance(rotated(modules[i], subspaces[i]))
+            scores[i] = detrended(distances[i], samples)
+    return torch.where(found.own > 0, scores, torch.nan)
+
+
+def _among_others(distances: Tensor) -> Tensor:
+    """`detrended` of each distance, with all the others as its samples, from one sorting.
+
+    The t-th of the others is the t-th of all, or the next one from a distance's own place on.
+    Shape: (n,) -> (n,).
+    """
+    ordered, order = distances.sort()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    others = len(distances) - 1
+
+    def quartile(share: float) -> Tensor:
+        at = share * (others - 1)
+        low, high = int(at), min(int(at) + 1, others - 1)
+        first, second = (ordered[t + (place <= t).long()] for t in (low, high))
+        return torch.lerp(first, second, at - low)
+
+    mean = (distances.sum() - distances) / others
+    return _score(distances, mean, quartile(0.25), quartile(0.75))
 
 
 def detrended(distance: Tensor, samples: Tensor) -> Tensor:
-    """`(d − mean(D)) / (q₃(D) − q₁(D))` by linear interpolation; NaN without spread."""
-    mean = samples.mean()
+    """`(d − mean(D)) / (q₃(D) − q₁(D))`, quartiles by linear interpolation; NaN without spread."""
     low, high = torch.quantile(samples, torch.tensor([0.25, 0.75], dtype=samples.dtype))
+    return _score(distance, samples.mean(), low, high)
+
+
+def _score(distance: Tensor, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
     spread = high - low
     return torch.where(spread > NO_SPREAD * mean, (distance - mean) / spread, torch.nan)
 
@@ -181,13 +206,15 @@ def rotated(module: Update, subspace: Subspace) -> Products:
 def _coordinates(U: Tensor, B: Tensor, device: str) -> tuple[Tensor, Tensor]:
     """UᵀB (k, r) and BᵀB (r, r) in float64, in passes over blocks of rows."""
     rows = len(B) if device != "cpu" else BLOCK_ROWS
-    P = torch.zeros(U.shape[1], B.shape[1], dtype=torch.float64, device=device)
-    gram = torch.zeros(B.shape[1], B.shape[1], dtype=torch.float64, device=device)
+    rank = B.shape[1]
+    # BᵀU and not UᵀB: a quarter faster, since the long side of the result is the inner one.
+    P = torch.zeros(rank, U.shape[1], dtype=torch.float64, device=device)
+    gram = torch.zeros(rank, rank, dtype=torch.float64, device=device)
     for at in range(0, len(B), max(1, rows)):
         part = B[at : at + rows].to(device).double()
-        P.addmm_(U[at : at + rows].to(device).double().mT, part)
+        P.addmm_(part.mT, U[at : at + rows].to(device).double())
         gram.addmm_(part.mT, part)
-    return P, gram
+    return P.mT, gram
 
 
 def products_of(

@@ -16,7 +16,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from s3lora_serve.alignment.make_reference import Options, make_reference
-from s3lora_serve.spectral import Factors, Scorer, Subspace, reference, score_modules
+from s3lora_serve.spectral import Factors, Scorer, Subspace, alignment, reference, score_modules
 from tests.benchmarks import measure, report, shapes
 
 HERE = Path(__file__).parent
@@ -43,6 +43,7 @@ def main() -> None:
 def _scored(model: str, rank: int, rounds: int) -> dict[str, Any]:
     modules = shapes.adapter(model, rank, torch.bfloat16)
     subspaces = _subspaces(modules)
+    updates = [(module.B, module.A, module.scaling) for module in modules]
     scorers = {name: Scorer(name) for name in ("safe-lora", "splora")}
     best: dict[str, float] = {}
 
@@ -54,10 +55,8 @@ def _scored(model: str, rank: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         timed("mas-svd", lambda: score_modules(modules, device="cpu"))
         timed("floor", lambda: _floor(modules, subspaces))
-        for name, scorer in scorers.items():
-            timed(
-                name, lambda s=scorer: score_modules(modules, s, device="cpu", subspaces=subspaces)
-            )
+        timed("safe-lora", lambda: alignment.safe_lora(updates, subspaces))
+        timed("splora", lambda: alignment.splora(updates, subspaces))
     return {"model": model, "rank": rank, "modules": len(modules), "seconds": best} | {
         "errors": _errors(modules, subspaces, scorers)
     }

@@ -19,10 +19,9 @@ def alignment(data: dict[str, Any]) -> str:
 ## Alignment scorers
 
 `make bench-alignment`, {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}.
-k = {data["k"]}, directions and adapter in bfloat16, all projections. *Over MAS-SVD*: all of
-`score_modules` with the scorer, which computes MAS-SVD as well, over `score_modules` with MAS-SVD
-alone. *Floor*: UᵀB and one Gram pass over A in float32. Errors are against the dense float64
-references, on twelve modules of the fewest rows.
+k = {data["k"]}, directions and adapter in bfloat16, all projections. *Over MAS-SVD*: the scorer
+alone over MAS-SVD alone; an admission computes both. *Floor*: UᵀB and one Gram pass over A in
+float32. Errors are against the dense float64 references, on twelve modules of the fewest rows.
 
 | {" | ".join(columns)} |
 |{"---|" * len(columns)}
