@@ -22,6 +22,7 @@ POLICY = """
 experiments: {names: "eval/*", allow: [strip, scorer, plan]}
 limits: {max_stripped_fraction: 1.0}
 """
+ONLY_PLANS = 'experiments: {names: "eval/*", allow: [plan]}'
 KEY = "evaluation-key"
 
 EMPTY_TASK = """
@@ -229,6 +230,50 @@ def test_what_cannot_be_evaluated_is_said_and_leaves_nothing_registered(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert registered(server) == []
+
+
+def test_unguarded_server_and_one_without_experiments_are_said(
+    server, stock, chat, probes, tmp_path
+):
+    done = run(stock, chat, probes, tmp_path / "sweep.json", key=None)
+    assert done.returncode == 2
+    assert "not guarded" in done.stderr
+    policy = server.folder / "policy.yaml"
+    for text, said in (("mode: enforce", "no experiments"), (ONLY_PLANS, "not strip")):
+        policy.write_text(text)
+        try:
+            done = run(server, chat, probes, tmp_path / "sweep.json")
+        finally:
+            policy.write_text(POLICY)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_server_that_dies_midway_leaves_the_results_so_far(chat, probes, tmp_path):
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(tmp_path / "policy.yaml"),
+        "S3LORA_STATE_DIR": str(tmp_path / "state"),
+    }
+    output = tmp_path / "sweep.json"
+    with Server(chat.base, tmp_path / "log", (), environment) as server:
+        arguments = command(server, chat, probes, output, "--tau", "0,1,2,3", key=None)
+        process = subprocess.Popen(
+            arguments, env=base_environment(), stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not (output.exists() and registered(server)):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server.stop()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    sweep = json.loads(output.read_text())
+    assert 1 <= len(sweep["trials"]) < 4
+    assert not sweep["complete"]
 
 
 def test_names_for_experiments_are_kept_from_tenants_and_the_reverse(server, chat):
