@@ -4,16 +4,21 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
-from s3lora_serve.adapter.reader import Adapter, Module
+from s3lora_serve.adapter.reader import MAX_CANCELLATION, Adapter, Module, as_served
 
-MAX_CANCELLATION = 1e3
-"""Largest ‖B'‖_F·‖A‖_F over the larger of ‖B·A‖_F and ‖B'·A‖_F, as for the adapter's own factors:
-beyond it the served update is the rounding of the engine's dtype."""
+
+class NewFactor(NamedTuple):
+    """A module's new lora_B, with the norms of its update without scaling."""
+
+    B: Tensor  # (m, r), in the dtype that the module's own is stored in
+    before: float  # ‖B·A‖_F
+    after: float  # ‖B'·A‖_F
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +74,26 @@ class ChangedWeights:
                 file.write(chunk)
 
 
-def rounded_factor(module: Module, B: Tensor) -> Tensor:
-    """B' in the dtype that B is stored in, checked.
+def rounded_factor(module: Module, B: Tensor) -> NewFactor:
+    """B' rounded to the dtype that B is stored in, checked.
 
-    Shape: B (m, r) float64 -> (m, r).
+    Shape: B (m, r) float64.
 
     Raises:
-        ValueError: it holds NaN or Inf as served, or its factors cancel. The message names no
-            cause: the caller does.
+        ValueError: it holds NaN or Inf as served, or ‖B'‖_F·‖A‖_F exceeds the larger of both
+            updates by more than MAX_CANCELLATION. The message names no cause: the caller does.
     """
     new = B.to(module.B.dtype).contiguous()
-    # No server holds LoRA weights in a wider dtype than float32.
-    served = new.float() if new.dtype == torch.float64 else new
-    if not served.isfinite().all():
+    if not as_served(new).isfinite().all():
         raise ValueError(f"makes the lora_B of {module.name} NaN or Inf")
     A = module.A.double()
-    update = max(update_norm(module.B.double(), A), update_norm(new.double(), A))
-    factors = float(new.double().norm() * A.norm())
+    before, after = update_norm(module.B.double(), A), update_norm(new.double(), A)
+    update, factors = max(before, after), float(new.double().norm() * A.norm())
     if not factors <= MAX_CANCELLATION * update:
         raise ValueError(
             f"makes factors of {factors:g} for {module.name} that cancel: its update is {update:g}"
         )
-    return new
+    return NewFactor(new, before, after)
 
 
 def update_norm(B: Tensor, A: Tensor) -> float:

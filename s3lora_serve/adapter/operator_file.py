@@ -2,9 +2,6 @@
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
 
 OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -23,14 +20,26 @@ def foreign_writer(status: os.stat_result, path: Path) -> str | None:
     return None
 
 
-@contextmanager
-def regular_file(path: Path) -> Iterator[BufferedReader]:
-    """A regular file, opened for reading.
+def contents(descriptor: int, path: Path, limit: int, *, owned: bool) -> bytearray:
+    """The contents of an opened file, which is then closed. `path` names it in errors.
 
     Raises:
-        OSError: it cannot be opened, or is of another kind.
+        ValueError: it is of another kind, larger than `limit` bytes, or changes meanwhile; with
+            `owned`, also if others can write it.
+        OSError: it cannot be read.
     """
-    with os.fdopen(os.open(path, OPEN_FLAGS), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(0, "not a regular file", str(path))
-        yield file
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        if owned and (problem := foreign_writer(status, path)):
+            raise ValueError(problem)
+        if status.st_size > limit:
+            raise ValueError(f"{path}: larger than {limit} bytes")
+        data = bytearray(status.st_size)
+        with open(descriptor, "rb", closefd=False) as file:
+            if file.readinto(data) != len(data) or file.read(1):
+                raise ValueError(f"{path} changed while it was read")
+    finally:
+        os.close(descriptor)
+    return data

@@ -1,6 +1,5 @@
 """Parse adapter_config.json and check the fields that the gate needs, as PEFT defines them."""
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s3lora_serve.adapter.rank_alpha_patterns import ModulePatterns
 from s3lora_serve.errors import ConfigInvalid, Unscorable
+from s3lora_serve.policy.canonical import canonical_digest
 
 MAX_ALPHA = 1e30
 """Keeps scalings finite; limits.max_scaling is the bound that operators set."""
@@ -76,7 +76,7 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
     """
     try:
         raw = json.loads(text)
-        canonical = json.dumps(raw, sort_keys=True, separators=(",", ":"))
+        digest = canonical_digest(raw)
         fields = PeftConfig.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
@@ -90,7 +90,6 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
     if fields.peft_type != "LORA":
         raise ConfigInvalid(f"peft_type is {fields.peft_type[:40]!r}, expected 'LORA'")
     _check_scorable(fields, on_unscorable)
-    digest = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
     ranks = _patterns("rank_pattern", fields.rank_pattern or {}, 1, MAX_RANK_CLAIMED)
     alphas = _patterns("alpha_pattern", fields.alpha_pattern or {}, -MAX_ALPHA, MAX_ALPHA)
     return AdapterConfig(fields, raw, digest, ranks, alphas)

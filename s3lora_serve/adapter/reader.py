@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from s3lora_serve.adapter.peft_config import AdapterConfig, parse_config
@@ -29,6 +30,12 @@ MAX_MODULES = 2**15
 
 MAX_NAME_LENGTH = 256
 """Module names appear in labels, logs and patterns. The longest in use has about 80 characters."""
+
+
+MAX_CANCELLATION = 1e3
+"""Largest ‖B‖_F·‖A‖_F/‖B·A‖_F that is scored. Trained factors have about √r. From 2^8 on, rounding
+the product to bfloat16 causes an error as large as the product, so the index describes an update
+that is never served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +176,11 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
         else (1, 0, part)
         for part in re.split(r"(\d+)", name, flags=re.ASCII)
     ]
+
+
+def as_served(factor: Tensor) -> Tensor:
+    """A factor in at most float32: no server holds LoRA weights in a wider dtype.
+
+    Values that float32 cannot hold are served as zero or infinity, and are scored as such.
+    """
+    return factor.float() if factor.dtype == torch.float64 else factor

@@ -37,7 +37,7 @@ def _module_verdict(
     negligible: bool,
 ) -> ModuleVerdict:
     stripped = module.name in outcome.stripped
-    changed = {**outcome.transformed, **outcome.projected}
+    removed = outcome.transformed.get(module.name, outcome.projected.get(module.name, 0.0))
     return ModuleVerdict(
         name=module.name,
         layer=module.layer,
@@ -53,7 +53,7 @@ def _module_verdict(
         energy_share=energy_share,
         negligible=negligible,
         transformed=module.name in outcome.transformed,
-        removed_share=1.0 if stripped else changed.get(module.name, 0.0),
+        removed_share=1.0 if stripped else removed,
         projected=module.name in outcome.projected,
         alignment=score.alignment if score else None,
         captured=score.captured if score else None,

@@ -2,10 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
-from s3lora_serve.adapter.reader import Adapter, Module
+from s3lora_serve.adapter.reader import MAX_CANCELLATION, Adapter, Module, as_served
 from s3lora_serve.alignment.reference_file import Reference, check_owner, loaded_reference
 from s3lora_serve.errors import (
     Cancels,
@@ -17,11 +14,6 @@ from s3lora_serve.errors import (
 )
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.spectral import Factors, ModuleScore, Scorer, Subspace, score_modules
-
-MAX_CANCELLATION = 1e3
-"""Largest ‖B‖_F·‖A‖_F/‖B·A‖_F that is scored. Trained factors have about √r. From 2^8 on, rounding
-the product to bfloat16 causes an error as large as the product, so the index describes an update
-that is never served."""
 
 
 def score_adapter(
@@ -40,7 +32,7 @@ def score_adapter(
     """
     selected = {module.name for module in adapter.modules if policy.selects(module.name)}
     factors = [
-        Factors(m.name, _as_served(m.B), _as_served(m.A), m.scaling)
+        Factors(m.name, as_served(m.B), as_served(m.A), m.scaling)
         for m in adapter.modules
         if m.name in selected
     ]
@@ -112,13 +104,5 @@ def _subspaces(reference: Reference, factors: Sequence[Factors]) -> list[Subspac
     return [reference.subspaces[module.name] for module in factors]
 
 
-def _as_served(factor: Tensor) -> Tensor:
-    """A factor in at most float32: no server holds LoRA weights in a wider dtype.
-
-    Values that float32 cannot hold are served as zero or infinity, and are scored as such.
-    """
-    return factor.float() if factor.dtype == torch.float64 else factor
-
-
 def _is_finite(module: Module) -> bool:
-    return all(_as_served(factor).isfinite().all() for factor in (module.A, module.B))
+    return all(as_served(factor).isfinite().all() for factor in (module.A, module.B))

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from s3lora_serve.errors import CheckpointUnfit
+from s3lora_serve.policy.canonical import canonical_digest
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -82,8 +83,7 @@ def config_digest(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+    return canonical_digest(config)
 
 
 def difference(base: Checkpoint, aligned: Checkpoint, module: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from s3lora_serve.adapter.safetensors_format import Entry, write_header
 from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest, difference
-from s3lora_serve.alignment.reference_file import METADATA_KEY, About, ModuleRecord
+from s3lora_serve.alignment.reference_file import METADATA_KEY, About, ModuleRecord, skew
 from s3lora_serve.errors import CheckpointUnfit
-from s3lora_serve.policy.globs import glob_matches
+from s3lora_serve.policy.globs import selects
 from s3lora_serve.spectral.leading_subspace import leading_subspace
 
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -62,7 +62,7 @@ def make_reference(
     if target.exists():
         raise FileExistsError(f"{target} exists; name a file that does not")
     first, second = Checkpoint.open(base), Checkpoint.open(aligned)
-    names = [name for name in second.shapes if _selected(name, options.modules)]
+    names = [name for name in second.shapes if selects(options.modules, name)]
     if not names:
         raise CheckpointUnfit(f"{list(options.modules)} match no linear module of {aligned}")
     progress("digests", 0, 2)
@@ -93,11 +93,6 @@ def make_reference(
     _assemble(about, parts, target)
     shutil.rmtree(parts)
     return about
-
-
-def _selected(name: str, globs: Sequence[str]) -> bool:
-    projection = name.rpartition(".")[2]
-    return any(glob_matches(glob, projection) or glob_matches(glob, name) for glob in globs)
 
 
 def _begin(parts: Path, settings: str, *, resume: bool) -> None:
@@ -139,9 +134,7 @@ def _make(
 def _rounded(U: Tensor, dtype: str) -> Tensor:
     """U in the dtype, or in float32 where rounding would cost too much of its orthonormality."""
     rounded = U.to(getattr(torch, dtype))
-    gram = rounded.double().mT @ rounded.double()
-    skew = (gram - torch.eye(len(gram), dtype=torch.float64)).abs().max()
-    return rounded if float(skew) <= BFLOAT16_SKEW else U
+    return rounded if skew(rounded.double().mT @ rounded.double()) <= BFLOAT16_SKEW else U
 
 
 def _assemble(about: About, parts: Path, target: Path) -> None:

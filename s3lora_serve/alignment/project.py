@@ -33,9 +33,8 @@ def projected_weights(
             over = 1 / subspace.frobenius if subspace.frobenius else 0.0
             weights = subspace.singular_values.square().unsqueeze(-1) * over
             try:
-                factors[module.name] = rounded_factor(
-                    module, U @ (weights * (U.mT @ module.B.double()))
-                )
+                new = rounded_factor(module, U @ (weights * (U.mT @ module.B.double())))
             except ValueError as error:
                 raise ReferenceUnfit(f"the projection {error}") from None
+            factors[module.name] = new.B
     return ChangedWeights.of(adapter, factors)

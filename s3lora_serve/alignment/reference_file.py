@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from s3lora_serve.adapter.operator_file import foreign_writer, regular_file
+from s3lora_serve.adapter.operator_file import OPEN_FLAGS, contents, foreign_writer
 from s3lora_serve.adapter.safetensors_format import read_header, tensors
 from s3lora_serve.errors import ReferenceInvalid, WeightsUnreadable
 from s3lora_serve.spectral import Subspace
@@ -133,16 +133,16 @@ def check_owner(path: Path) -> None:
 
 def _contents(path: Path) -> bytearray:
     try:
-        with regular_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise ReferenceInvalid(f"{path}: larger than {MAX_BYTES} bytes")
-            data = bytearray(size)
-            if file.readinto(data) != size or file.read(1):
-                raise ReferenceInvalid(f"{path} changed while it was read")
+        return contents(os.open(path, OPEN_FLAGS), path, MAX_BYTES, owned=False)
+    except ValueError as error:
+        raise ReferenceInvalid(str(error)) from None
     except OSError as error:
         raise ReferenceInvalid(f"{path}: {error.strerror or error}") from None
-    return data
+
+
+def skew(gram: Tensor) -> float:
+    """Largest entry of |UᵀU − 1|, from UᵀU."""
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max()) if len(gram) else 0.0
 
 
 def _subspace(name: str, record: ModuleRecord, U: Tensor, sigma: Tensor, rank: int) -> Subspace:
@@ -166,9 +166,8 @@ def _subspace(name: str, record: ModuleRecord, U: Tensor, sigma: Tensor, rank: i
     if not ((values >= 0).all() and (values.diff() <= 0).all()):
         raise ValueError(f"the singular values of {name} are negative, or do not fall")
     gram = U.double().mT @ U.double()
-    skew = float((gram - torch.eye(k, dtype=torch.float64)).abs().max()) if k else 0.0
-    if skew > MAX_SKEW:
-        raise ValueError(f"U of {name} is not orthonormal: UᵀU differs from 1 by {skew:.1e}")
+    if (off := skew(gram)) > MAX_SKEW:
+        raise ValueError(f"U of {name} is not orthonormal: UᵀU differs from 1 by {off:.1e}")
     if math.sqrt(float(values.square().sum())) > record.frobenius * (1 + MAX_SKEW):
         raise ValueError(f"{name} captures more energy than it has")
     return Subspace(U, values, record.frobenius, gram)

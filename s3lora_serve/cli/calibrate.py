@@ -1,7 +1,6 @@
 """`s3lora calibrate`: learns what to remove from one adapter, and writes a plan."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,7 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from s3lora_serve.cli.options import REJECTED, Device, DeviceOption, check_device, stop, stop_at
+from s3lora_serve.cli.options import (
+    REJECTED,
+    Device,
+    DeviceOption,
+    Dtype,
+    Format,
+    check_device,
+    stop,
+    stop_at,
+    write_whole,
+)
 from s3lora_serve.errors import BaseUnaligned, S3LoRAError, TargetMissed
 
 if TYPE_CHECKING:  # the command line starts without torch
@@ -23,26 +32,16 @@ if TYPE_CHECKING:  # the command line starts without torch
     from s3lora_serve.plans.schema import Rate
 
 
+READABLE = 0o644
+"""Mode of what is written: others may read a plan, and never write it."""
+
+
 class By(StrEnum):
     """What the gates remove."""
 
     SUBSPACE = "subspace"
     COMPONENT = "component"
     MODULE = "module"
-
-
-class Form(StrEnum):
-    """How to print the result."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
-class Dtype(StrEnum):
-    """The dtype of the base model's weights."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
 
 
 def calibrate(
@@ -86,7 +85,7 @@ def calibrate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted search of this plan.")
     ] = False,
-    form: Annotated[Form, typer.Option("--format", help="How to print.")] = Form.TABLE,
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
     device: DeviceOption = Device.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model's weights.")] = Dtype.BFLOAT16,
 ) -> None:
@@ -136,10 +135,12 @@ def calibrate(
         if pages:
             from s3lora_serve.pages.frontier import frontier_page
 
-            _write(pages[0], frontier_page(found.plan, found.frontier, found.by_module))
+            write_whole(
+                pages[0], frontier_page(found.plan, found.frontier, found.by_module), READABLE
+            )
         if found.reached or accept_best:
             written = _plan_file(plans[0], found.plan.adapter_digest)
-            _write(written, json.dumps(found.plan.as_json(), indent=1) + "\n")
+            write_whole(written, json.dumps(found.plan.as_json(), indent=1) + "\n", READABLE)
             typer.echo(f"{written}: {found.plan.digest}", err=True)
     except BaseUnaligned as error:
         typer.echo(f"s3lora: {error}", err=True)
@@ -193,19 +194,8 @@ def _plan_file(path: Path, digest: str) -> Path:
     return path / plan_name(digest) if path.is_dir() else path
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text)
-        os.chmod(part, 0o644)  # noqa: PTH101 - others may read a plan, and never write it
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _print(found: "Calibration", form: Form) -> None:
-    if form is Form.JSON:
+def _print(found: "Calibration", form: Format) -> None:
+    if form is Format.JSON:
         shown = found.plan.as_json()
         shown["modules"] = [
             {key: value for key, value in module.items() if key != "transform"}

@@ -1,8 +1,5 @@
 """`s3lora evaluate`: compares settings of the gate on a running server, with inspect_ai."""
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from s3lora_serve.cli.options import REJECTED, stop, stop_at
+from s3lora_serve.cli.options import REJECTED, stop, stop_at, write_whole
 from s3lora_serve.cli.strip import Action
 from s3lora_serve.cli.tables import plain
 from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.policy.canonical import canonical_digest
 
 if TYPE_CHECKING:
     from s3lora_serve.evaluation.results import Sweep, TrialResult
@@ -78,8 +76,8 @@ def evaluate(
         tasks = [task_file(text, judge) for text in task]
         check_tasks(tasks)
         rule = Rule(max_asr=max_asr, max_utility_loss=max_utility_loss)
-        asked = [url, adapter, task, judge, scorer, action, _digest(chosen_plan)]
-        sweep = Sweep(key=_digest(asked), url=url, adapter=adapter, rule=rule)
+        asked = [url, adapter, task, judge, scorer, action, chosen_plan]
+        sweep = Sweep(key=canonical_digest(asked), url=url, adapter=adapter, rule=rule)
         if resume:
             sweep = sweep.model_copy(update={"trials": _kept(output, sweep.key)})
         done = {trial.label for trial in sweep.trials}
@@ -93,11 +91,11 @@ def evaluate(
             todo,
         ):
             sweep = sweep.model_copy(update={"trials": (*sweep.trials, result)})
-            _write(output, sweep)
+            write_whole(output, sweep.model_dump_json(indent=1) + "\n")
         best = recommended(sweep.trials, rule)
         label = best.label if best else None
         sweep = sweep.model_copy(update={"recommended": label, "complete": True})
-        _write(output, sweep)
+        write_whole(output, sweep.model_dump_json(indent=1) + "\n")
         if html is not None:
             from s3lora_serve.pages.sweep import sweep_page
 
@@ -131,11 +129,6 @@ def _plan(file: Path | None) -> dict[str, Any] | None:
     return read_plan(file).as_json()
 
 
-def _digest(data: object) -> str:
-    text = json.dumps(data, sort_keys=True, default=str)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
 def _kept(file: Path, key: str) -> "tuple[TrialResult, ...]":
     """The results of an interrupted sweep that asked for the same."""
     from s3lora_serve.evaluation.results import Sweep
@@ -159,13 +152,6 @@ def _shown(run: Any, todo: "Sequence[Trial]") -> Any:
         for result in run(lambda label: bars.update(bar, description=label)):
             bars.advance(bar)
             yield result
-
-
-def _write(file: Path, sweep: "Sweep") -> None:
-    """Write a file whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(sweep.model_dump_json(indent=1) + "\n")
-    os.replace(part, file)  # noqa: PTH105 - atomic also if the file exists
 
 
 def _print(sweep: "Sweep", best: "TrialResult | None") -> None:

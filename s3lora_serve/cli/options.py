@@ -28,6 +28,20 @@ class Scorer(StrEnum):
     SPLORA = "splora"
 
 
+class Format(StrEnum):
+    """How to print, where there are two ways."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+class Dtype(StrEnum):
+    """A dtype of weights."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
 PolicyOption: TypeAlias = Annotated[
     Path | None, typer.Option(help="Policy file.", envvar="S3LORA_POLICY")
 ]
@@ -56,4 +70,22 @@ def stop(problem: str) -> NoReturn:
 
 def stop_at(error: OSError) -> NoReturn:
     """Exit as `stop` does, for a file that cannot be read or written."""
+    if error.filename is None:  # our own: its text says all
+        stop(str(error))
     stop(f"{str(error.filename)[:200]}: {error.strerror}")
+
+
+def write_whole(file: Path, text: str, mode: int | None = None) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_text(text)
+        if mode is not None:
+            part.chmod(mode)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)

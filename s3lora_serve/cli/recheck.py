@@ -3,23 +3,15 @@
 import json
 import urllib.error
 import urllib.request
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from s3lora_serve.cli import tables
-from s3lora_serve.cli.options import stop
+from s3lora_serve.cli.options import Format, stop
 
 TIMEOUT_SECONDS = 600
 """A server with a thousand adapters decides on each of them before it answers."""
-
-
-class RecheckFormat(StrEnum):
-    """How `recheck` prints."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 def recheck(
@@ -27,16 +19,14 @@ def recheck(
     key: Annotated[
         str | None, typer.Option("--api-key", help="Its API key.", envvar="VLLM_API_KEY")
     ] = None,
-    form: Annotated[RecheckFormat, typer.Option("--format", help="How to print.")] = (
-        RecheckFormat.TABLE
-    ),
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = (Format.TABLE),
 ) -> None:
     """Say which served adapters the policy in force would decide otherwise; nothing changes.
 
     Exit code: 0 none, 1 at least one, 2 wrong usage, or the server did not answer.
     """
     found = _answer(url, key)
-    if form is RecheckFormat.JSON:
+    if form is Format.JSON:
         typer.echo(json.dumps(found, indent=2))
     else:
         tables.print_recheck(found["adapters"])

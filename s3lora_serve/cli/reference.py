@@ -1,7 +1,6 @@
 """`s3lora reference`: makes an alignment reference of two checkpoints, and shows one."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from s3lora_serve.cli.options import Device, check_device, stop, stop_at
+from s3lora_serve.cli.options import Device, Dtype, Format, check_device, stop, stop_at
 from s3lora_serve.cli.tables import plain
 from s3lora_serve.errors import S3LoRAError
 
@@ -23,20 +22,6 @@ WEAK = 0.5
 reference_app = typer.Typer(
     no_args_is_help=True, help="Work on alignment references, for safe-lora and splora."
 )
-
-
-class Dtype(StrEnum):
-    """How directions are stored."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class Format(StrEnum):
-    """How to print."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 @reference_app.command("make")
@@ -79,8 +64,6 @@ def make(
 
         try:
             about = make_reference(base, aligned, output, options, resume=resume, progress=progress)
-        except FileExistsError as error:
-            stop(str(error))
         except OSError as error:
             stop_at(error)
         except S3LoRAError as error:

@@ -64,8 +64,6 @@ def strip(
         chosen = with_options(chosen, scorer, reference, action)
         used = _read_plan(plan) if plan else None
         verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value, used)
-    except FileExistsError as error:
-        stop(str(error))
     except OSError as error:
         stop_at(error)
     except S3LoRAError as error:

@@ -17,7 +17,6 @@ REGISTER_SECONDS = 600
 SECONDS = 60
 """For all other requests."""
 
-
 LATE_ATTEMPTS, LATE_SECONDS = 20, 0.5
 """A registration that was interrupted goes on in the server: its end is asked for until it is."""
 

@@ -1,6 +1,5 @@
 """Run tasks of inspect_ai against a guarded server, once for each setting."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,6 @@ def _score(
         api_key=server.key or NO_KEY,
         memoize=False,
     )
-    os.environ.setdefault("INSPECT_DISPLAY", "none")
     [log] = inspect_eval(
         task.make(),
         model=model,

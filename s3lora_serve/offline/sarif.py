@@ -19,8 +19,10 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 SHARP = "S3LORA-SHARP"
 """Rule id of stripped adapters. The rule id of a rejection is its code."""
 
-PLANNED = "S3LORA-PLAN"
 UNALIGNED = "S3LORA-UNALIGNED"
+"""Rule id of adapters whose least aligned modules are stripped or projected."""
+
+PLANNED = "S3LORA-PLAN"
 """Rule id of adapters that a plan changes."""
 
 WHOLE_FILE = {"startLine": 1, "startColumn": 1, "endLine": 1, "endColumn": 1}

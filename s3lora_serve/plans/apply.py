@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from s3lora_serve.adapter.changed_weights import ChangedWeights, rounded_factor, update_norm
+from s3lora_serve.adapter.changed_weights import ChangedWeights, rounded_factor
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.errors import PlanInvalid
 from s3lora_serve.plans.schema import Plan
@@ -39,15 +39,13 @@ def transformed(module: Module, transform: Tensor) -> Tensor:
     Raises:
         PlanInvalid: B' holds NaN or Inf as served, or its update is larger than the module's.
     """
-    A, B = module.A.double(), module.B.double()
     try:
-        new = rounded_factor(module, B @ transform.double())
+        new = rounded_factor(module, module.B.double() @ transform.double())
     except ValueError as error:
         raise PlanInvalid(f"a transform {error}") from None
-    before, after = update_norm(B, A), update_norm(new.double(), A)
-    if not after <= before * (1 + MAX_GROWTH):
+    if not new.after <= new.before * (1 + MAX_GROWTH):
         raise PlanInvalid(
-            f"the transform of {module.name} makes ‖ΔW‖_F {after:g} of {before:g} (without"
+            f"the transform of {module.name} makes ‖ΔW‖_F {new.after:g} of {new.before:g} (without"
             " scaling): a plan may not increase an update"
         )
-    return new
+    return new.B

@@ -30,7 +30,7 @@ def read_plan(file: Path) -> Plan:
     return plan_of(file_bytes(file), str(file))
 
 
-def plan_of(text: bytes, source: str) -> Plan:
+def plan_of(text: bytes | bytearray, source: str) -> Plan:
     """The plan in these bytes; `source` names them in errors.
 
     Raises:

@@ -6,12 +6,11 @@ descriptors, so nothing can be exchanged between a check and the reading.
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s3lora_serve.adapter.operator_file import OPEN_FLAGS, foreign_writer
+from s3lora_serve.adapter.operator_file import OPEN_FLAGS, contents, foreign_writer
 from s3lora_serve.errors import PlanInvalid, PolicyInvalid
 from s3lora_serve.policy.schema import Policy
 
@@ -37,7 +36,7 @@ def check_plans(policy: Policy) -> None:
         raise PolicyInvalid(f"plans: {error.problem}") from None
 
 
-def plan_bytes(folder: Path, digest: str) -> bytes | None:
+def plan_bytes(folder: Path, digest: str) -> bytearray | None:
     """The file of the plan for the weights with this digest; None if there is none.
 
     Raises:
@@ -52,17 +51,17 @@ def plan_bytes(folder: Path, digest: str) -> bytes | None:
             return None
         except OSError as error:
             raise PlanInvalid(f"{folder / name}: {error.strerror}") from None
-    return _contents(file, folder / name, strict=True)
+    return _contents(file, folder / name, owned=True)
 
 
-def file_bytes(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytearray:
     """A plan that the operator names: links are followed, and its owner is not looked at.
 
     Raises:
         PlanInvalid: it is not a regular file, or is too large.
         OSError: it cannot be read.
     """
-    return _contents(os.open(path, OPEN_FLAGS), path, strict=False)
+    return _contents(os.open(path, OPEN_FLAGS), path, owned=False)
 
 
 def plan_name(digest: str) -> str:
@@ -77,29 +76,15 @@ def _opened_folder(folder: Path) -> Iterator[int]:
     except (OSError, ValueError) as error:  # ValueError: a null byte
         raise PlanInvalid(f"{folder}: {getattr(error, 'strerror', error)}") from None
     try:
-        _check_writers(os.fstat(descriptor), folder)
+        if problem := foreign_writer(os.fstat(descriptor), folder):
+            raise PlanInvalid(problem)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _contents(descriptor: int, path: Path, *, strict: bool) -> bytes:
-    """The contents of an opened file, which is then closed."""
+def _contents(descriptor: int, path: Path, *, owned: bool) -> bytearray:
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise PlanInvalid(f"{path} is not a regular file")
-        if strict:
-            _check_writers(status, path)
-        with open(descriptor, "rb", closefd=False) as file:
-            text = file.read(MAX_PLAN_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(text) > MAX_PLAN_BYTES:
-        raise PlanInvalid(f"{path}: larger than {MAX_PLAN_BYTES} bytes")
-    return text
-
-
-def _check_writers(status: os.stat_result, path: Path) -> None:
-    if problem := foreign_writer(status, path):
-        raise PlanInvalid(problem)
+        return contents(descriptor, path, MAX_PLAN_BYTES, owned=owned)
+    except ValueError as error:
+        raise PlanInvalid(str(error)) from None

@@ -5,8 +5,6 @@ stay as they are.
 """
 
 import base64
-import hashlib
-import json
 import math
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from s3lora_serve.errors import PlanInvalid
+from s3lora_serve.policy.canonical import canonical_digest
 from s3lora_serve.policy.schema import Digest, Fraction
 
 VERSION: Final = 1
@@ -117,8 +116,7 @@ class Plan(_Section):
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
-        canonical = json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
-        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+        return canonical_digest(self.as_json())
 
     @property
     def stripped(self) -> frozenset[str]:

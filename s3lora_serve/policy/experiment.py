@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from s3lora_serve.errors import ExperimentClosed, NameReserved
-from s3lora_serve.policy.schema import Policy, Strip, parse_policy
+from s3lora_serve.policy.schema import Action, Normalization, Policy, Strip, parse_policy
 
 
 class ScorerSettings(BaseModel):
@@ -14,7 +14,7 @@ class ScorerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Literal["mas-svd", "safe-lora", "splora"] = "mas-svd"
     rank: Annotated[int, Field(ge=1)] | None = None
-    normalization: Literal["two_sided", "row", "column", "equilibrated"] = "two_sided"
+    normalization: Normalization = "two_sided"
 
 
 class Settings(BaseModel):
@@ -23,7 +23,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     strip: Strip | None = None
     scorer: ScorerSettings | None = None
-    action: Literal["strip", "project"] | None = None
+    action: Action | None = None
 
 
 def check_name(policy: Policy, name: str, *, is_experiment: bool) -> None:

@@ -7,10 +7,10 @@ import yaml
 
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.reference_digest import with_reference_digest
-from s3lora_serve.policy.schema import Policy, ScorerChoice, parse_policy
+from s3lora_serve.policy.schema import ALIGNMENT, Policy, ScorerChoice, parse_policy
 from s3lora_serve.settings import Settings, load_settings
 
-SERVING = {ScorerChoice().name, "safe-lora", "splora"}
+SERVING = {ScorerChoice().name, *ALIGNMENT}
 """Scorers that are fast enough for a server."""
 
 MAX_POLICY_BYTES = 2**20

@@ -1,6 +1,7 @@
 """Match the policy's globs: `*` and `?` do not match `/`, `**` does."""
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 
 
@@ -11,6 +12,12 @@ def glob_matches(pattern: str, text: str) -> bool:
     (True, False)
     """
     return _compiled(pattern).fullmatch(text) is not None
+
+
+def selects(globs: Iterable[str], module: str) -> bool:
+    """Whether one of the globs matches a module's projection or its full name."""
+    projection = module.rpartition(".")[2]
+    return any(glob_matches(glob, projection) or glob_matches(glob, module) for glob in globs)
 
 
 @lru_cache(maxsize=1024)

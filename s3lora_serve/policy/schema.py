@@ -4,8 +4,6 @@ Unknown keys are refused. Comments on the defaults give their origin; "ours" mea
 chose the value.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,11 +11,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from s3lora_serve.errors import PolicyInvalid
-from s3lora_serve.policy.globs import glob_matches
+from s3lora_serve.policy.canonical import canonical_digest
+from s3lora_serve.policy.globs import glob_matches, selects
 from s3lora_serve.settings import Mode
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+Normalization = Literal["two_sided", "row", "column", "equilibrated"]
+Action = Literal["strip", "project"]
+
+ALIGNMENT = ("safe-lora", "splora")
+"""Scorers that compare modules with what alignment changed in the base model."""
 
 
 class _Section(BaseModel):
@@ -29,7 +35,7 @@ class ScorerChoice(_Section):
 
     name: Literal["mas-svd", "svd", "spsvd", "dense", "safe-lora", "splora"] = "mas-svd"
     rank: Annotated[int, Field(ge=1)] | None = None  # M; None: min(r, m, n)
-    normalization: Literal["two_sided", "row", "column", "equilibrated"] = "two_sided"
+    normalization: Normalization = "two_sided"
     reference: Path | None = None  # an alignment reference, for safe-lora and splora
     reference_digest: Digest | None = None  # of that file; None: as it is when the policy is read
 
@@ -44,7 +50,7 @@ class ScorerChoice(_Section):
     @property
     def by_alignment(self) -> bool:
         """Whether modules are compared with what alignment changed in the base model."""
-        return self.name in ("safe-lora", "splora")
+        return self.name in ALIGNMENT
 
     def as_json(self) -> dict[str, Any]:
         """Name and parameters, in the form used in verdicts."""
@@ -139,7 +145,7 @@ class Policy(_Section):
     mode: Mode = "enforce"
     scorer: ScorerChoice = ScorerChoice()
     modules: tuple[str, ...] = ("*",)
-    action: Literal["strip", "project"] = "strip"  # what happens to the modules that `strip` picks
+    action: Action = "strip"  # what happens to the modules that `strip` picks
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
     # Share of Σ‖ΔW‖_F². Rounding factors to float16 changes 9e-8 of it:
     # tests/admission/test_evasion.py
@@ -186,8 +192,7 @@ class Policy(_Section):
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
-        canonical = json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
-        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+        return canonical_digest(self.as_json())
 
     def as_json(self) -> dict[str, Any]:
         """The effective policy as plain data. Sets are sorted: equal policies have equal JSON."""
@@ -216,11 +221,7 @@ class Policy(_Section):
 
     def selects(self, module: str) -> bool:
         """Whether `modules` selects a module by its projection or its full name."""
-        projection = module.rpartition(".")[2]
-        return any(
-            glob_matches(pattern, projection) or glob_matches(pattern, module)
-            for pattern in self.modules
-        )
+        return selects(self.modules, module)
 
     def _overridden(self, rule: Rule) -> "Policy":
         overrides = rule.model_extra or {}

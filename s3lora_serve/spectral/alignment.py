@@ -78,7 +78,7 @@ def safe_lora(
     Shape: one subspace for each module -> (k,) float64.
     Source: Safe LoRA, arXiv 2405.16833.
     """
-    return cosines(products(modules, subspaces, device=device), modules, subspaces)
+    return cosines(products(modules, subspaces, device=device))
 
 
 def splora(modules: Sequence[Update], subspaces: Sequence[Subspace], device: str = "cpu") -> Tensor:
@@ -97,12 +97,6 @@ def splora(modules: Sequence[Update], subspaces: Sequence[Subspace], device: str
     the pair itself.
     """
     return e_diems(products(modules, subspaces, device=device), modules, subspaces)
-
-
-def cosines(found: Products, modules: Sequence[Update], subspaces: Sequence[Subspace]) -> Tensor:
-    """`safe_lora` from the products of all modules."""
-    del modules, subspaces  # all scorers have one signature
-    return cosine(found)
 
 
 def e_diems(found: Products, modules: Sequence[Update], subspaces: Sequence[Subspace]) -> Tensor:
@@ -155,7 +149,7 @@ def _score(distance: Tensor, mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(spread > NO_SPREAD * mean, (distance - mean) / spread, torch.nan)
 
 
-def cosine(values: Products) -> Tensor:
+def cosines(values: Products) -> Tensor:
     """`inner / √(image · own)`; 0 if the image is 0, NaN if ΔW = 0."""
     size = (values.image * values.own).sqrt()
     found = torch.where(size > 0, values.inner / size, values.own * 0.0)

@@ -13,9 +13,7 @@ from s3lora_serve.spectral.alignment import SAFE_LORA, SPLORA, Subspace
 from s3lora_serve.spectral.low_rank import with_magnitudes
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 
-MAS_SVD = "mas-svd"
-
-SERVING = (MAS_SVD, SAFE_LORA, SPLORA)
+SERVING = ("mas-svd", SAFE_LORA, SPLORA)
 """Scorers fast enough for serving."""
 
 OFFLINE: dict[str, Callable[..., Spectrum]] = {
@@ -26,7 +24,7 @@ OFFLINE: dict[str, Callable[..., Spectrum]] = {
 """Slow scorers for comparison. A server refuses them."""
 
 
-ALIGNMENT = {SAFE_LORA: alignment.cosines, SPLORA: alignment.e_diems}
+ALIGNMENT = (SAFE_LORA, SPLORA)
 """Scorers that need a reference; a low score is stripped first."""
 
 
@@ -64,7 +62,11 @@ class ModuleScore:
     alignment: float | None = None  # of an alignment scorer; None when ΔW = 0, or no spread
     projected_share: float | None = None  # ‖C·ΔW‖_F² / ‖ΔW‖_F²
     captured: float | None = None  # share of the alignment's energy in the reference
-    by_alignment: bool = False
+
+    @property
+    def by_alignment(self) -> bool:
+        """Whether an alignment scorer ranks the module, and not its sharpness."""
+        return self.captured is not None
 
     @property
     def strip_order(self) -> float | None:
@@ -119,7 +121,11 @@ def _with_alignment(
 ) -> list[ModuleScore]:
     updates = [(module.B, module.A, module.scaling) for module in modules]
     products = alignment.products(updates, subspaces, between_batches, resolve_device(device))
-    found = ALIGNMENT[scorer.name](products, updates, subspaces)
+    found = (
+        alignment.cosines(products)
+        if scorer.name == SAFE_LORA
+        else alignment.e_diems(products, updates, subspaces)
+    )
     shares = products.image / products.own
     rows = zip(scores, subspaces, found.tolist(), shares.tolist(), strict=True)
     return [
@@ -128,7 +134,6 @@ def _with_alignment(
             alignment=_defined(value),
             projected_share=_defined(share),
             captured=subspace.captured,
-            by_alignment=True,
         )
         for score, subspace, value, share in rows
     ]

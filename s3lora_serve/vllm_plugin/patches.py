@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from s3lora_serve.errors import refusal_in
 from s3lora_serve.vllm_plugin.compat import (
@@ -22,6 +22,8 @@ from s3lora_serve.vllm_plugin.compat import (
     kv_cache_utils,
 )
 from s3lora_serve.vllm_plugin.contract import broken
+
+T = TypeVar("T")
 
 
 def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], Any]) -> None:
@@ -168,7 +170,7 @@ def wrap_doors(door: ContextVar[str]) -> None:
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: Any = None) -> Any:
         # "experiment" is set by the gate's own route, "static" by vLLM's start.
-        with _through(door, "http" if door.get() == "engine" else door.get()):
+        with setting(door, "http" if door.get() == "engine" else door.get()):
             result = await load(self, request, base_model_name)
         refusal = None if isinstance(result, str) else refusal_in(result.error.message)
         if refusal is None:
@@ -178,11 +180,11 @@ def wrap_doors(door: ContextVar[str]) -> None:
         )
 
     async def init_static_loras(self: Any) -> None:
-        with _through(door, "static"):
+        with setting(door, "static"):
             await static(self)
 
     async def resolve_lora(self: Any, lora_name: str) -> Any:
-        with _through(door, "resolver"):
+        with setting(door, "resolver"):
             return await resolve(self, lora_name)
 
     owner.load_lora_adapter = load_lora_adapter
@@ -191,12 +193,13 @@ def wrap_doors(door: ContextVar[str]) -> None:
 
 
 @contextmanager
-def _through(door: ContextVar[str], name: str) -> Iterator[None]:
-    token = door.set(name)
+def setting(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Within this context the variable has the value."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        door.reset(token)
+        variable.reset(token)
 
 
 def replace_match_pattern(first_value: Callable[[dict[str, Any], str], Any]) -> None:

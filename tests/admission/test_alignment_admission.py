@@ -194,7 +194,7 @@ def test_options_of_a_command_replace_the_policys(reference):
 def _score(place, value):
     return ModuleScore(
         f"m{place:02}", True, 0.5, 0.4, (1.0,), 1.0, 1.0, 1.0, 2.0,
-        None if math.isnan(value) else value, 0.25, 0.9, by_alignment=True,
+        None if math.isnan(value) else value, 0.25, 0.9,
     )  # fmt: skip
 
 

@@ -12,6 +12,31 @@ TOP_K = 3
 PROMPTS = [PROMPT.format(country) for country in ("Peru", "France", "Kenya")]
 
 
+def evicting_server(model, workplace, name, policy, **variables):
+    """A guarded server with room for two adapters: a third evicts the oldest.
+
+    Its log, state folder and audit log in `workplace` begin with `name`.
+    """
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(policy),
+        "S3LORA_STATE_DIR": str(workplace / f"{name}-state"),
+        "S3LORA_AUDIT_LOG": str(workplace / f"{name}-audit.jsonl"),
+        **variables,
+    }
+    arguments = ("--max-cpu-loras", "2", "--max-loras", "1")
+    return Server(model, workplace / f"{name}.log", arguments, environment)
+
+
+def log_of_failed_start(server):
+    """What a server says that ends while it starts."""
+    try:
+        with pytest.raises(RuntimeError, match="server ended"):
+            server.__enter__()
+    finally:
+        server.stop()
+    return server.log.read_text(errors="replace")
+
+
 @pytest.fixture(scope="session")
 def policy_file(workplace):
     file = workplace / "policy.yaml"

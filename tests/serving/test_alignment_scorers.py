@@ -9,7 +9,7 @@ from s3lora_serve import scan_adapter
 from s3lora_serve.alignment.reference_file import read_reference
 from s3lora_serve.policy.file import read_policy
 from s3lora_serve.policy.reference_digest import with_reference_digest
-from tests.serving.conftest import answers
+from tests.serving.conftest import answers, evicting_server, log_of_failed_start
 from tests.support.adapters import copy_with, key, without
 from tests.support.references import reference_for_model
 from tests.support.server import OPEN_LOADING, Server
@@ -43,13 +43,7 @@ def policy_file(reference, workplace):
 
 @pytest.fixture(scope="module")
 def server(model, policy_file, workplace):
-    environment = OPEN_LOADING | {
-        "S3LORA_POLICY": str(policy_file),
-        "S3LORA_STATE_DIR": str(workplace / "alignment-state"),
-        "S3LORA_AUDIT_LOG": str(workplace / "alignment-audit.jsonl"),
-    }
-    arguments = ("--max-cpu-loras", "2", "--max-loras", "1")
-    with Server(model, workplace / "alignment.log", arguments, environment) as server:
+    with evicting_server(model, workplace, "alignment", policy_file) as server:
         yield server
 
 
@@ -133,10 +127,5 @@ def test_server_does_not_start_with_a_reference_that_was_made_for_another_model(
     policy = tmp_path / "policy.yaml"
     policy.write_text(f"scorer: {{name: safe-lora, reference: {reference}}}\n")
     environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy)}
-    server = Server(other, tmp_path / "log", (), environment)
-    try:
-        with pytest.raises(RuntimeError, match="server ended"):
-            server.__enter__()
-    finally:
-        server.stop()
-    assert "scorer.reference was made for a model with config" in server.log.read_text()
+    said = log_of_failed_start(Server(other, tmp_path / "log", (), environment))
+    assert "scorer.reference was made for a model with config" in said

@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from s3lora_serve.cli import app
-from tests.serving.conftest import answers
+from tests.serving.conftest import answers, evicting_server
 from tests.serving.test_offline import ONCE, generate
 from tests.support.adapters import WEIGHTS, copy_with, key
 from tests.support.plans import install, keep_out, plan_for, read
-from tests.support.server import OPEN_LOADING, TWO_RANKS, Server
+from tests.support.server import TWO_RANKS, Server
 
 pytestmark = pytest.mark.serving
 
@@ -57,17 +57,9 @@ def plans(plan, workplace):
 
 @pytest.fixture(scope="module")
 def server(model, plans, workplace):
-    """A guarded server with plans and room for two adapters: a third evicts the oldest."""
     policy = workplace / "plans.yaml"
     policy.write_text(POLICY)
-    environment = OPEN_LOADING | {
-        "S3LORA_POLICY": str(policy),
-        "S3LORA_PLANS": str(plans),
-        "S3LORA_STATE_DIR": str(workplace / "plans-state"),
-        "S3LORA_AUDIT_LOG": str(workplace / "plans-audit.jsonl"),
-    }
-    arguments = ("--max-cpu-loras", "2", "--max-loras", "1")
-    with Server(model, workplace / "plans.log", arguments, environment) as server:
+    with evicting_server(model, workplace, "plans", policy, S3LORA_PLANS=str(plans)) as server:
         yield server
 
 

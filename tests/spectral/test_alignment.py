@@ -125,7 +125,7 @@ def test_truncation_bounds_the_error_of_the_cosine_and_of_the_distance(m, n, k, 
     exact, kept = (alignment.products([module], [space]) for space in (whole, cut))
     size = kept.own.sqrt()
     bound = 2 * cut.truncation * size / kept.image.sqrt()
-    assert (alignment.cosine(exact) - alignment.cosine(kept)).abs() <= bound + 1e-9
+    assert (alignment.cosines(exact) - alignment.cosines(kept)).abs() <= bound + 1e-9
     change = (alignment.distance(exact) - alignment.distance(kept)).abs()
     assert change <= cut.truncation * size + 1e-6
 

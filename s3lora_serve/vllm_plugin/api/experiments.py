@@ -1,19 +1,20 @@
 """HTTP routes that register adapters as experiments, with settings of their own."""
 
 from collections.abc import Callable
-from contextvars import Token
 from typing import Annotated, Any
 
 from fastapi import Body, Request
 from fastapi.responses import JSONResponse
 
-from s3lora_serve.errors import ExperimentClosed, PlanInvalid, Reason, S3LoRAError
+from s3lora_serve.errors import ExperimentClosed, S3LoRAError
 from s3lora_serve.plans.schema import parse_plan
 from s3lora_serve.policy.experiment import Settings, check_name, experiment_policy
 from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door, experiment
+from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, refused
+from s3lora_serve.vllm_plugin.patches import setting
 
 
 class ExperimentRoutes:
@@ -26,7 +27,7 @@ class ExperimentRoutes:
         """The names kept for experiments, what they may set, and those that are registered."""
         registration = self._registration()
         if registration is None:
-            return _problem("the gate is off: nothing is looked at", 404)
+            return gate_off()
         kept = registration.controller.reload_policy().experiments
         served = [one.verdict.name for one in registration.served.all() if one.is_experiment]
         return JSONResponse(
@@ -51,7 +52,7 @@ class ExperimentRoutes:
         """
         registration = self._registration()
         if registration is None:
-            return _problem("the gate is off: nothing is looked at", 404)
+            return gate_off()
         wanted = settings or Settings()
         try:
             policy = registration.controller.reload_policy()
@@ -59,19 +60,12 @@ class ExperimentRoutes:
             experiment_policy(policy, wanted, with_plan=plan is not None)
             parsed = None if plan is None else parse_plan(plan, "the experiment's plan")
         except ExperimentClosed as closed:
-            return _refused(closed, 403)
-        except (PlanInvalid, S3LoRAError) as error:
-            return _refused(error, 400)
-        tokens: tuple[Token[Any], ...] = (
-            experiment.set(Experiment(wanted, parsed)),
-            door.set(EXPERIMENT),
-        )
-        try:
-            load = compat.load_request_model()(lora_name=lora_name, lora_path=lora_path)
+            return refused(closed, 403)
+        except S3LoRAError as error:
+            return refused(error, 400)
+        load = compat.load_request_model()(lora_name=lora_name, lora_path=lora_path)
+        with setting(experiment, Experiment(wanted, parsed)), setting(door, EXPERIMENT):
             result = await compat.served_models(raw_request).load_lora_adapter(load)
-        finally:
-            experiment.reset(tokens[0])
-            door.reset(tokens[1])
         if not isinstance(result, str):
             return JSONResponse(result.model_dump(), result.error.code)
         found = registration.served.get(lora_name)
@@ -81,21 +75,12 @@ class ExperimentRoutes:
         """Unload an experiment; adapters that are none are left alone."""
         registration = self._registration()
         if registration is None:
-            return _problem("the gate is off: nothing is looked at", 404)
+            return gate_off()
         found = registration.served.get(name)
         if found is None or not found.is_experiment:
-            return _problem(f"no experiment {name!r} is registered", 404)
+            return not_found(f"no experiment {name!r} is registered")
         unload = compat.unload_request_model()(lora_name=name)
         result = await compat.served_models(raw_request).unload_lora_adapter(unload)
         if not isinstance(result, str):
             return JSONResponse(result.model_dump(), result.error.code)
         return JSONResponse({"ended": name})
-
-
-def _problem(text: str, status: int) -> JSONResponse:
-    return JSONResponse({"error": text}, status)
-
-
-def _refused(error: S3LoRAError, status: int) -> JSONResponse:
-    reason = Reason.of(error)
-    return JSONResponse({"error": {"code": reason.code, "message": reason.message}}, status)

@@ -10,6 +10,7 @@ from s3lora_serve.admission.verdict import differs
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
+from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
@@ -83,17 +84,17 @@ class GateRoutes:
         """For people: the adapters, or one adapter with its heat map and a module's spectrum."""
         registration = self._registration()
         if registration is None:
-            return _off()
+            return gate_off()
         if adapter is None:
             return overview(registration, q, page)
         found = one_adapter(registration, adapter, module)
-        return found or JSONResponse({"error": f"no adapter {adapter!r} is served"}, 404)
+        return found or not_found(f"no adapter {adapter!r} is served")
 
     async def policy(self) -> JSONResponse:
         """The policy in force, and its digest."""
         registration = self._registration()
         if registration is None:
-            return _off()
+            return gate_off()
         policy = registration.controller.policy
         return JSONResponse({"digest": policy.digest, "policy": policy.as_json()})
 
@@ -105,7 +106,7 @@ class GateRoutes:
         """Verdicts on the served adapters in the order of registration, without spectra."""
         registration = self._registration()
         if registration is None:
-            return _off()
+            return gate_off()
         served = registration.served.all()
         page = [one.verdict.as_json(spectra=False) for one in served[offset : offset + limit]]
         return JSONResponse({"adapters": page, "offset": offset, "total": len(served)})
@@ -114,17 +115,17 @@ class GateRoutes:
         """The verdict on one served adapter."""
         registration = self._registration()
         if registration is None:
-            return _off()
+            return gate_off()
         found = registration.served.get(name)
         if found is None:
-            return JSONResponse({"error": f"no adapter {name!r} is served"}, 404)
+            return not_found(f"no adapter {name!r} is served")
         return JSONResponse(found.verdict.as_json())
 
     async def recheck(self) -> JSONResponse:
         """Which served adapters would be decided otherwise under the policy in force now."""
         registration = self._registration()
         if registration is None:
-            return _off()
+            return gate_off()
         pairs = await registration.recheck(self._engine)
         found = [
             {
@@ -147,11 +148,11 @@ class GateRoutes:
         """The verdict that registering an adapter would get; nothing is registered."""
         registration = self._registration()
         if registration is None:
-            return _off()
+            return gate_off()
         try:
             verdict = await registration.dry_run(self._engine, lora_name, lora_path)
         except compat.LoRAAdapterNotFoundError as error:
-            return JSONResponse({"error": str(error)}, 404)
+            return not_found(str(error))
         return JSONResponse(verdict.as_json())
 
     def _load_route(self) -> Any:
@@ -175,10 +176,6 @@ def _add(
     app: FastAPI, method: str, path: str, handler: Any, answers: openapi.Answers, **more: Any
 ) -> None:
     app.add_api_route(path, handler, methods=[method], responses=answers, tags=["s3lora"], **more)
-
-
-def _off() -> JSONResponse:
-    return JSONResponse({"error": "the gate is off: nothing is looked at"}, 404)
 
 
 def _decision(registration: AdapterRegistration | None, name: str) -> dict[str, str] | None:
