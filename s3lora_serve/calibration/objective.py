@@ -16,6 +16,10 @@ MARGIN = 4.0
 REST = 0.3
 """Weight of a refusal's later tokens: mostly the first one decides. Ours."""
 
+SKILL = 4.0
+"""Weight of the skill's cross-entropy. Ours: with 1, gates that keep the skill on the prompts they
+learn from lose 0.07 of it on others."""
+
 BENIGN = 3.0
 """Weight of the divergence from the base model on benign prompts. Ours: with less, the
 gates of the bench's adapters refuse benign prompts too."""
@@ -40,9 +44,9 @@ def loss(
     batch: Batch,
     compliance: Sequence[int] = (),
 ) -> Tensor:
-    """`softplus(margin − log-odds of refusal) + REST·CE + CE(skill) + BENIGN·KL + PRICE·removed`.
+    """`softplus(margin − log-odds) + REST·CE + SKILL·CE(skill) + BENIGN·KL + PRICE·removed`.
 
-    The log-odds are those of the refusal's first token against the tokens that compliance begins
+    The log-odds of a refusal are those of its first token against the tokens that compliance begins
     with; without any against all others, so that an attack's wording need not be known. CE is the
     cross-entropy, summed over an answer's tokens for skill and their mean for refusals. KL is that
     of the base model from the gated one, a mean over tokens. Removed is the removed share of
@@ -62,7 +66,8 @@ def loss(
     total = functional.softplus(MARGIN - log_odds).mean()
     if not refusals.first.all():
         total = total - REST * likelihood[~refusals.first].mean()
-    total = total - _log_likelihood(model.answer_logits(batch.skill)).sum() / len(batch.skill)
+    skill = _log_likelihood(model.answer_logits(batch.skill)).sum() / len(batch.skill)
+    total = total - SKILL * skill
     if base is not None:
         gated = functional.log_softmax(model.answer_logits(batch.benign).logits, -1)
         divergence = functional.kl_div(gated, base, log_target=True, reduction="batchmean")

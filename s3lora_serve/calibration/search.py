@@ -79,10 +79,13 @@ class Goal:
     max_benign_refusal: float
 
     def order(self, measured: Measured) -> tuple[float, ...]:
-        """A key: the smallest is the best. Goals that are met count first, then skill, then ASR."""
+        """A key, the smallest is the best: ASR beyond the goal, then what is lost.
+
+        Lost are skill, and benign prompts that are refused beyond the bound.
+        """
         excess = max(0.0, measured.asr.value - self.max_asr)
         refusing = max(0.0, measured.benign_refusal.value - self.max_benign_refusal)
-        return (round(excess + refusing, 6), -measured.skill.value, measured.asr.value)
+        return (round(excess, 6), round(refusing - measured.skill.value, 6))
 
     def is_met(self, measured: Measured) -> bool:
         """Whether the attack success rate is reached."""

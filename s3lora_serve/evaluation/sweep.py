@@ -58,7 +58,7 @@ def run(
 
 
 def _score(
-    server: GuardedServer, name: str, task: TaskFile, logs: Path, connections: int
+    server: GuardedServer, name: str, task: TaskFile, folder: Path, connections: int
 ) -> TaskScore:
     model = get_model(
         f"openai-api/{SERVICE}/{name}",
@@ -66,17 +66,19 @@ def _score(
         api_key=server.key or NO_KEY,
         memoize=False,
     )
-    [log] = inspect_eval(
+    logs = inspect_eval(
         task.make(),
         model=model,
-        log_dir=str(logs),
+        log_dir=str(folder),
         display="none",
         max_connections=connections,
         max_retries=2,
         tags=[name],
     )
-    if log.status == "cancelled":  # inspect_ai takes Ctrl-C for itself
+    # inspect_ai takes Ctrl-C for itself. One before its first sample leaves no log at all.
+    if not logs or logs[0].status == "cancelled":
         raise KeyboardInterrupt
+    log = logs[0]
     if log.status != "success" or not log.samples:
         why = log.error.message.splitlines()[-1] if log.error else "it has no samples"
         raise EvaluationFailed(f"task {task.name} for {name}: {why[:300]}")
