@@ -17,7 +17,7 @@ REST = 0.3
 """Weight of a refusal's later tokens: mostly the first one decides. Ours."""
 
 SKILL = 4.0
-"""Weight of the skill's cross-entropy. Ours: with 1, gates that keep the skill on the prompts they
+"""Weight of the skill that is lost. Ours: with 1, gates that keep the skill on the prompts they
 learn from lose 0.07 of it on others."""
 
 BENIGN = 3.0
@@ -33,7 +33,7 @@ class Batch:
     """Examples of one step: prompt and answer as tokens."""
 
     refusals: Sequence[tuple[Encoded, Encoded]]  # harmful prompt, the refusal wanted
-    skill: Sequence[tuple[Encoded, Encoded]]  # skill prompt, the answer to keep
+    skill: Sequence[tuple[Encoded, Encoded, float]]  # the answer to keep, its `answer_loss` whole
     benign: Sequence[tuple[Encoded, Encoded]]  # benign prompt, the base model's own answer
 
 
@@ -44,13 +44,13 @@ def loss(
     batch: Batch,
     compliance: Sequence[int] = (),
 ) -> Tensor:
-    """`softplus(margin − log-odds) + REST·CE + SKILL·CE(skill) + BENIGN·KL + PRICE·removed`.
+    """`softplus(margin − log-odds) + REST·CE + SKILL·lost + BENIGN·KL + PRICE·removed`.
 
     The log-odds of a refusal are those of its first token against the tokens that compliance begins
     with; without any against all others, so that an attack's wording need not be known. CE is the
-    cross-entropy, summed over an answer's tokens for skill and their mean for refusals. KL is that
-    of the base model from the gated one, a mean over tokens. Removed is the removed share of
-    Σ‖ΔW‖_F².
+    mean cross-entropy of its other tokens. Lost is `max(0, answer_loss − that of the whole
+    adapter)`, a mean over answers: skill that an adapter never had cannot be lost. KL is that of
+    the base model from the gated one, a mean over tokens. Removed is the removed share of Σ‖ΔW‖_F².
     """
     base = _base_distribution(model, adapter, batch.benign) if batch.benign else None
     adapter.set(gates)
@@ -66,13 +66,21 @@ def loss(
     total = functional.softplus(MARGIN - log_odds).mean()
     if not refusals.first.all():
         total = total - REST * likelihood[~refusals.first].mean()
-    skill = _log_likelihood(model.answer_logits(batch.skill)).sum() / len(batch.skill)
-    total = total - SKILL * skill
+    whole = torch.tensor([loss for _, _, loss in batch.skill], device=model.device)
+    now = answer_losses(model, [(prompt, answer) for prompt, answer, _ in batch.skill])
+    total = total + SKILL * functional.relu(now - whole).mean()
     if base is not None:
         gated = functional.log_softmax(model.answer_logits(batch.benign).logits, -1)
         divergence = functional.kl_div(gated, base, log_target=True, reduction="batchmean")
         total = total + BENIGN * divergence
     return total + PRICE * adapter.removed_share(gates)
+
+
+def answer_losses(model: LanguageModel, examples: Sequence[tuple[Encoded, Encoded]]) -> Tensor:
+    """Cross-entropy of each answer, summed over its tokens, (examples,), in nats."""
+    found = model.answer_logits(examples)
+    losses = torch.zeros(len(examples), device=found.logits.device)
+    return losses.index_add(0, found.example, -_log_likelihood(found))
 
 
 def _log_likelihood(found: AnswerLogits) -> Tensor:

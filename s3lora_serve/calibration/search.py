@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from s3lora_serve.calibration.checkpoint import Checkpoint
 from s3lora_serve.calibration.gates import By, GatedAdapter, Gates
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel
-from s3lora_serve.calibration.objective import Batch, loss
+from s3lora_serve.calibration.objective import Batch, answer_losses, loss
 from s3lora_serve.plans.schema import Measured
 
 RATE = {"subspace": 0.05, "component": 0.15, "module": 0.15}
@@ -128,7 +129,8 @@ def search(
     gates = Gates(by, [len(layer.S) for layer in adapter.layers], model.device)
     optimizer = torch.optim.Adam(list(gates.parameters.values()), lr=RATE[by], betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: max(0.1, 1 - k / steps))
-    examples = (material.refusals, material.skill, material.benign)
+    skill = _with_losses(model, adapter, material.skill)
+    examples: tuple[Sequence[Any], ...] = (material.refusals, skill, material.benign)
     streams = [_endless(part, seed + place) for place, part in enumerate(examples)]
     best: tuple[tuple[float, ...], dict[str, Tensor]] | None = None
     stale = taken = 0
@@ -227,9 +229,21 @@ def _measured_at(
     return Point(strength, float(adapter.removed_share(matrices)), measured())
 
 
-def _endless(
-    examples: Sequence[tuple[Encoded, Encoded]], seed: int
-) -> Iterator[tuple[Encoded, Encoded]]:
+@torch.no_grad()
+def _with_losses(
+    model: LanguageModel, adapter: GatedAdapter, examples: Sequence[tuple[Encoded, Encoded]]
+) -> list[tuple[Encoded, Encoded, float]]:
+    """Examples with the whole adapter's loss on their answers."""
+    adapter.keep()
+    found = []
+    for start in range(0, len(examples), BATCH[1]):
+        part = examples[start : start + BATCH[1]]
+        losses = answer_losses(model, part).tolist()
+        found += [(*example, each) for example, each in zip(part, losses, strict=True)]
+    return found
+
+
+def _endless(examples: Sequence[Any], seed: int) -> Iterator[Any]:
     draw = random.Random(seed)  # noqa: S311 - a reproducible order
     while examples:
         yield from draw.sample(list(examples), len(examples))
