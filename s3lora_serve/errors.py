@@ -192,6 +192,62 @@ class ExperimentClosed(AdapterRejected):
     remedy = "Open experiments in the policy of this server: names, and what they may set."
 
 
+class Unsigned(AdapterRejected):
+    """The policy requires a signature, and the adapter's folder holds none."""
+
+    code = "S3LORA-212"
+    remedy = "Sign the folder with model-signing, by a signer that the policy names."
+
+
+class SignerUntrusted(AdapterRejected):
+    """The signature cannot be read, or no signer that the policy names made it."""
+
+    code = "S3LORA-213"
+    remedy = "Have it signed by a signer that the policy names, or add the signer to the policy."
+
+
+class SignedOtherwise(AdapterRejected):
+    """What a trusted signer signed is not what the folder holds, or leaves out its weights."""
+
+    code = "S3LORA-214"
+    remedy = "The files changed after they were signed: fetch them again, or sign them again."
+
+
+class FilesUnsigned(AdapterRejected):
+    """The folder holds files that its signature does not cover."""
+
+    code = "S3LORA-215"
+    remedy = "Remove the files, or sign the folder again with them."
+
+
+class AttestationMissing(AdapterRejected):
+    """The policy requires an attested verdict, and the adapter's folder holds none."""
+
+    code = "S3LORA-216"
+    remedy = "Put what s3lora attest writes into the adapter's folder."
+
+
+class AttestationUntrusted(AdapterRejected):
+    """The attestation cannot be read, was changed, or is signed by no key of the policy."""
+
+    code = "S3LORA-217"
+    remedy = "Attest the adapter again with a key whose public part the policy names."
+
+
+class AttestedOther(AdapterRejected):
+    """The attestation is about other weights or another configuration."""
+
+    code = "S3LORA-218"
+    remedy = "Attest this adapter: the attestation is another one's, or the files changed since."
+
+
+class AttestationOutdated(AdapterRejected):
+    """The attested verdict is too old, or was made under another policy."""
+
+    code = "S3LORA-219"
+    remedy = "Attest the adapter again under the policy in force."
+
+
 class DoesNotFitModel(AdapterRejected):
     """A module is not one of the served model's, or has another shape or scaling there."""
 

@@ -98,7 +98,10 @@ def copy_adapter(folder: Path, limits: Limits, into: Path | None = None) -> Priv
     """
     if not folder.is_dir():
         raise NotAnAdapter(f"{folder} is not a folder")
-    config = _read_config(folder / CONFIG_NAME, limits.roots)
+    try:
+        config = read_file(folder / CONFIG_NAME, limits.roots, MAX_CONFIG_BYTES)
+    except FileNotFoundError:
+        raise NotAnAdapter(f"{folder} has no {CONFIG_NAME}") from None
     try:
         with _opened(folder / WEIGHTS_NAME, limits.roots) as source:
             if into is None:
@@ -118,14 +121,17 @@ def copy_adapter(folder: Path, limits: Limits, into: Path | None = None) -> Priv
         raise NotAnAdapter(f"{folder} has no {WEIGHTS_NAME}") from None
 
 
-def _read_config(path: Path, roots: Sequence[Path]) -> bytes:
-    try:
-        with _opened(path, roots) as source:
-            buffer = bytearray(_size_within(source, MAX_CONFIG_BYTES))
-            _copy(source, memoryview(buffer))
-            return bytes(buffer)
-    except FileNotFoundError:
-        raise NotAnAdapter(f"{path.parent} has no {CONFIG_NAME}") from None
+def read_file(path: Path, roots: Sequence[Path], most: int) -> bytes:
+    """The contents of a file of an adapter.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        NotAnAdapter, OutsideRoots, OverLimit, ChangedWhileCopying: as `copy_adapter`.
+    """
+    with _opened(path, roots) as source:
+        buffer = bytearray(_size_within(source, most))
+        _copy(source, memoryview(buffer))
+        return bytes(buffer)
 
 
 @contextmanager

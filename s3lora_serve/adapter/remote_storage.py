@@ -66,14 +66,8 @@ class RemoteFolder:
         """
         if limits.roots:
             raise OutsideRoots(f"{self.url} lies under none of limits.roots")
-        deadline = time.monotonic() + limits.download_seconds
-
-        def check_deadline() -> None:
-            if time.monotonic() > deadline:
-                raise DeadlinePassed(f"the download took over {limits.download_seconds:g} s")
-
-        fs, folder = url_to_fs(self.url)
-        folder = folder.rstrip("/")
+        check_deadline = _deadline(limits)
+        fs, folder = self._opened()
         config = self._streamed(fs, folder, CONFIG_NAME, MAX_CONFIG_BYTES, check_deadline)
         weights = self._streamed(fs, folder, WEIGHTS_NAME, limits.max_bytes, check_deadline)
         if config is None:
@@ -84,6 +78,24 @@ class RemoteFolder:
                 raise FormatNotAllowed(f"{self.url} holds {other[0]} in place of {WEIGHTS_NAME}")
             raise NotAnAdapter(f"{self.url} has no {WEIGHTS_NAME}")
         return PrivateCopy(bytes(config[0]), *weights)
+
+    def file(self, name: str, most: int, limits: Limits) -> bytes | None:
+        """The contents of another object in the folder; None if there is none.
+
+        Raises:
+            NotAnAdapter, OverLimit, ChangedWhileCopying, DeadlinePassed: as `copy`.
+        """
+        found = self._streamed(*self._opened(), name, most, _deadline(limits))
+        return None if found is None else bytes(found[0])
+
+    def names(self) -> Iterator[str]:
+        """The objects under the folder, as relative paths."""
+        fs, folder = self._opened()
+        yield from (path.removeprefix(f"{folder}/") for path in sorted(fs.find(folder)))
+
+    def _opened(self) -> tuple[Any, str]:
+        fs, folder = url_to_fs(self.url)
+        return fs, folder.rstrip("/")
 
     def _streamed(
         self, fs: Any, folder: str, name: str, most: int, check_deadline: Callable[[], None]
@@ -112,6 +124,16 @@ class RemoteFolder:
         if position != size or _version(before) != _version(fs.info(path)):
             raise ChangedWhileCopying(f"{self.url}/{name} changed while it was read")
         return target, "sha256:" + digest.hexdigest()
+
+
+def _deadline(limits: Limits) -> Callable[[], None]:
+    end = time.monotonic() + limits.download_seconds
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise DeadlinePassed(f"the download took over {limits.download_seconds:g} s")
+
+    return check
 
 
 def is_url(given: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from s3lora_serve.adapter.changed_weights import ChangedWeights
 from s3lora_serve.adapter.private_copy import PrivateCopy, check_roots, copy_adapter
@@ -13,7 +14,11 @@ from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.admission.decision import Outcome, decide, settle
 from s3lora_serve.admission.module_verdicts import module_verdicts
-from s3lora_serve.admission.scoring import alignment_reference, score_adapter
+from s3lora_serve.admission.scoring import (
+    alignment_reference,
+    attested_scores,
+    score_adapter,
+)
 from s3lora_serve.admission.verdict import Decision, Seconds, Verdict
 from s3lora_serve.alignment.project import projected_weights
 from s3lora_serve.errors import (
@@ -27,6 +32,9 @@ from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.plans.file import check_fits, find_plan
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.signatures.attestation import Attestation
+from s3lora_serve.signatures.records import Vouchers
+from s3lora_serve.signatures.vouchers import check_still_trusted, vouched
 from s3lora_serve.spectral import ModuleScore
 
 
@@ -69,6 +77,7 @@ def admit(
     shapes: Collection[tuple[int, int]] = (),
     origin: Path | None = None,
     plan: Plan | None = None,
+    vouchers: Vouchers | None = None,
 ) -> Admission:
     """Take a private copy of an adapter and decide on it. A bad adapter gets a rejected verdict.
 
@@ -83,6 +92,8 @@ def admit(
             scoring. Empty: any shape.
         origin: the folder that rules match and the verdict names, if it is not `folder`.
         plan: the adapter's plan, in the place of one in the policy's folder of plans.
+        vouchers: who vouched for the adapter when it was admitted, for a look at a stored copy.
+            None: the folder's signature and attestation are verified.
     """
     started = time.perf_counter()
     source = origin or folder
@@ -93,6 +104,8 @@ def admit(
     adapter: Adapter | None = None
     scores: list[ModuleScore] = []
     used: Plan | None = None
+    attested: Attestation | None = None
+    scored_by: Literal["gate", "attestation"] = "gate"
     weights: ChangedWeights | None = None
     read = scored = started
     try:
@@ -107,10 +120,20 @@ def admit(
             copy = copy_adapter(folder, limits, into() if into else None)
         check_deadline = partial(_check_deadline, deadline, effective)
         check_deadline()
+        if vouchers is not None:
+            check_still_trusted(vouchers, effective)
+        else:
+            place = into() if into else None
+            signed_by, attested = vouched(folder, copy, effective, place, check_deadline)
+            vouchers = Vouchers(signed_by, attested.by if attested else None)
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check_deadline)
         _check_shapes(adapter, shapes)
         read = time.perf_counter()
-        scores = score_adapter(adapter, effective, device, check_deadline)
+        if attested is not None and effective.attestations.trust_scores:
+            scores = attested_scores(adapter, effective, attested)
+            scored_by = "attestation"
+        else:
+            scores = score_adapter(adapter, effective, device, check_deadline)
         scored = time.perf_counter()
         facts = (scores, _scalings(adapter), copy.digest, effective)
         if settle(*facts) is None and (used := plan or _plan_in_folder(effective, copy.digest)):
@@ -148,6 +171,9 @@ def admit(
         selected_by="plan" if used else "index",
         plan_digest=used.digest if used else None,
         served_digest=served,
+        signed_by=vouchers.signed_by if vouchers else None,
+        attested_by=vouchers.attested_by if vouchers else None,
+        scored_by=scored_by,
     )
     return Admission(verdict, adapter, tuple(scores), weights)
 

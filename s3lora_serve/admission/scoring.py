@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from s3lora_serve.adapter.reader import MAX_CANCELLATION, Adapter, Module, as_served
 from s3lora_serve.alignment.reference_file import Reference, check_owner, loaded_reference
 from s3lora_serve.errors import (
+    AttestedOther,
     Cancels,
     NotFinite,
     NothingSelected,
@@ -13,6 +14,7 @@ from s3lora_serve.errors import (
     ReferenceUnfit,
 )
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.signatures.attestation import Attestation
 from s3lora_serve.spectral import Factors, ModuleScore, Scorer, Subspace, score_modules
 
 
@@ -62,6 +64,19 @@ def score_adapter(
             f"the policy's modules {list(policy.modules)} match none of its modules"
         )
     return scores
+
+
+def attested_scores(adapter: Adapter, policy: Policy, attested: Attestation) -> list[ModuleScore]:
+    """The scores of an attestation that the policy trusts.
+
+    Raises:
+        AttestedOther: they are not of the modules that the policy selects.
+    """
+    selected = [module.name for module in adapter.modules if policy.selects(module.name)]
+    scores = {score.name: score for score in attested.statement.predicate.scores}
+    if sorted(scores) != sorted(selected):
+        raise AttestedOther(f"{policy.attestations.file} has scores of other modules")
+    return [ModuleScore(finite=True, **scores[name].model_dump()) for name in selected]
 
 
 def alignment_reference(policy: Policy) -> Reference | None:

@@ -1,11 +1,12 @@
 """The verdict: the frozen record of one decision, with the policy and scorer used for it."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
 from s3lora_serve.errors import Reason
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.signatures.records import Attester, Signer, Vouchers
 
 
 class Decision(StrEnum):
@@ -80,6 +81,14 @@ class Verdict:
     selected_by: Literal["plan", "index"] = "index"  # what chose the changed modules
     plan_digest: str | None = None  # of the plan that was read, also where it is refused
     served_digest: str | None = None  # sha256 of the weights file as served; None: not served
+    signed_by: Signer | None = None  # of the policy's signers; None: of none
+    attested_by: Attester | None = None  # of the policy's keys for attestations; None: of none
+    scored_by: Literal["gate", "attestation"] = "gate"  # where the scores are from
+
+    @property
+    def vouchers(self) -> Vouchers:
+        """Who vouched for the adapter."""
+        return Vouchers(self.signed_by, self.attested_by)
 
     @property
     def by_alignment(self) -> bool:
@@ -128,6 +137,9 @@ class Verdict:
             "selected_by": self.selected_by,
             "plan_digest": self.plan_digest,
             "served_digest": self.served_digest,
+            "signed_by": self.signed_by and asdict(self.signed_by),
+            "attested_by": self.attested_by and asdict(self.attested_by),
+            "scored_by": self.scored_by,
         }
 
     @classmethod
@@ -146,6 +158,8 @@ class Verdict:
                 "removed": tuple(data["removed"]),
                 "unscored": tuple(data["unscored"]),
                 "seconds": Seconds(**data["seconds"]),
+                "signed_by": Signer(**signed) if (signed := data.get("signed_by")) else None,
+                "attested_by": Attester(**key) if (key := data.get("attested_by")) else None,
             }
         )
 

@@ -3,6 +3,7 @@
 import typer
 
 from s3lora_serve.cli import (
+    attest,
     audit,
     calibrate,
     doctor,
@@ -27,6 +28,7 @@ app.add_typer(audit.audit_app, name="audit")
 app.add_typer(reference.reference_app, name="reference")
 app.command()(scan.scan)
 app.command()(strip.strip)
+app.command()(attest.attest)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
 app.command("report")(report.write_report)

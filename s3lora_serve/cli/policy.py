@@ -10,6 +10,7 @@ from s3lora_serve.cli.options import stop
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.signatures.trust import check_trusted
 
 policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
 
@@ -18,13 +19,15 @@ policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
 def policy_check(file: Annotated[Path, typer.Argument(help="YAML or JSON policy.")]) -> None:
     """Validate a policy and print the effective one, the environment over the file.
 
-    Its folder of plans and its alignment reference are checked too, as a server does at start.
+    Its folder of plans, its alignment reference and its signers' keys are checked too, as a server
+    does at start.
 
     Exit code: 0, or 2 if it is not valid.
     """
     try:
         checked = effective_policy(file=file)
         check_plans(checked)
+        check_trusted(checked)
         if checked.scorer.reference:
             from s3lora_serve.admission.scoring import check_reference  # imports torch
 

@@ -31,6 +31,8 @@ class VerdictTable:
             f"{max(indices):.3f}" if indices else "-",
             f"{verdict.seconds.total * 1000:.1f}",
         )
+        if vouched := _vouched(verdict):
+            self._told.append(plain(f"{verdict.name}: {vouched}"))
         if verdict.reason:
             self._told.append(plain(f"{verdict.name}: {verdict.reason}"))
         elif any(module.changed for module in verdict.modules):
@@ -41,6 +43,17 @@ class VerdictTable:
         console = Console()
         for part in (self._table, *self._told):
             console.print(part)
+
+
+def _vouched(verdict: Verdict) -> str:
+    """Who signed the adapter and who attested its verdict; empty if nobody did."""
+    parts = []
+    if by := verdict.signed_by:
+        parts.append(f"signed by {by.subject or by.kind} ({by.kind} {by.id})")
+    if attester := verdict.attested_by:
+        scores = ", whose scores are taken" if verdict.scored_by == "attestation" else ""
+        parts.append(f"attested at {attester.time} by key {attester.key}{scores}")
+    return "; ".join(parts)
 
 
 def _decided(verdict: Verdict) -> str:

@@ -13,6 +13,7 @@ from s3lora_serve.errors import PolicyInvalid, S3LoRAError
 from s3lora_serve.plans.folder import PLAN_NAME, check_plans
 from s3lora_serve.policy.file import serving_policy
 from s3lora_serve.settings import load_settings
+from s3lora_serve.signatures.trust import check_trusted
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.vllm_plugin.vllm_version import installed_vllm, is_supported
 
@@ -45,6 +46,7 @@ def checks() -> Iterator[Check]:
     yield _policy()
     yield from _plans()
     yield from _reference()
+    yield from _signers()
     yield _state_dir()
     yield _metrics_dir()
 
@@ -129,6 +131,29 @@ def _reference() -> Iterator[Check]:
         yield Check("reference", False, str(error))
         return
     yield Check("reference", True, f"{policy.scorer.reference}, for {policy.scorer.name}")
+
+
+def _signers() -> Iterator[Check]:
+    """The signers that a valid policy trusts, and whether their files can be used."""
+    try:
+        policy = serving_policy()
+    except S3LoRAError:
+        return
+    each = (policy, *policy.variants())
+    if policy.mode == "off" or not any(p.signatures.anyone or p.attestations.keys for p in each):
+        return
+    try:
+        check_trusted(policy)
+    except S3LoRAError as error:
+        yield Check("signers", False, str(error))
+        return
+    signers, attestations = policy.signatures, policy.attestations
+    count = sum(map(len, (signers.keys, signers.certificates, signers.identities)))
+    detail = f"{count} for adapters{', required' if signers.require else ''}"
+    detail += (
+        f"; {len(attestations.keys)} for verdicts{', required' if attestations.require else ''}"
+    )
+    yield Check("signers", True, detail)
 
 
 def _state_dir() -> Check:

@@ -62,4 +62,6 @@ def experiment_policy(policy: Policy, settings: Settings, *, with_plan: bool) ->
     if "scorer" in changes:
         changes["scorer"] = policy.scorer.model_dump(mode="json") | changes["scorer"]
     whole = policy.as_json() | {"rules": (), "plans": None, "require_plan": False} | changes
+    # Its settings are not those that a verdict was attested under, so the gate scores itself.
+    whole["attestations"] |= {"policy_digest": "any", "trust_scores": False}
     return parse_policy(whole, "the experiment")

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.canonical import canonical_digest
 from s3lora_serve.policy.globs import glob_matches, selects
+from s3lora_serve.policy.section import Section
+from s3lora_serve.policy.signatures import Attestations, Signatures
 from s3lora_serve.settings import Mode
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -26,11 +28,7 @@ ALIGNMENT = ("safe-lora", "splora")
 """Scorers that compare modules with what alignment changed in the base model."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ScorerChoice(_Section):
+class ScorerChoice(Section):
     """The index, with all parameters that influence it."""
 
     name: Literal["mas-svd", "svd", "spsvd", "dense", "safe-lora", "splora"] = "mas-svd"
@@ -58,7 +56,7 @@ class ScorerChoice(_Section):
         return {"name": self.name, "parameters": self.model_dump(mode="json", exclude=unused)}
 
 
-class Strip(_Section):
+class Strip(Section):
     """The rule that picks the modules to strip: exactly one of the four."""
 
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -79,7 +77,7 @@ class Strip(_Section):
         return name, getattr(self, name)
 
 
-class Limits(_Section):
+class Limits(Section):
     """Bounds on what is read and admitted."""
 
     max_stripped_fraction: Fraction = 0.5  # ours: with more stripped, it is another adapter
@@ -94,7 +92,7 @@ class Limits(_Section):
     roots: tuple[Path, ...] = ()
 
 
-class Audit(_Section):
+class Audit(Section):
     """The audit log of decisions."""
 
     path: Path | None = None
@@ -103,13 +101,13 @@ class Audit(_Section):
     required: bool = False
 
 
-class Store(_Section):
+class Store(Section):
     """The limit on the stored copies on disk."""
 
     max_bytes: Annotated[int, Field(gt=0)] = 20 * 2**30  # ten adapters of the largest size
 
 
-class Experiments(_Section):
+class Experiments(Section):
     """Registrations with settings of their own, which `s3lora evaluate` asks for."""
 
     names: str = "eval/*"  # ours; * does not cross /
@@ -120,7 +118,7 @@ class Experiments(_Section):
         return glob_matches(self.names, name)
 
 
-class Match(_Section):
+class Match(Section):
     """Globs that an adapter must match for a rule to apply. An unset glob matches everything."""
 
     adapter: str | None = None
@@ -138,8 +136,11 @@ class Rule(BaseModel):
 _SERVERS = frozenset({"rules", "mode", "audit", "store", "required", "plans", "experiments"})
 """Keys that no rule may set."""
 
+_NOT_DECIDING = _SERVERS | {"signatures", "attestations"}
+"""Keys that change no decision of the index on an adapter."""
 
-class Policy(_Section):
+
+class Policy(Section):
     """The effective policy. It is immutable, and the digest of its canonical JSON identifies it."""
 
     mode: Mode = "enforce"
@@ -160,6 +161,8 @@ class Policy(_Section):
     required: bool = False
     plans: Path | None = None  # folder of plans; None: the index chooses for every adapter
     require_plan: bool = False
+    signatures: Signatures = Signatures()
+    attestations: Attestations = Attestations()
     experiments: Experiments | None = None  # None: there are none, and no name is kept for them
     rules: tuple[Rule, ...] = ()
 
@@ -193,6 +196,17 @@ class Policy(_Section):
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
         return canonical_digest(self.as_json())
+
+    @property
+    def deciding_digest(self) -> str:
+        """sha256 of the canonical JSON of what decides on an adapter; paths of a machine do not.
+
+        It is meant for the policy of one adapter, rules applied.
+        """
+        data = {key: value for key, value in self.as_json().items() if key not in _NOT_DECIDING}
+        data["scorer"] = data["scorer"] | {"reference": None}  # its digest decides
+        data["limits"] = data["limits"] | {"roots": []}
+        return canonical_digest(data)
 
     def as_json(self) -> dict[str, Any]:
         """The effective policy as plain data. Sets are sorted: equal policies have equal JSON."""

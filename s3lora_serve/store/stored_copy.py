@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from s3lora_serve.adapter.peft_config import parse_config
@@ -41,7 +41,7 @@ def is_servable(verdict: Verdict) -> bool:
 
 
 def store_key(verdict: Verdict) -> str:
-    """sha256, as hex, of the content and of every part of the verdict that enforcement obeys."""
+    """sha256, as hex, of the content, of all that enforcement obeys, and of who vouched for it."""
     obeyed = [
         verdict.digest,
         verdict.config_digest,
@@ -56,6 +56,8 @@ def store_key(verdict: Verdict) -> str:
         verdict.served_digest,
         sorted(verdict.transformed),
         sorted(verdict.projected),
+        verdict.signed_by and asdict(verdict.signed_by),
+        verdict.attested_by and asdict(verdict.attested_by),
     ]
     return hashlib.sha256(json.dumps(obeyed, separators=(",", ":")).encode()).hexdigest()
 

@@ -5,7 +5,7 @@ A line is appended as a whole, so processes can share a log. `audit_chain.py` ch
 
 import json
 import os
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -83,6 +83,9 @@ class AuditLog:
             "vllm_version": self.vllm_version,
             "selected_by": verdict.selected_by,
             "plan_digest": verdict.plan_digest,
+            "signed_by": verdict.signed_by and asdict(verdict.signed_by),
+            "attested_by": verdict.attested_by and asdict(verdict.attested_by),
+            "scored_by": verdict.scored_by,
             "served_digest": verdict.served_digest,
             "stripped": list(verdict.stripped),
             "transformed": list(verdict.transformed),

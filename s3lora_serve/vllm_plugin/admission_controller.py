@@ -21,6 +21,7 @@ from s3lora_serve.policy.experiment import check_name, experiment_policy
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import Settings
+from s3lora_serve.signatures.trust import check_trusted
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.stored_copy import open_stored_copy, own_folder
 from s3lora_serve.telemetry.events import AdmissionEvents
@@ -148,6 +149,7 @@ class AdmissionController:
             device=self.settings.device,
             shapes=shapes,
             origin=Path(before.path),
+            vouchers=before.vouchers,
         ).verdict
         # None: refused before it was read, for example because a limit was lowered.
         read, config = now.digest, now.config_digest
@@ -158,9 +160,10 @@ class AdmissionController:
 
 
 def _check_files(policy: Policy) -> None:
-    """Check the files that a policy names: its folder of plans and its alignment reference."""
+    """Check the files that a policy names: plans, alignment reference, keys of its signers."""
     check_plans(policy)
     check_reference(policy)
+    check_trusted(policy)
 
 
 def _damaged(before: Verdict, policy: Policy, damage: AdapterRejected) -> Verdict:

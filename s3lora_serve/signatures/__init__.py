@@ -1,0 +1,1 @@
+"""Who vouches for an adapter: signatures on its folder, and attested verdicts."""

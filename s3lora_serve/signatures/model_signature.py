@@ -1,0 +1,166 @@
+"""Verify the signature on an adapter's folder (OpenSSF Model Signing) on the private copy.
+
+model-signing verifies a folder. It is given one that holds the private copy's two files and copies
+of the others, so what it verifies cannot change afterwards.
+"""
+
+import base64
+import binascii
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from s3lora_serve.adapter.other_files import other_files, small_file
+from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME, PrivateCopy
+from s3lora_serve.adapter.remote_storage import RemoteFolder
+from s3lora_serve.errors import (
+    FilesUnsigned,
+    GateFailed,
+    SignedOtherwise,
+    SignerUntrusted,
+    Unsigned,
+)
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.signatures.records import Signer
+from s3lora_serve.signatures.trust import anchors
+
+MAX_SIGNATURE_BYTES = 4 * 2**20
+"""A signature has some 150 bytes for each file of the folder, and a few kilobytes besides."""
+
+MISMATCH = "Signature mismatch"
+"""How model-signing begins its message where the signature holds and the files do not fit it."""
+
+
+def signer(
+    folder: Path | RemoteFolder,
+    copy: PrivateCopy,
+    policy: Policy,
+    into: Path | None,
+    check_deadline: Callable[[], None],
+) -> Signer | None:
+    """Who of the policy's signers signed an adapter's folder; None if nobody has to.
+
+    Args:
+        folder: the adapter's folder, for its signature and its other files.
+        copy: the private copy of its two files.
+        policy: the policy for this adapter, rules applied.
+        into: the folder that holds the private copy; None: it is in memory.
+        check_deadline: called between files; may raise to stop.
+
+    Raises:
+        Unsigned, SignerUntrusted: the policy requires a signature, and there is none of its
+            signers.
+        SignedOtherwise, FilesUnsigned: a trusted signer signed other files.
+        OverLimit: the folder holds more than the policy's limits allow.
+        GateFailed: the files cannot be copied, or the policy's own cannot be read.
+    """
+    trusted = policy.signatures
+    if not trusted.anyone:
+        return None
+    signature = small_file(folder, trusted.file, MAX_SIGNATURE_BYTES, policy.limits)
+    if signature is None:
+        if trusted.require:
+            raise Unsigned(f"{folder} has no {trusted.file}")
+        return None
+    try:
+        bundle = _bundle(signature)
+        with _signed_folder(folder, copy, policy, into, check_deadline) as place:
+            (place / "signature").write_bytes(signature)
+            return _verified(place / "files", place / "signature", bundle, policy)
+    except SignerUntrusted:
+        if trusted.require:
+            raise
+        return None
+    except OSError as error:
+        raise GateFailed(f"the signature cannot be verified: {error.strerror}") from None
+
+
+def _verified(files: Path, signature: Path, bundle: dict[str, Any], policy: Policy) -> Signer:
+    trusted = list(anchors(policy.signatures))
+    for anchor in trusted:
+        try:
+            with redirect_stdout(sys.stderr):  # it prints warnings
+                anchor.verifier().verify(files, signature)
+        except Exception as error:  # noqa: BLE001 - its libraries' own, on a tenant's bytes
+            if str(error).startswith(MISMATCH):
+                raise _mismatch(files, bundle, str(error)) from None
+            continue
+        if missing := {CONFIG_NAME, WEIGHTS_NAME} - _signed_names(bundle):
+            raise SignedOtherwise(f"the signature does not cover {min(missing)}")
+        return Signer(anchor.kind, anchor.id, _subject(bundle))
+    raise SignerUntrusted(
+        f"{policy.signatures.file} is of none of the {len(trusted)} signers that the policy names"
+    )
+
+
+def _mismatch(files: Path, bundle: dict[str, Any], text: str) -> SignedOtherwise | FilesUnsigned:
+    found = {str(f.relative_to(files)) for f in files.rglob("*") if f.is_file()}
+    if extra := sorted(found - _signed_names(bundle)):
+        return FilesUnsigned(f"the signature does not cover {extra[0]!r} (of {len(extra)})"[:300])
+    return SignedOtherwise(f"{' '.join(text.split())[:300]}")
+
+
+@contextmanager
+def _signed_folder(
+    folder: Path | RemoteFolder,
+    copy: PrivateCopy,
+    policy: Policy,
+    into: Path | None,
+    check_deadline: Callable[[], None],
+) -> Iterator[Path]:
+    """A temporary folder whose `files` are those that a signature has to cover."""
+    with tempfile.TemporaryDirectory(prefix="signed-", dir=into) as temporary:
+        files = Path(temporary) / "files"
+        files.mkdir()
+        if into is None:
+            (files / CONFIG_NAME).write_bytes(copy.config)
+            (files / WEIGHTS_NAME).write_bytes(copy.weights)
+        else:
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                os.link(into / name, files / name)
+        own = {CONFIG_NAME, WEIGHTS_NAME, policy.signatures.file, policy.attestations.file}
+        for name, data in other_files(folder, own, policy.limits):
+            check_deadline()
+            target = files / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        yield Path(temporary)
+
+
+def _bundle(signature: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(signature)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise SignerUntrusted("the signature is not a bundle of model-signing")
+    return found
+
+
+def _signed_names(bundle: dict[str, Any]) -> set[str]:
+    """The files in a bundle whose signature holds. A file in shards has `:from:to` at its name."""
+    try:
+        payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+        predicate = payload["predicate"]
+        names = {resource["name"] for resource in predicate["resources"]}
+        shards = predicate["serialization"]["method"] == "shards"
+        return {name.rsplit(":", 2)[0] for name in names} if shards else names
+    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
+        return set()  # nothing is covered
+
+
+def _subject(bundle: dict[str, Any]) -> str | None:
+    """The subject of the signing certificate, if a certificate signed."""
+    from cryptography import x509
+
+    try:
+        chain = bundle["verificationMaterial"]["x509CertificateChain"]["certificates"]
+        certificate = x509.load_der_x509_certificate(base64.b64decode(chain[0]["rawBytes"]))
+    except (KeyError, TypeError, ValueError, IndexError):
+        return None
+    return certificate.subject.rfc4514_string()[:300]

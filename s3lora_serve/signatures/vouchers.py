@@ -1,0 +1,54 @@
+"""Who vouches for an adapter at registration, and whether the policy still trusts them later."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from s3lora_serve.adapter.private_copy import PrivateCopy
+from s3lora_serve.adapter.remote_storage import RemoteFolder
+from s3lora_serve.errors import AttestationMissing, AttestationUntrusted, SignerUntrusted, Unsigned
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.signatures.attestation import Attestation, attestation, check_in_force
+from s3lora_serve.signatures.model_signature import signer
+from s3lora_serve.signatures.records import Signer, Vouchers
+from s3lora_serve.signatures.trust import anchors, key_id, public_key
+
+
+def vouched(
+    folder: Path | RemoteFolder,
+    copy: PrivateCopy,
+    policy: Policy,
+    into: Path | None,
+    check_deadline: Callable[[], None],
+) -> tuple[Signer | None, Attestation | None]:
+    """The trusted signer and the trusted attestation of an adapter, as far as the policy asks.
+
+    Raises:
+        AdapterRejected: the policy requires one that is missing, or does not do.
+    """
+    signed_by = signer(folder, copy, policy, into, check_deadline)
+    return signed_by, attestation(folder, copy, policy)
+
+
+def check_still_trusted(before: Vouchers, policy: Policy) -> None:
+    """Check who vouched for an admitted adapter against the policy in force.
+
+    The stored copy holds the adapter's bytes and who vouched for them, not their signatures.
+
+    Raises:
+        AdapterRejected: the policy requires a signer or an attestation that this one is not.
+    """
+    if policy.signatures.require:
+        signed_by = before.signed_by
+        if signed_by is None:
+            raise Unsigned("it was admitted without a signature")
+        if (signed_by.kind, signed_by.id) not in [
+            (a.kind, a.id) for a in anchors(policy.signatures)
+        ]:
+            raise SignerUntrusted(f"the policy no longer names its {signed_by.kind} {signed_by.id}")
+    if policy.attestations.require:
+        attested_by = before.attested_by
+        if attested_by is None:
+            raise AttestationMissing("it was admitted without an attested verdict")
+        if attested_by.key not in {key_id(public_key(key)) for key in policy.attestations.keys}:
+            raise AttestationUntrusted(f"the policy no longer names its key {attested_by.key}")
+        check_in_force(attested_by, policy)
