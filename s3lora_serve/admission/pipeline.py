@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from s3lora_serve.adapter.changed_weights import ChangedWeights
 from s3lora_serve.adapter.private_copy import PrivateCopy, check_roots, copy_adapter
@@ -32,9 +31,8 @@ from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.plans.file import check_fits, find_plan
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.schema import Policy
-from s3lora_serve.signatures.attestation import Attestation
 from s3lora_serve.signatures.records import Vouchers
-from s3lora_serve.signatures.vouchers import check_still_trusted, vouched
+from s3lora_serve.signatures.vouch import Vouched, vouch
 from s3lora_serve.spectral import ModuleScore
 
 
@@ -104,8 +102,8 @@ def admit(
     adapter: Adapter | None = None
     scores: list[ModuleScore] = []
     used: Plan | None = None
-    attested: Attestation | None = None
-    scored_by: Literal["gate", "attestation"] = "gate"
+    vouched = Vouched()
+    attested: list[ModuleScore] | None = None
     weights: ChangedWeights | None = None
     read = scored = started
     try:
@@ -120,26 +118,20 @@ def admit(
             copy = copy_adapter(folder, limits, into() if into else None)
         check_deadline = partial(_check_deadline, deadline, effective)
         check_deadline()
-        if vouchers is not None:
-            check_still_trusted(vouchers, effective)
-        else:
-            place = into() if into else None
-            signed_by, attested = vouched(folder, copy, effective, place, check_deadline)
-            vouchers = Vouchers(signed_by, attested.by if attested else None)
+        vouched = vouch(folder, copy, effective, into, check_deadline, vouchers)
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check_deadline)
         _check_shapes(adapter, shapes)
         read = time.perf_counter()
-        if attested is not None and effective.attestations.trust_scores:
-            scores = attested_scores(adapter, effective, attested)
-            scored_by = "attestation"
-        else:
-            scores = score_adapter(adapter, effective, device, check_deadline)
+        attested = attested_scores(adapter, effective, vouched.attestation)
+        scores = attested or score_adapter(adapter, effective, device, check_deadline)
         scored = time.perf_counter()
         facts = (scores, _scalings(adapter), copy.digest, effective)
         if settle(*facts) is None and (used := plan or _plan_in_folder(effective, copy.digest)):
             check_fits(used, adapter)
             weights = transformed_weights(adapter, used, check_deadline)
         outcome = decide(*facts, used)
+        if vouched.objection:
+            outcome = Outcome(Decision.REJECTED, vouched.objection)
         if outcome.projected and (reference := alignment_reference(effective)):
             weights = projected_weights(adapter, reference, outcome.projected, check_deadline)
         if weights is not None and into is not None and policy.mode == "enforce":
@@ -171,9 +163,9 @@ def admit(
         selected_by="plan" if used else "index",
         plan_digest=used.digest if used else None,
         served_digest=served,
-        signed_by=vouchers.signed_by if vouchers else None,
-        attested_by=vouchers.attested_by if vouchers else None,
-        scored_by=scored_by,
+        signed_by=vouched.by.signed_by,
+        attested_by=vouched.by.attested_by,
+        scored_by="attestation" if attested else "gate",
     )
     return Admission(verdict, adapter, tuple(scores), weights)
 

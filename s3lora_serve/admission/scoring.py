@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from s3lora_serve.adapter.reader import MAX_CANCELLATION, Adapter, Module, as_served
 from s3lora_serve.alignment.reference_file import Reference, check_owner, loaded_reference
 from s3lora_serve.errors import (
-    AttestedOther,
     Cancels,
     NotFinite,
     NothingSelected,
@@ -66,16 +65,19 @@ def score_adapter(
     return scores
 
 
-def attested_scores(adapter: Adapter, policy: Policy, attested: Attestation) -> list[ModuleScore]:
-    """The scores of an attestation that the policy trusts.
+def attested_scores(
+    adapter: Adapter, policy: Policy, attested: Attestation | None
+) -> list[ModuleScore] | None:
+    """The scores of an attestation whose scores the policy trusts.
 
-    Raises:
-        AttestedOther: they are not of the modules that the policy selects.
+    None: there is none, or its scores are of other modules than the policy selects.
     """
+    if attested is None or not policy.attestations.trust_scores:
+        return None
     selected = [module.name for module in adapter.modules if policy.selects(module.name)]
     scores = {score.name: score for score in attested.statement.predicate.scores}
-    if sorted(scores) != sorted(selected):
-        raise AttestedOther(f"{policy.attestations.file} has scores of other modules")
+    if not selected or sorted(scores) != sorted(selected):
+        return None
     return [ModuleScore(finite=True, **scores[name].model_dump()) for name in selected]
 
 

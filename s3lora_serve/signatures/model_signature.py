@@ -40,7 +40,7 @@ def signer(
     folder: Path | RemoteFolder,
     copy: PrivateCopy,
     policy: Policy,
-    into: Path | None,
+    into: Callable[[], Path] | None,
     check_deadline: Callable[[], None],
 ) -> Signer | None:
     """Who of the policy's signers signed an adapter's folder; None if nobody has to.
@@ -49,7 +49,7 @@ def signer(
         folder: the adapter's folder, for its signature and its other files.
         copy: the private copy of its two files.
         policy: the policy for this adapter, rules applied.
-        into: the folder that holds the private copy; None: it is in memory.
+        into: gives the folder that holds the private copy; None: it is in memory.
         check_deadline: called between files; may raise to stop.
 
     Raises:
@@ -69,7 +69,9 @@ def signer(
         return None
     try:
         bundle = _bundle(signature)
-        with _signed_folder(folder, copy, policy, into, check_deadline) as place:
+        with _signed_folder(
+            folder, copy, policy, into() if into else None, check_deadline
+        ) as place:
             (place / "signature").write_bytes(signature)
             return _verified(place / "files", place / "signature", bundle, policy)
     except SignerUntrusted:
@@ -143,13 +145,10 @@ def _bundle(signature: bytes) -> dict[str, Any]:
 
 
 def _signed_names(bundle: dict[str, Any]) -> set[str]:
-    """The files in a bundle whose signature holds. A file in shards has `:from:to` at its name."""
+    """The files in a bundle whose signature holds."""
     try:
         payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
-        predicate = payload["predicate"]
-        names = {resource["name"] for resource in predicate["resources"]}
-        shards = predicate["serialization"]["method"] == "shards"
-        return {name.rsplit(":", 2)[0] for name in names} if shards else names
+        return {resource["name"] for resource in payload["predicate"]["resources"]}
     except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
         return set()  # nothing is covered
 

@@ -34,6 +34,7 @@ KEYS = {
     "previous", "time", "adapter", "path", "digest", "door", "decision", "reason", "mode",
     "scorer", "policy_digest", "vllm_version", "stripped", "seconds",
     "selected_by", "plan_digest", "served_digest", "transformed", "projected",
+    "signed_by", "attested_by", "scored_by",
 }  # fmt: skip
 NO_LIMIT = 2**40
 fork = multiprocessing.get_context("fork")

@@ -1,32 +1,67 @@
 """Who vouches for an adapter at registration, and whether the policy still trusts them later."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from s3lora_serve.adapter.private_copy import PrivateCopy
 from s3lora_serve.adapter.remote_storage import RemoteFolder
-from s3lora_serve.errors import AttestationMissing, AttestationUntrusted, SignerUntrusted, Unsigned
+from s3lora_serve.errors import (
+    AdapterRejected,
+    AttestationMissing,
+    AttestationUntrusted,
+    SignerUntrusted,
+    Unsigned,
+)
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.signatures.attestation import Attestation, attestation, check_in_force
 from s3lora_serve.signatures.model_signature import signer
-from s3lora_serve.signatures.records import Signer, Vouchers
+from s3lora_serve.signatures.records import Vouchers
 from s3lora_serve.signatures.trust import anchors, key_id, public_key
 
 
-def vouched(
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """Who vouched for an adapter, and what the policy says of that."""
+
+    by: Vouchers = field(default_factory=Vouchers)
+    attestation: Attestation | None = None  # a trusted one
+    objection: AdapterRejected | None = None  # in audit mode: for what enforce refuses the adapter
+
+
+def vouch(
     folder: Path | RemoteFolder,
     copy: PrivateCopy,
     policy: Policy,
-    into: Path | None,
+    into: Callable[[], Path] | None,
     check_deadline: Callable[[], None],
-) -> tuple[Signer | None, Attestation | None]:
+    before: Vouchers | None = None,
+) -> Vouched:
     """The trusted signer and the trusted attestation of an adapter, as far as the policy asks.
 
+    Args:
+        folder: the adapter's folder, with its signature, its attestation and its other files.
+        copy: the private copy of its two files.
+        policy: the policy for this adapter, rules applied.
+        into: gives the folder that holds the private copy; None: it is in memory.
+        check_deadline: called between files; may raise to stop.
+        before: who vouched for it when it was admitted; nothing is read of `folder` then.
+
     Raises:
-        AdapterRejected: the policy requires one that is missing, or does not do.
+        AdapterRejected: the policy requires one that is missing or does not do, and its mode is
+            enforce.
     """
-    signed_by = signer(folder, copy, policy, into, check_deadline)
-    return signed_by, attestation(folder, copy, policy)
+    try:
+        if before is not None:
+            check_still_trusted(before, policy)
+            return Vouched(before)
+        signed_by = signer(folder, copy, policy, into, check_deadline)
+        attested = attestation(folder, copy, policy)
+    except AdapterRejected as error:
+        if policy.mode == "enforce":
+            raise
+        return Vouched(before or Vouchers(), objection=error)
+    return Vouched(Vouchers(signed_by, attested.by if attested else None), attested)
 
 
 def check_still_trusted(before: Vouchers, policy: Policy) -> None:

@@ -1,0 +1,202 @@
+"""Signatures on adapters: what the model-signing command line signs, the gate accepts."""
+
+import base64
+import json
+import shutil
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.signatures.trust import key_id
+from tests.support.adapters import CONFIG, WEIGHTS
+from tests.support.signing import (
+    SIGNATURE,
+    certified,
+    key_pair,
+    sign,
+    sign_with_certificate,
+)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    return tmp_path_factory.mktemp("keys")
+
+
+@pytest.fixture(scope="module")
+def acme(keys):
+    return key_pair(keys, "acme")
+
+
+@pytest.fixture(scope="module")
+def other(keys):
+    return key_pair(keys, "other")
+
+
+@pytest.fixture(scope="module")
+def signed_once(trained, acme, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signed") / "adapter"
+    shutil.copytree(trained, folder)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "card.txt").write_text("a card\n")
+    sign(folder, acme)
+    return folder
+
+
+@pytest.fixture
+def signed(signed_once, tmp_path):
+    return shutil.copytree(signed_once, tmp_path / "adapter")
+
+
+def policy(*keys, require=True, **more):
+    return Policy.model_validate(
+        {"signatures": {"require": require, "keys": [str(key.public) for key in keys], **more}}
+    )
+
+
+def code(verdict):
+    return verdict.reason and verdict.reason.code
+
+
+def test_signature_of_a_trusted_key_is_accepted_and_the_verdict_says_whose(signed, acme, other):
+    verdict = scan_adapter(signed, policy(other, acme))
+    assert code(verdict) is None
+    assert verdict.signed_by.kind == "key"
+    assert verdict.signed_by.id == key_id(acme.key.public_key())
+    assert type(verdict).from_json(verdict.as_json()) == verdict
+
+
+@pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1()])
+def test_every_curve_of_model_signing_is_accepted(trained, tmp_path, curve):
+    pair = key_pair(tmp_path, "large", ec.generate_private_key(curve))
+    folder = shutil.copytree(trained, tmp_path / "adapter")
+    sign(folder, pair)
+    assert scan_adapter(folder, policy(pair)).signed_by.id == key_id(pair.key.public_key())
+
+
+def test_adapter_without_a_signature_is_refused_only_where_one_is_required(trained, acme):
+    assert code(scan_adapter(trained, policy(acme))) == "S3LORA-212"
+    verdict = scan_adapter(trained, policy(acme, require=False))
+    assert (code(verdict), verdict.signed_by) == (None, None)
+
+
+def test_signature_of_another_key_is_refused_and_counts_as_none_where_none_is_required(
+    signed, other
+):
+    assert code(scan_adapter(signed, policy(other))) == "S3LORA-213"
+    verdict = scan_adapter(signed, policy(other, require=False))
+    assert (code(verdict), verdict.signed_by) == (None, None)
+
+
+@pytest.mark.parametrize("require", [True, False])
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "notes/card.txt"])
+def test_changed_file_under_a_trusted_signature_is_refused(signed, acme, require, name):
+    data = bytearray((signed / name).read_bytes())
+    data[-1] ^= 1
+    (signed / name).write_bytes(data)
+    assert code(scan_adapter(signed, policy(acme, require=require))) == "S3LORA-214"
+
+
+def test_missing_file_under_a_trusted_signature_is_refused(signed, acme):
+    (signed / "notes" / "card.txt").unlink()
+    assert code(scan_adapter(signed, policy(acme))) == "S3LORA-214"
+
+
+@pytest.mark.parametrize("name", ["more.txt", "notes/more.txt", "deep/er/more.txt"])
+def test_file_beside_the_signed_ones_is_refused_by_name(signed, acme, name):
+    (signed / name).parent.mkdir(parents=True, exist_ok=True)
+    (signed / name).write_text("not signed")
+    verdict = scan_adapter(signed, policy(acme))
+    assert code(verdict) == "S3LORA-215"
+    assert name in verdict.reason.message
+
+
+def test_link_to_a_folder_is_refused(signed, acme, tmp_path):
+    (signed / "link").symlink_to(tmp_path)
+    assert code(scan_adapter(signed, policy(acme))) == "S3LORA-215"
+
+
+def test_attestation_beside_the_signed_files_needs_no_signature(signed, acme):
+    (signed / "s3lora-attestation.json").write_text("{}")
+    assert code(scan_adapter(signed, policy(acme))) is None
+
+
+@pytest.mark.parametrize("ignored", [WEIGHTS, CONFIG])
+def test_signature_that_leaves_out_a_served_file_is_refused(trained, acme, tmp_path, ignored):
+    folder = shutil.copytree(trained, tmp_path / "adapter")
+    sign(folder, acme, "--ignore-paths", str(folder / ignored))
+    verdict = scan_adapter(folder, policy(acme))
+    assert code(verdict) == "S3LORA-214"
+    assert ignored in verdict.reason.message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"verificationMaterial": 1}', b"[" * 100_000],
+)
+def test_what_is_no_signature_is_refused_without_an_exception(signed, acme, content):
+    (signed / SIGNATURE).write_bytes(content)
+    assert code(scan_adapter(signed, policy(acme))) == "S3LORA-213"
+
+
+def test_tampered_manifest_is_refused(signed, acme):
+    bundle = json.loads((signed / SIGNATURE).read_bytes())
+    payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    payload["predicate"]["resources"].pop()
+    encoded = base64.b64encode(json.dumps(payload).encode()).decode()
+    bundle["dsseEnvelope"]["payload"] = encoded
+    (signed / SIGNATURE).write_text(json.dumps(bundle))
+    assert code(scan_adapter(signed, policy(acme))) == "S3LORA-213"
+
+
+def test_signature_larger_than_the_limit_is_refused(signed, acme):
+    (signed / SIGNATURE).write_bytes(b" " * (4 * 2**20 + 1))
+    assert code(scan_adapter(signed, policy(acme))) == "S3LORA-201"
+
+
+def test_certificate_under_a_trusted_root_is_accepted_and_its_subject_named(
+    trained, keys, tmp_path
+):
+    signer, stranger = certified(keys, "alice"), certified(keys, "mallory")
+    folder = shutil.copytree(trained, tmp_path / "adapter")
+    sign_with_certificate(folder, signer)
+    trusts = {"require": True, "certificates": [str(signer.root)]}
+    verdict = scan_adapter(folder, Policy.model_validate({"signatures": trusts}))
+    assert code(verdict) is None
+    assert (verdict.signed_by.kind, verdict.signed_by.subject) == (
+        "certificate",
+        "O=Acme,CN=alice",
+    )
+    trusts = {"require": True, "certificates": [str(stranger.root)]}
+    verdict = scan_adapter(folder, Policy.model_validate({"signatures": trusts}))
+    assert code(verdict) == "S3LORA-213"
+
+
+def test_rule_requires_a_signature_of_some_adapters_only(trained, signed, acme):
+    demanding = Policy.model_validate(
+        {
+            "signatures": {"keys": [str(acme.public)]},
+            "rules": [{"match": {"adapter": "adapter"}, "signatures": {"require": True}}],
+        }
+    )
+    assert code(scan_adapter(trained, demanding)) is None
+    assert scan_adapter(signed, demanding).signed_by
+    (signed / SIGNATURE).unlink()
+    assert code(scan_adapter(signed, demanding)) == "S3LORA-212"
+
+
+def test_adapter_in_remote_storage_is_verified_too(signed, acme):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(signed), "/signed/adapter", recursive=True)
+    try:
+        verdict = scan_adapter("memory://signed/adapter", policy(acme))
+        assert (code(verdict), bool(verdict.signed_by)) == (None, True)
+        memory.pipe("/signed/adapter/more.txt", b"not signed")
+        assert code(scan_adapter("memory://signed/adapter", policy(acme))) == "S3LORA-215"
+        memory.rm("/signed/adapter/model.sig")
+        assert code(scan_adapter("memory://signed/adapter", policy(acme))) == "S3LORA-212"
+    finally:
+        memory.rm("/signed", recursive=True)
