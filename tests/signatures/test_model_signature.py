@@ -8,7 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.signatures.trust import key_id
+from s3lora_serve.signatures.trust import check_trusted, key_id
 from tests.support.adapters import CONFIG, WEIGHTS
 from tests.support.signing import (
     SIGNATURE,
@@ -17,6 +17,7 @@ from tests.support.signing import (
     sign,
     sign_with_certificate,
 )
+from tests.support.sigstore_instance import SigstoreInstance
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,42 @@ def test_certificate_under_a_trusted_root_is_accepted_and_its_subject_named(
     trusts = {"require": True, "certificates": [str(stranger.root)]}
     verdict = scan_adapter(folder, Policy.model_validate({"signatures": trusts}))
     assert code(verdict) == "S3LORA-213"
+
+
+def test_identity_is_accepted_with_a_trust_root_and_no_other_identity_issuer_or_root_is(
+    signed, tmp_path
+):
+    ours, theirs = SigstoreInstance(), SigstoreInstance()
+    payload = base64.b64decode(
+        json.loads((signed / SIGNATURE).read_bytes())["dsseEnvelope"]["payload"]
+    )
+    alice, issuer = "alice@acme.test", "https://issuer.test"
+    (signed / SIGNATURE).write_text(json.dumps(ours.signed(payload, alice, issuer)))
+    roots = [
+        str(each.trust_config(tmp_path / f"root-{i}.json")) for i, each in enumerate((ours, theirs))
+    ]
+
+    def scanned(identity=alice, issuer=issuer, root=roots[0]):
+        who = [{"identity": identity, "issuer": issuer}]
+        trusts = {"require": True, "identities": who, "trust_root": root}
+        policy = Policy.model_validate({"signatures": trusts})
+        check_trusted(policy)
+        return scan_adapter(signed, policy)
+
+    verdict = scanned()
+    assert code(verdict) is None
+    assert verdict.signed_by.kind == "identity"
+    assert verdict.signed_by.id == "alice@acme.test (https://issuer.test)"
+    assert code(scanned(identity="mallory@acme.test")) == "S3LORA-213"
+    assert code(scanned(issuer="https://other.test")) == "S3LORA-213"
+    assert code(scanned(root=roots[1])) == "S3LORA-213"
+    (signed / "more.txt").write_text("not signed")
+    assert code(scanned()) == "S3LORA-215"
+    (signed / "more.txt").unlink()
+    data = bytearray((signed / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (signed / WEIGHTS).write_bytes(data)
+    assert code(scanned()) == "S3LORA-214"
 
 
 def test_rule_requires_a_signature_of_some_adapters_only(trained, signed, acme):
