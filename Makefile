@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-alignment bench-admission bench-serving bench-scan evidence clean
+.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-alignment bench-admission bench-signing bench-serving bench-scan evidence clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -53,6 +53,9 @@ bench-alignment: $(READY)  ## alignment scorers beside MAS-SVD, and making a ref
 
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
 	$(BIN)/python -m tests.benchmarks.admission
+
+bench-signing: $(READY)  ## what verifying signatures and attestations adds to loading an adapter: a server, three minutes
+	$(BIN)/python -m tests.benchmarks.signing
 
 bench-serving: $(READY)  ## what adapters cost at inference, by how much is stripped: an engine and two servers, three quarters of an hour
 	$(BIN)/python -m tests.benchmarks.serving

@@ -51,6 +51,8 @@ def write(folder: Path) -> None:
         sections.append(alignment_report.alignment(json.loads(figures.read_text())))
     if (figures := folder / "admission.json").exists():
         sections.append(serving_report.admission(json.loads(figures.read_text())))
+    if (figures := folder / "signing.json").exists():
+        sections.append(serving_report.signing(json.loads(figures.read_text())))
     if (figures := folder / "serving.json").exists():
         sections.append(serving_report.inference(json.loads(figures.read_text())))
     if (figures := folder / "sweep.json").exists():

@@ -41,6 +41,31 @@ def admission(data: dict) -> str:  # type: ignore[type-arg]
     return "\n".join([*lines, ""])
 
 
+def signing(data: dict) -> str:  # type: ignore[type-arg]
+    """The section of `make bench-signing`."""
+    machine, seconds, ratios = data["machine"], data["seconds"], data["ratios"]
+    labels = {
+        "unchecked": "neither",
+        "checked": "signature and attestation verified, scored by the gate",
+        "trusted": "both verified, attested scores taken",
+    }
+    return "\n".join(
+        [
+            "## Cost of signatures and attestations",
+            "",
+            f"`make bench-signing`, {machine['processor']}, {machine['cores']} cores. One guarded"
+            f" vLLM server (CPU build, eager, float32) of a {data['model']}-shaped model with"
+            f" random weights; {data['loads']} adapters of rank {data['rank']} on all"
+            f" projections, {data['megabytes']:.0f} MB in bfloat16, each loaded in three ways in turns. Medians.",
+            "",
+            "| `POST /v1/load_lora_adapter` | seconds | over neither |",
+            "|---|---:|---:|",
+            *(f"| {label} | {seconds[k]:.3f} | {ratios[k]:.2f} |" for k, label in labels.items()),
+            "",
+        ]
+    )
+
+
 def _tokens(label: str, tokens: dict, suffix: str) -> str:  # type: ignore[type-arg]
     stock, guarded = tokens[f"stock{suffix}"], tokens[f"guarded{suffix}"]
     figures = [side[p] for p in ("p50", "p99") for side in (stock, guarded)]

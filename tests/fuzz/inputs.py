@@ -142,7 +142,7 @@ def _damaged(draw: st.DrawFn, weights: bytes) -> bytes:
 
 KEYS = ["mode", "scorer", "modules", "strip", "limits", "deny", "allow", "on_uninformative",
         "on_unscorable", "audit", "store", "required", "plans", "require_plan", "rules",
-        "action", "surplus"]  # fmt: skip
+        "action", "signatures", "attestations", "surplus"]  # fmt: skip
 SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "mode": st.sampled_from(["enforce", "audit", "off", True]),
     "strip": st.dictionaries(
@@ -158,6 +158,15 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
         st.sampled_from(["name", "reference", "rank", "normalization"]),
         st.sampled_from(["safe-lora", "splora", "mas-svd", "svd", "row", "/reference", 4, None]),
         max_size=3,
+    ),
+    "signatures": st.dictionaries(
+        st.sampled_from(["require", "keys", "certificates", "trust_root", "file"]),
+        st.booleans() | st.sampled_from(["/key", ["/key"], [], "model.sig", "a/b", None]),
+        max_size=3,
+    ),
+    "attestations": st.dictionaries(
+        st.sampled_from(["require", "keys", "max_age", "policy_digest", "trust_scores"]),
+        st.booleans() | NUMBERS | st.sampled_from([["/key"], [], "same", "any", None]), max_size=4,
     ),
     "plans": st.sampled_from(["/plans", "plans", None]),
     "require_plan": st.booleans(),
@@ -208,6 +217,34 @@ def plans(draw: st.DrawFn, plan: dict[str, Any]) -> bytes:
                 st.sampled_from(["keep", "strip", "transform", 4, 2**16, plan["adapter_digest"]])
             )
     return _damaged(draw, json.dumps(data).encode())
+
+
+@st.composite
+def documents(draw: st.DrawFn, valid: Any) -> bytes:
+    """The bytes of a JSON document: this valid one, changed in one or several places."""
+    return _damaged(draw, json.dumps(draw(changed_values(valid))).encode())
+
+
+@st.composite
+def changed_values(draw: st.DrawFn, valid: Any) -> Any:
+    """JSON values: these valid ones, changed in one or several places at any depth."""
+    data = json.loads(json.dumps(valid))
+    for _ in range(draw(st.integers(0, 3))):
+        part = data
+        while True:
+            keys = sorted(part) if isinstance(part, dict) else range(len(part))
+            key = draw(st.sampled_from([*keys, "surplus" if isinstance(part, dict) else len(part)]))
+            inner = part[key] if key in keys else None
+            if not (isinstance(inner, dict | list) and draw(st.booleans())):
+                break
+            part = inner
+        if key not in keys and isinstance(part, list):
+            part.append(draw(JUNK))
+        elif key in keys and draw(st.booleans()):
+            del part[key]
+        else:
+            part[key] = draw(JUNK)
+    return data
 
 
 @st.composite

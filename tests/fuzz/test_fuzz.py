@@ -3,6 +3,7 @@
 The test suite runs a few examples; `make fuzz` runs FUZZ_EXAMPLES of each, a few hundred thousand.
 """
 
+import base64
 import json
 import os
 import tempfile
@@ -27,14 +28,24 @@ from s3lora_serve.errors import (
     ReferenceInvalid,
     rejection_codes,
 )
+from s3lora_serve.offline.attest import attest_adapter
 from s3lora_serve.plans.apply import MAX_GROWTH
 from s3lora_serve.plans.folder import plan_name
 from s3lora_serve.policy.file import read_policy
 from s3lora_serve.policy.schema import Policy, Strip, parse_policy
+from s3lora_serve.signatures.envelope import signed
 from s3lora_serve.spectral import alignment, reference, spectral_sharpness
-from tests.fuzz.inputs import adapters, plans, policies, references
+from tests.fuzz.inputs import (
+    adapters,
+    changed_values,
+    documents,
+    plans,
+    policies,
+    references,
+)
 from tests.support.plans import keep_out, plan_for, read, small_adapter
 from tests.support.references import small_reference
+from tests.support.signing import SIGNATURE, key_pair, sign
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
 pytestmark = pytest.mark.timeout(0)
@@ -186,3 +197,78 @@ def test_any_reference_is_refused_or_gives_scores_that_are_defined(referenced, d
     assert ((scores >= 0) & (scores <= 1)).all()
     assert not alignment.splora(updates, spaces).isinf().any()
     assert all(0 <= space.captured <= 1.01 for space in spaces)
+
+
+@pytest.fixture(scope="module")
+def vouched(tmp_path_factory):
+    """A signed and attested adapter, the keys of both, its signature and its attestation."""
+    place = tmp_path_factory.mktemp("vouched")
+    adapter = small_adapter(place / "adapter")
+    pair = key_pair(place, "signer")
+    sign(adapter, pair)
+    policy = Policy(
+        on_uninformative="admit",
+        signatures={"require": True, "keys": [pair.public]},
+        attestations={"require": True, "keys": [pair.public]},
+    )
+    _, envelope = attest_adapter(adapter, pair.key, policy, "cpu", name="fuzzed")
+    bundle = json.loads((adapter / SIGNATURE).read_bytes())
+    (adapter / policy.attestations.file).write_text(json.dumps(envelope))
+    assert admit(adapter, "fuzzed", policy, device="cpu").verdict.reason is None
+    return adapter, policy, pair, bundle, envelope
+
+
+@fuzz
+@given(data=st.data())
+def test_any_signature_is_refused_or_signs_what_was_signed(vouched, data):
+    adapter, policy, _, bundle, _ = vouched
+    policy = policy.model_copy(update={"attestations": Policy().attestations})
+    file = adapter / SIGNATURE
+    file.write_bytes(data.draw(documents(bundle)))
+    try:
+        verdict = admit(adapter, "fuzzed", policy, device="cpu").verdict
+        if verdict.reason is None:
+            payload = json.loads(file.read_bytes())["dsseEnvelope"]["payload"]
+            signed_payload = bundle["dsseEnvelope"]["payload"]
+            assert base64.b64decode(payload) == base64.b64decode(signed_payload)
+            assert verdict.signed_by is not None
+        else:
+            assert verdict.reason.code == "S3LORA-213", verdict.reason
+    finally:
+        file.write_text(json.dumps(bundle))
+
+
+@fuzz
+@given(data=st.data())
+def test_any_attestation_is_refused_or_attests_what_was_attested(vouched, data):
+    adapter, policy, _, _, envelope = vouched
+    policy = policy.model_copy(update={"signatures": Policy().signatures})
+    file = adapter / policy.attestations.file
+    file.write_bytes(data.draw(documents(envelope)))
+    verdict = admit(adapter, "fuzzed", policy, device="cpu").verdict
+    if verdict.reason is None:
+        payload = json.loads(file.read_bytes())["payload"]
+        assert base64.b64decode(payload) == base64.b64decode(envelope["payload"])
+        assert verdict.attested_by is not None
+    else:
+        assert verdict.reason.code == "S3LORA-217", verdict.reason
+
+
+@fuzz
+@given(data=st.data())
+def test_any_statement_of_a_trusted_key_gets_a_verdict(vouched, data):
+    """What a trusted scanner signs may be wrong, and is still no reason to fail."""
+    adapter, policy, pair, _, envelope = vouched
+    statement = json.loads(base64.b64decode(envelope["payload"]))
+    changed = data.draw(changed_values(statement))
+    own = {"signatures": Policy().signatures}
+    if data.draw(st.booleans()):
+        own["attestations"] = policy.attestations.model_copy(update={"trust_scores": True})
+    policy = policy.model_copy(update=own)
+    file = adapter / policy.attestations.file
+    file.write_text(json.dumps(signed(json.dumps(changed).encode(), pair.key)))
+    verdict = admit(adapter, "fuzzed", policy, device="cpu").verdict
+    json.dumps(verdict.as_json(), allow_nan=False)
+    if verdict.reason is not None:
+        assert verdict.reason.code in rejection_codes()
+        assert verdict.reason.code != GateFailed.code, verdict.reason

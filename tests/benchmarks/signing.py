@@ -1,0 +1,116 @@
+"""`make bench-signing`: what signatures and attested verdicts add to a registration.
+
+One guarded vLLM server (CPU build) of a 1B-like model with random weights. Each adapter is loaded
+without checks, with both, and with its scores taken from the attestation, in turns.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from rich.progress import track
+
+from s3lora_serve.offline.attest import attest_adapter
+from s3lora_serve.policy.file import read_policy
+from tests.benchmarks import measure, report, shapes
+from tests.benchmarks.admission import ADAPTERS, MODEL, RANK, ROOM, make_adapter
+from tests.benchmarks.folders import make_model
+from tests.support.server import OPEN_LOADING, Server
+from tests.support.signing import KeyPair, key_pair, sign
+
+HERE = Path(__file__).parent
+KINDS = ("unchecked", "checked", "trusted")
+"""Loaded as they are; signed and attested; attested, and with those scores."""
+
+
+def main() -> None:
+    """Measure, write signing.json and RESULTS.md."""
+    with tempfile.TemporaryDirectory(prefix="s3lora-bench-") as folder:
+        place = Path(folder)
+        model = make_model(place / "model", *shapes.MODELS[MODEL])
+        signer = key_pair(place, "signer")
+        scanner = key_pair(place, "scanner", ed25519.Ed25519PrivateKey.generate())
+        policy = _policy(place / "policy.yaml", signer, scanner)
+        adapters = [_vouched(place / f"adapter-{i}", i, policy, signer, scanner)
+                    for i in track(range(ADAPTERS), "adapters", transient=True)]  # fmt: skip
+        environment = OPEN_LOADING | {
+            "S3LORA_POLICY": str(policy),
+            "S3LORA_STATE_DIR": str(place / "state"),
+        }
+        with Server(model, place / "server.log", ROOM, environment) as server:
+            seconds = _loads(server, adapters)
+        medians = {kind: statistics.median(found) for kind, found in seconds.items()}
+        data = {
+            "machine": measure.machine(),
+            "model": MODEL,
+            "rank": RANK,
+            "megabytes": (adapters[0] / "adapter_model.safetensors").stat().st_size / 1e6,
+            "loads": ADAPTERS - 1,
+            "seconds": medians,
+            "ratios": {kind: medians[kind] / medians["unchecked"] for kind in KINDS},
+        }
+    (HERE / "signing.json").write_text(json.dumps(data, indent=1) + "\n")
+    report.write(HERE)
+    print(json.dumps(data, indent=1))
+
+
+def _policy(file: Path, signer: KeyPair, scanner: KeyPair) -> Path:
+    signatures, attestations = {"require": True}, {"require": True}
+    rules = [
+        {"match": {"adapter": "checked/*"}, "signatures": signatures, "attestations": attestations},
+        {
+            "match": {"adapter": "trusted/*"},
+            "signatures": signatures,
+            "attestations": attestations | {"trust_scores": True},
+        },
+        {"match": {"adapter": "*/*"}, "signatures": {"keys": []}, "attestations": {"keys": []}},
+    ]
+    policy = {
+        "on_uninformative": "admit",  # random factors have nearly equal SSI
+        "signatures": {"keys": [str(signer.public)]},
+        "attestations": {"keys": [str(scanner.public)]},
+        "rules": rules,
+    }
+    file.write_text(yaml.safe_dump(policy))
+    return file
+
+
+def _vouched(folder: Path, seed: int, policy: Path, signer: KeyPair, scanner: KeyPair) -> Path:
+    make_adapter(folder, seed)
+    sign(folder, signer)
+    name = f"checked/{folder.name}"
+    _, envelope = attest_adapter(folder, scanner.key, read_policy(policy), "cpu", name=name)
+    (folder / "s3lora-attestation.json").write_text(json.dumps(envelope))
+    return folder
+
+
+def _loads(server: Server, adapters: list[Path]) -> dict[str, list[float]]:
+    """Seconds of `POST /v1/load_lora_adapter` by kind; each kind comes first equally often."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:  # costs of the first load only
+        _load(server, f"{kind}/{adapters[0].name}", adapters[0])
+    for turn, folder in enumerate(track(adapters[1:], "loads", transient=True)):
+        for kind in (*KINDS[turn % 3 :], *KINDS[: turn % 3]):
+            seconds[kind].append(_load(server, f"{kind}/{folder.name}", folder))
+    return seconds
+
+
+def _load(server: Server, name: str, folder: Path) -> float:
+    started = time.perf_counter()
+    answer = server.load(name, folder)
+    seconds = time.perf_counter() - started
+    assert answer.status_code == 200, answer.text
+    verdict = server.get(f"/s3lora/adapters/{name}").json()
+    vouched = not name.startswith("unchecked/")
+    assert bool(verdict["signed_by"]) == bool(verdict["attested_by"]) == vouched
+    assert (verdict["scored_by"] == "attestation") == name.startswith("trusted/")
+    assert server.unload(name).status_code == 200
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
