@@ -22,8 +22,8 @@ RATE = {"subspace": 0.05, "component": 0.15, "module": 0.15}
 BATCH = (9, 7, 8)
 """Refusals, skill and benign examples in one step."""
 
-STEPS = 60
-"""Steps of Adam at most. Ours: in trials 90 took half as long again, and kept 0.03 more skill."""
+STEPS = 45
+"""Steps of Adam at most. Ours: in trials on the bench 60 took a third longer and gained nothing."""
 
 CHECK_EVERY = 15
 """Steps between measurements on the calibration split."""

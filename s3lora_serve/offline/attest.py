@@ -1,5 +1,6 @@
 """Attest the verdict on an adapter: a signed in-toto statement that a gate can require."""
 
+import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from s3lora_serve.adapter.remote_storage import RemoteFolder, folder_name
 from s3lora_serve.admission.pipeline import Admission, admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.policy.signatures import Attestations
 from s3lora_serve.signatures.attestation import (
     PREDICATE_TYPE,
     STATEMENT_TYPE,
@@ -43,12 +45,12 @@ def attest_adapter(
         ValueError: the key cannot sign.
     """
     name = name or folder_name(folder)
-    unattested = policy.attestations.model_copy(update={"require": False, "trust_scores": False})
-    own = policy.model_copy(update={"attestations": unattested})
+    path = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
+    effective = policy.for_adapter(name, path, base_model)
+    own = effective.model_copy(update={"attestations": Attestations(), "rules": ()})
     admission = admit(folder, name, own, base_model=base_model, device=device)
     if admission.adapter is None or admission.verdict.decision == "rejected":
         return admission.verdict, None
-    effective = policy.for_adapter(name, admission.verdict.path, base_model)
     statement = _statement(admission.adapter.copy, admission, effective)
     return admission.verdict, signed(statement.model_dump_json(by_alias=True).encode(), key)
 

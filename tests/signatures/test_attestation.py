@@ -169,6 +169,16 @@ def test_attestation_under_another_policy_is_refused_unless_any_will_do(adapter,
     assert (code(verdict), len(verdict.stripped)) == (None, 2)
 
 
+def test_policy_whose_rule_requires_an_attestation_attests_all_the_same(adapter, scanner, tmp_path):
+    demands = {"require": True, "trust_scores": True, "keys": [str(scanner.public)]}
+    rule = {"match": {"adapter": "acme/*"}, "strip": {"top_k": 1}, "attestations": demands}
+    rules = RULES | {"rules": [rule]}
+    attest(adapter, scanner, tmp_path / "policy.json", "--name", "acme/a", rules=rules)
+    ours = policy(scanner).model_copy(update={"strip": Policy(strip={"top_k": 1}).strip})
+    assert code(scan_adapter(adapter, ours)) is None
+    assert code(scan_adapter(adapter, policy(scanner))) == "S3LORA-219"
+
+
 def test_policy_keys_that_decide_nothing_may_differ_between_scanner_and_server(
     adapter, scanner, tmp_path
 ):
