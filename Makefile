@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load compat fuzz generate dashboard-check lint format bench bench-alignment bench-admission bench-signing bench-serving bench-scan evidence clean
+.PHONY: demo test test-fast test-all load load-fleet compat fuzz generate dashboard-check lint format bench bench-alignment bench-admission bench-signing bench-serving bench-scan evidence clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -20,6 +20,9 @@ test-all: $(READY)  ## those too that take longer than CI allows
 
 load: $(READY)  ## hot loads and unloads under traffic on a real server: about ten minutes
 	$(BIN)/python -m tests.load
+
+load-fleet: $(READY)  ## two thousand adapters, changing policies, a killed worker: an hour; MINUTES=4 ADAPTERS=200 for a short one
+	$(BIN)/python -m tests.load.fleet
 
 compat: $(READY)  ## the doors on every vLLM that is claimed to work: some ten minutes and 4 GB each; VERSIONS="0.30 0.31"
 	$(BIN)/python -m tests.compat $(VERSIONS)

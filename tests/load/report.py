@@ -87,7 +87,8 @@ def write_report(runs: list[Run]) -> None:
     for run in runs:
         lines += [f"- {run.name}: {problem}" for problem in run.problems[:20]]
     text = "\n".join(lines) + "\n"
-    RESULTS.write_text(text)
+    others = RESULTS.read_text().partition("\n# ")[1:] if RESULTS.exists() else ()
+    RESULTS.write_text(text + "".join(others))
     print(text)
 
 

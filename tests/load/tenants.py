@@ -29,6 +29,10 @@ class Tenant:
     code: str | None  # of the refusal
     stripped: Path | None = None  # the adapter as the gate serves it, written by `strip_adapter`
 
+    def write(self, folder: Path) -> None:
+        """Write the adapter into a new folder, which its owner may change."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+
 
 def make_tenants(model: Path, root: Path, policy: Policy) -> list[Tenant]:
     """Train adapters, add noise to copies, and damage others."""

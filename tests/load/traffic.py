@@ -34,6 +34,7 @@ class Traffic:
     references: dict[str, list[Answer]]
     scratch: Path
     loads: int
+    until: float = float("inf")  # monotonic seconds, after which nothing more is registered
     done: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
@@ -43,6 +44,13 @@ class Traffic:
         self._mutex = threading.Lock()
         self._left = self.loads
         self._over = threading.Event()
+        self._queue: list[Tenant] = []
+        self.registered: set[str] = set()
+
+    def cut_off(self) -> None:
+        """From now on failures are the server's end, which is wanted, and nothing is begun."""
+        self.until = 0.0
+        self._over.set()
 
     def run(self, loaders: int = 3, users: int = 2) -> None:
         """Load and unload until all loads are done, while users query the base model."""
@@ -61,9 +69,7 @@ class Traffic:
         generator = random.Random(seed)
         held: deque[tuple[Tenant, Path]] = deque()
         while self._take_one():
-            tenant = generator.choice(self.tenants)
-            if not self._locks[tenant.name].acquire(blocking=False):  # another loader has it
-                tenant = self._free_tenant(generator)
+            tenant = self._next(generator)
             folder = self.scratch / f"{tenant.name}-{time.monotonic_ns()}"
             if self._try(tenant.name, self._register, tenant, folder, generator):
                 held.append((tenant, folder))
@@ -76,10 +82,15 @@ class Traffic:
         for tenant, folder in held:
             self._unload_and_forget(tenant, folder)
 
-    def _free_tenant(self, generator: random.Random) -> Tenant:
-        """A tenant that no other loader uses, now locked."""
-        shuffled = generator.sample(self.tenants, len(self.tenants))
-        return next(t for t in shuffled if self._locks[t.name].acquire(blocking=False))
+    def _next(self, generator: random.Random) -> Tenant:
+        """A tenant that no other loader uses, now locked; each comes once before any twice."""
+        with self._mutex:
+            while True:
+                if not self._queue:
+                    self._queue = generator.sample(self.tenants, len(self.tenants))
+                tenant = self._queue.pop()
+                if self._locks[tenant.name].acquire(blocking=False):
+                    return tenant
 
     def _unload_and_forget(self, tenant: Tenant, folder: Path) -> None:
         self._try(tenant.name, self._unload, tenant)
@@ -98,7 +109,8 @@ class Traffic:
 
     def _register(self, tenant: Tenant, folder: Path, generator: random.Random) -> bool:
         """Register, sometimes replace it, then tamper with the folder; true if served."""
-        shutil.copytree(tenant.folder, folder, symlinks=True)
+        tenant.write(folder)
+        self.registered.add(tenant.name)
         answer = self.server.load(tenant.name, folder)
         if tenant.code:
             refused = answer.status_code == 400
@@ -126,7 +138,9 @@ class Traffic:
         started = time.perf_counter()
         given = ask(self.server, name, QUESTIONS[which])
         self.latencies.append(time.perf_counter() - started)
-        off = distance(given, self.references[name][which])
+        self.done["base requests"] += name == "base"
+        known = self.references.get(name)
+        off = distance(given, known[which]) if known else 0.0
         self._check(off < CLOSE, name, f"answers {off:.3g} from its reference")
 
     def _check(self, held: bool, name: str, problem: str) -> None:
@@ -137,10 +151,15 @@ class Traffic:
 
     def _record_problem(self, name: str, problem: str) -> None:
         with self._mutex:
-            self.problems.append(f"{name}: {problem[:300]}")
+            if self.until:
+                self.problems.append(f"{name}: {problem[:300]}")
+            else:
+                self.done["cut off"] += 1
 
     def _take_one(self) -> bool:
         with self._mutex:
+            if time.monotonic() > self.until:
+                return False
             self._left -= 1
             self.done["loads"] += self._left >= 0
             return self._left >= 0

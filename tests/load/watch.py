@@ -1,6 +1,7 @@
 """Memory, open files and threads of a server's processes, sampled while it runs."""
 
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -12,6 +13,7 @@ EVERY_SECONDS = 2.0
 class Sample:
     """One measurement of all processes of a session."""
 
+    at: float  # seconds, monotonic
     megabytes: float  # resident, without shared memory
     files: int
     threads: int
@@ -62,7 +64,7 @@ def measure(session: int) -> Sample:
             threads += len(list((process / "task").iterdir()))
         except OSError:  # it ended meanwhile
             continue
-    return Sample(memory, files, threads)
+    return Sample(time.monotonic(), memory, files, threads)
 
 
 def processes(session: int) -> list[Path]:

@@ -1,0 +1,126 @@
+"""`make load-fleet`: an hour of a large fleet on a real vLLM server.
+
+Two thousand distinct adapters of random sizes, a fifth of them hostile, are registered, replaced,
+edited and unloaded while users query the base model. Meanwhile the policy changes every minute,
+and at half time a worker is killed and the server started again on the same store.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from s3lora_serve.policy.file import read_policy
+from tests.load.__main__ import ROOM, reference_answers
+from tests.load.fleet_members import make_fleet
+from tests.load.fleet_report import Segment, write_report
+from tests.load.tenants import make_tenants
+from tests.load.traffic import Traffic
+from tests.load.watch import Watch, processes
+from tests.support.server import OPEN_LOADING, Server
+from tests.support.tiny_model import make_model
+
+MINUTES = float(os.environ.get("MINUTES", "60"))
+ADAPTERS = int(os.environ.get("ADAPTERS", "2000"))
+BETWEEN_CHANGES = 60.0
+"""Seconds between changes of the policy."""
+
+MAX_STORE = 9_000_000
+END_SECONDS = 60
+"""A server whose worker is killed has to end within this time."""
+
+
+def main() -> int:
+    torch.set_num_threads(1)  # the server needs the cores
+    with tempfile.TemporaryDirectory(prefix="s3lora-fleet-") as folder:
+        root = Path(folder)
+        policy = root / "policy.yaml"
+        write_policy(policy, 0)
+        model = make_model(root / "model")
+        tenants = make_tenants(model, root, read_policy(policy))
+        references = reference_answers(model, tenants, root / "stock.log")
+        fleet = make_fleet(root, tenants, ADAPTERS)
+        environment = OPEN_LOADING | {
+            "S3LORA_POLICY": str(policy),
+            "S3LORA_STATE_DIR": str(root / "state"),
+            "S3LORA_AUDIT_LOG": str(root / "audit.jsonl"),
+        }
+        segments = []
+        for name in ("first half", "second half"):
+            with Server(model, root / f"{name}.log", ROOM, environment) as server:
+                traffic = Traffic(server, fleet, references, root, sys.maxsize)
+                segment = Segment(name, traffic, root / "state", MAX_STORE)
+                run(segment, server, policy)
+                if name == "first half":
+                    segment.ended_after = kill_worker(server, traffic)
+                    segment.thread.join()
+                segments.append(segment)
+        write_report(segments, len(fleet))
+    return int(any(segment.problems for segment in segments))
+
+
+def run(segment: Segment, server: Server, policy: Path) -> None:
+    """Traffic for half of the time, with samples of memory, store and metrics, and new policies.
+
+    The traffic of the first half goes on while its worker is killed.
+    """
+    assert server.process is not None
+    traffic = segment.traffic
+    end = time.monotonic() + MINUTES * 60 / 2
+    last = segment.name == "second half"
+    traffic.until = end if last else float("inf")
+    segment.thread = threading.Thread(target=traffic.run)
+    segment.thread.start()
+    with Watch(server.process.pid) as segment.watch:
+        number = 0
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(BETWEEN_CHANGES, left))
+            number += 1
+            write_policy(policy, number)
+            segment.sample(server)
+    if last:
+        segment.thread.join()
+        segment.finish(server)
+
+
+def write_policy(file: Path, number: int) -> None:
+    """A policy that differs from the one before; every fifth is invalid and changes nothing.
+
+    The rules for adapters whose answers are compared stay the same.
+    """
+    text = yaml.safe_dump(
+        {
+            "strip": {"top_k": 3},
+            "store": {"max_bytes": MAX_STORE - 1000 * (number % 3)},
+            "deny": [f"sha256:{number:064x}"],
+            "rules": [{"match": {"adapter": "fleet-*"}, "strip": {"top_k": number % 6}}],
+        }
+    )
+    part = file.with_suffix(".part")
+    part.write_text(text + ("no key: of a policy\n" if number % 5 == 4 else ""))
+    part.replace(file)
+
+
+def kill_worker(server: Server, traffic: Traffic) -> float:
+    """Send SIGKILL to the worker under traffic; seconds until the server has ended."""
+    assert server.process is not None
+    [worker] = [
+        process
+        for process in processes(server.process.pid)
+        if "Worker" in (process / "cmdline").read_text(errors="replace")
+    ]
+    traffic.cut_off()
+    started = time.monotonic()
+    os.kill(int(worker.name), signal.SIGKILL)
+    server.process.wait(END_SECONDS)
+    return time.monotonic() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
