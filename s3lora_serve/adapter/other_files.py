@@ -35,7 +35,7 @@ def other_files(
 
     Raises:
         NotAnAdapter, OutsideRoots, ChangedWhileCopying: as for the adapter's own files.
-        FilesUnsigned: a folder cannot be read, or is a link.
+        FilesUnsigned: a folder cannot be read, or is a link; a name leads elsewhere.
         OverLimit: they have more bytes than limits.max_bytes, or are more than MAX_FILES.
     """
     size = 0
@@ -45,6 +45,8 @@ def other_files(
             continue
         if count > MAX_FILES:
             raise OverLimit(f"{folder} holds more than {MAX_FILES} files")
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):  # possible in object storage
+            raise FilesUnsigned(f"{folder} holds {name[:200]!r}, which is no path in a folder")
         data = small_file(folder, name, limits.max_bytes - size, limits)
         if data is not None:
             size += len(data)

@@ -8,9 +8,11 @@ import base64
 import binascii
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,16 @@ MAX_SIGNATURE_BYTES = 4 * 2**20
 
 MISMATCH = "Signature mismatch"
 """How model-signing begins its message where the signature holds and the files do not fit it."""
+
+CHANGED = re.compile(r"Hash mismatch for \\?'(.*?)\\?': Expected")
+"""How its message, a list's repr, names a changed file. The digests beside the name are not shown:
+a link may lead to a file of others."""
+
+BUNDLE_KEYS = {"mediaType", "verificationMaterial", "dsseEnvelope"}
+ENVELOPE_KEYS = {"payload", "payloadType", "signatures"}
+"""Other keys are refused: protobuf's JSON has two spellings, and the gate reads the payload too."""
+
+_printing = threading.Lock()
 
 
 def signer(
@@ -86,7 +98,7 @@ def _verified(files: Path, signature: Path, bundle: dict[str, Any], policy: Poli
     trusted = list(anchors(policy.signatures))
     for anchor in trusted:
         try:
-            with redirect_stdout(sys.stderr):  # it prints warnings
+            with _printing, redirect_stdout(sys.stderr):  # it prints warnings
                 anchor.verifier().verify(files, signature)
         except Exception as error:  # noqa: BLE001 - its libraries' own, on a tenant's bytes
             if str(error).startswith(MISMATCH):
@@ -102,9 +114,17 @@ def _verified(files: Path, signature: Path, bundle: dict[str, Any], policy: Poli
 
 def _mismatch(files: Path, bundle: dict[str, Any], text: str) -> SignedOtherwise | FilesUnsigned:
     found = {str(f.relative_to(files)) for f in files.rglob("*") if f.is_file()}
-    if extra := sorted(found - _signed_names(bundle)):
-        return FilesUnsigned(f"the signature does not cover {extra[0]!r} (of {len(extra)})"[:300])
-    return SignedOtherwise(f"{' '.join(text.split())[:300]}")
+    signed = _signed_names(bundle)
+    if extra := sorted(found - signed):
+        return FilesUnsigned(f"the signature does not cover {_names(extra)}")
+    if missing := sorted(signed - found):
+        return SignedOtherwise(f"the folder lacks {_names(missing)}, which the signature covers")
+    return SignedOtherwise(f"{_names(CHANGED.findall(text))} changed after it was signed")
+
+
+def _names(files: Sequence[str]) -> str:
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"{files[0][:200]!r}{more}" if files else "a file"
 
 
 @contextmanager
@@ -130,7 +150,8 @@ def _signed_folder(
             check_deadline()
             target = files / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+            with target.open("xb") as file:
+                file.write(data)
         yield Path(temporary)
 
 
@@ -139,15 +160,18 @@ def _bundle(signature: bytes) -> dict[str, Any]:
         found = json.loads(signature)
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    envelope = found.get("dsseEnvelope") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(envelope, dict):
         raise SignerUntrusted("the signature is not a bundle of model-signing")
+    if surplus := (found.keys() - BUNDLE_KEYS) | (envelope.keys() - ENVELOPE_KEYS):
+        raise SignerUntrusted(f"the signature has a key {min(surplus)[:80]!r}, which no bundle has")
     return found
 
 
 def _signed_names(bundle: dict[str, Any]) -> set[str]:
     """The files in a bundle whose signature holds."""
     try:
-        payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+        payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True))
         return {resource["name"] for resource in payload["predicate"]["resources"]}
     except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
         return set()  # nothing is covered

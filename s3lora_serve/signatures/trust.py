@@ -38,13 +38,13 @@ def anchors(signatures: Signatures) -> Iterator[Anchor]:
     """Every signer that the policy trusts.
 
     Raises:
-        GateFailed: a file cannot be read, or others than this user and root can write it.
-        ValueError: a file does not hold what it should.
+        GateFailed: a file cannot be read, does not hold what it should, or others than this user
+            and root can write it.
     """
     for file in signatures.keys:
         yield Anchor("key", key_id(public_key(file)), partial(_by_key, file))
     for file in signatures.certificates:
-        yield Anchor("certificate", _certificate_id(_owned(file)), partial(_by_certificate, file))
+        yield Anchor("certificate", _certificate_id(file), partial(_by_certificate, file))
     for who in signatures.identities:
         name = f"{who.identity} ({who.issuer})"
         yield Anchor("identity", name, partial(_by_identity, who, signatures.trust_root))
@@ -76,8 +76,8 @@ def public_key(file: Path) -> "PublicKeyTypes":
     """The public key in a PEM file of the operator.
 
     Raises:
-        GateFailed: the file cannot be read, or others than this user and root can write it.
-        ValueError: it holds no public key.
+        GateFailed: the file cannot be read, holds no public key, or others than this user and root
+            can write it.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -85,7 +85,7 @@ def public_key(file: Path) -> "PublicKeyTypes":
     try:
         return load_pem_public_key(_owned(file))
     except (ValueError, UnsupportedAlgorithm):
-        raise ValueError(f"{file} holds no public key in PEM") from None
+        raise GateFailed(f"{file} holds no public key in PEM") from None
 
 
 def key_id(key: "PublicKeyTypes") -> str:
@@ -117,8 +117,6 @@ def check_trusted(policy: Policy) -> None:
                 public_key(file)
         except GateFailed as error:
             raise PolicyInvalid(error.problem) from None
-        except ValueError as error:
-            raise PolicyInvalid(str(error)) from None
 
 
 def _check_signers(signatures: Signatures) -> None:
@@ -128,7 +126,7 @@ def _check_signers(signatures: Signatures) -> None:
         try:
             anchor.verifier()
         except Exception as error:  # noqa: BLE001 - the libraries' own, of many kinds
-            raise ValueError(f"signatures: {anchor.kind} {anchor.id}: {_line(error)}") from None
+            raise GateFailed(f"signatures: {anchor.kind} {anchor.id}: {_line(error)}") from None
 
 
 def _line(error: Exception) -> str:
@@ -136,14 +134,14 @@ def _line(error: Exception) -> str:
     return text.splitlines()[0][:200]
 
 
-def _certificate_id(data: bytes) -> str:
+def _certificate_id(file: Path) -> str:
     from cryptography import x509
     from cryptography.hazmat.primitives.hashes import SHA256
 
     try:
-        first = x509.load_pem_x509_certificates(data)[0]
+        first = x509.load_pem_x509_certificates(_owned(file))[0]
     except ValueError:
-        raise ValueError("signatures.certificates: a file holds no certificate in PEM") from None
+        raise GateFailed(f"{file} holds no certificate in PEM") from None
     return "sha256:" + first.fingerprint(SHA256()).hex()
 
 

@@ -1,6 +1,7 @@
 """Signatures on adapters: what the model-signing command line signs, the gate accepts."""
 
 import base64
+import hashlib
 import json
 import shutil
 
@@ -8,6 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.adapter.private_copy import copy_adapter, read_file
+from s3lora_serve.adapter.remote_storage import RemoteFolder
+from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.signatures.trust import check_trusted, key_id
 from tests.support.adapters import CONFIG, WEIGHTS
 from tests.support.signing import (
@@ -149,6 +153,45 @@ def test_tampered_manifest_is_refused(signed, acme):
     bundle["dsseEnvelope"]["payload"] = encoded
     (signed / SIGNATURE).write_text(json.dumps(bundle))
     assert code(scan_adapter(signed, policy(acme))) == "S3LORA-213"
+
+
+@pytest.mark.parametrize("place", [(), ("dsseEnvelope",)])
+def test_second_spelling_of_a_bundles_keys_is_refused(signed, acme, place):
+    """The library and the gate could read different payloads."""
+    bundle = json.loads((signed / SIGNATURE).read_bytes())
+    part = bundle
+    for key in place:
+        part = part[key]
+    part["payload_type" if place else "dsse_envelope"] = dict(bundle["dsseEnvelope"])
+    (signed / SIGNATURE).write_text(json.dumps(bundle))
+    assert code(scan_adapter(signed, policy(acme))) == "S3LORA-213"
+
+
+def test_refusal_tells_no_digest_of_a_file_that_a_link_leads_to(signed, acme, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("a secret\n")
+    (signed / "notes" / "card.txt").unlink()
+    (signed / "notes" / "card.txt").symlink_to(secret)
+    reason = scan_adapter(signed, policy(acme)).reason
+    assert reason.code == "S3LORA-214"
+    assert "notes/card.txt" in reason.message
+    assert hashlib.sha256(secret.read_bytes()).hexdigest() not in reason.message
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "a/../../out.txt", f"./{WEIGHTS}", "a//b.txt"])
+def test_object_whose_name_leads_out_of_its_folder_is_refused(signed, acme, name):
+    class Storage(RemoteFolder):
+        def names(self):
+            yield name
+
+        def file(self, asked, most, _limits):
+            return read_file(signed / SIGNATURE, (), most) if asked == SIGNATURE else b"bent"
+
+        def copy(self, limits):
+            return copy_adapter(signed, limits)
+
+    verdict = admit(Storage("memory://bent"), "bent", policy(acme)).verdict
+    assert code(verdict) == "S3LORA-215"
 
 
 def test_signature_larger_than_the_limit_is_refused(signed, acme):
