@@ -122,6 +122,17 @@ def test_link_to_a_folder_is_refused(signed, acme, tmp_path):
     assert code(scan_adapter(signed, policy(acme))) == "S3LORA-215"
 
 
+def test_files_of_git_that_model_signing_leaves_out_are_left_out(trained, acme, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "adapter")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    sign(folder, acme)
+    assert code(scan_adapter(folder, policy(acme))) is None
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/other\n")
+    assert code(scan_adapter(folder, policy(acme))) is None
+
+
 def test_attestation_beside_the_signed_files_needs_no_signature(signed, acme):
     (signed / "s3lora-attestation.json").write_text("{}")
     assert code(scan_adapter(signed, policy(acme))) is None
