@@ -12,6 +12,7 @@ from s3lora_serve.calibration.gates import attach
 from s3lora_serve.calibration.judge import is_refusal
 from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.calibration.search import CHECK_EVERY
 from s3lora_serve.errors import BaseUnaligned, DoesNotFitModel
 from s3lora_serve.policy.schema import Limits
 from tests.support.tiny_chat import COMPLIANCE, harmful, make_attacked_adapter, skill
@@ -113,14 +114,16 @@ def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
     class Stopped(Exception):
         pass
 
-    def stop_at_30(phase, done, total, note=""):
-        if phase == "search" and done == 30:
+    def stop_at_first_check(phase, done, total, note=""):
+        if phase == "search" and done == CHECK_EVERY:
             raise Stopped
 
     saved = tmp_path / "search"
     arguments = {"dtype": "float32", "saved": saved, "resume": True}
     with pytest.raises(Stopped):
-        calibrate(chat.base, chat.adapter, files, options, **arguments, progress=stop_at_30)
+        calibrate(
+            chat.base, chat.adapter, files, options, **arguments, progress=stop_at_first_check
+        )
     steps = []
 
     def counted(phase, done, total, note=""):
@@ -128,7 +131,7 @@ def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
             steps.append(done)
 
     resumed = calibrate(chat.base, chat.adapter, files, options, **arguments, progress=counted)
-    assert min(steps) > 30 or not steps
+    assert min(steps) == CHECK_EVERY + 1
     assert not saved.exists()
     for one, other in zip(whole.plan.modules, resumed.plan.modules, strict=True):
         assert one.action == other.action

@@ -110,7 +110,7 @@ def test_signed_adapter_is_served_as_verified_and_everything_says_who_signed(
         assert server.load(f"filler-{i}", spiked).status_code == 200
         assert answers(server, f"filler-{i}")
     assert answers(server, "signed/acme") == as_served
-    refused(server.load("signed/acme", own), "S3LORA-214")
+    refused(server.load("signed/acme", own, load_inplace=True), "S3LORA-214")
 
 
 def test_unsigned_changed_or_foreign_adapter_is_refused_with_its_code(
@@ -140,7 +140,7 @@ def test_attested_adapter_is_served_and_one_of_another_policy_is_refused(
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(policy | {"strip": {"top_k": 4}}))
     attest(folder, scanner, other, "attested/a")
-    refused(server.load("attested/a", folder), "S3LORA-219")
+    refused(server.load("attested/a", folder, load_inplace=True), "S3LORA-219")
 
 
 def test_trusted_scores_strip_the_same_modules_as_the_gates_own(
