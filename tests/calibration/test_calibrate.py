@@ -114,16 +114,14 @@ def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
     class Stopped(Exception):
         pass
 
-    def stop_at_first_check(phase, done, total, note=""):
+    def stop(phase, done, total, note=""):
         if phase == "search" and done == CHECK_EVERY:
             raise Stopped
 
     saved = tmp_path / "search"
     arguments = {"dtype": "float32", "saved": saved, "resume": True}
     with pytest.raises(Stopped):
-        calibrate(
-            chat.base, chat.adapter, files, options, **arguments, progress=stop_at_first_check
-        )
+        calibrate(chat.base, chat.adapter, files, options, **arguments, progress=stop)
     steps = []
 
     def counted(phase, done, total, note=""):

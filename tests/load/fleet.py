@@ -12,16 +12,17 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from s3lora_serve.policy.file import read_policy
+from s3lora_serve.policy.schema import Policy, parse_policy
 from tests.load.__main__ import ROOM, reference_answers
 from tests.load.fleet_members import make_fleet
 from tests.load.fleet_report import Segment, write_report
-from tests.load.tenants import make_tenants
-from tests.load.traffic import Traffic
+from tests.load.tenants import TRAINED, Tenant, make_tenants
+from tests.load.traffic import Answer, Traffic
 from tests.load.watch import Watch, processes
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import make_model
@@ -31,56 +32,70 @@ ADAPTERS = int(os.environ.get("ADAPTERS", "2000"))
 BETWEEN_CHANGES = 60.0
 """Seconds between changes of the policy."""
 
+HALVES = ("first half", "second half")
 MAX_STORE = 9_000_000
 END_SECONDS = 60
 """A server whose worker is killed has to end within this time."""
 
 
 def main() -> int:
+    """Run, write RESULTS.md; exit code 1 if anything went wrong."""
     torch.set_num_threads(1)  # the server needs the cores
     with tempfile.TemporaryDirectory(prefix="s3lora-fleet-") as folder:
         root = Path(folder)
-        policy = root / "policy.yaml"
-        write_policy(policy, 0)
         model = make_model(root / "model")
-        tenants = make_tenants(model, root, read_policy(policy))
+        tenants = make_tenants(model, root, policy_of(0))
         references = reference_answers(model, tenants, root / "stock.log")
-        fleet = make_fleet(root, tenants, ADAPTERS)
-        environment = OPEN_LOADING | {
-            "S3LORA_POLICY": str(policy),
-            "S3LORA_STATE_DIR": str(root / "state"),
-            "S3LORA_AUDIT_LOG": str(root / "audit.jsonl"),
-        }
-        segments = []
-        for name in ("first half", "second half"):
-            with Server(model, root / f"{name}.log", ROOM, environment) as server:
-                traffic = Traffic(server, fleet, references, root, sys.maxsize)
-                segment = Segment(name, traffic, root / "state", MAX_STORE)
-                run(segment, server, policy)
-                if name == "first half":
-                    segment.ended_after = kill_worker(server, traffic)
-                    segment.thread.join()
-                segments.append(segment)
+        fleet = make_fleet([root / f"trained-{i}" for i in range(TRAINED)], tenants, ADAPTERS)
+        segments = run_fleet(model, fleet, references, root, MINUTES * 60)
         write_report(segments, len(fleet))
     return int(any(segment.problems for segment in segments))
 
 
-def run(segment: Segment, server: Server, policy: Path) -> None:
-    """Traffic for half of the time, with samples of memory, store and metrics, and new policies.
+def run_fleet(
+    model: Path,
+    fleet: list[Tenant],
+    references: dict[str, list[Answer]],
+    root: Path,
+    seconds: float,
+) -> list[Segment]:
+    """Two halves on one store, with a killed worker between them."""
+    policy = root / "policy.yaml"
+    policy.write_text(yaml.safe_dump(policy_data(0)))
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(policy),
+        "S3LORA_STATE_DIR": str(root / "state"),
+        "S3LORA_AUDIT_LOG": str(root / "audit.jsonl"),
+    }
+    segments = []
+    for name in HALVES:
+        with Server(model, root / f"{name}.log", ROOM, environment) as server:
+            traffic = Traffic(server, fleet, references, root, sys.maxsize)
+            segment = Segment(name, traffic, root / "state", MAX_STORE)
+            run(segment, server, policy, seconds / 2)
+            if name == HALVES[0]:
+                segment.ended_after = kill_worker(server, traffic)
+                segment.thread.join()
+            segments.append(segment)
+    return segments
+
+
+def run(segment: Segment, server: Server, policy: Path, seconds: float) -> None:
+    """Traffic for some seconds, with samples of memory, store and metrics, and new policies.
 
     The traffic of the first half goes on while its worker is killed.
     """
     assert server.process is not None
     traffic = segment.traffic
-    end = time.monotonic() + MINUTES * 60 / 2
-    last = segment.name == "second half"
+    end = time.monotonic() + seconds
+    last = segment.name == HALVES[1]
     traffic.until = end if last else float("inf")
     segment.thread = threading.Thread(target=traffic.run)
     segment.thread.start()
     with Watch(server.process.pid) as segment.watch:
         number = 0
         while (left := end - time.monotonic()) > 0:
-            time.sleep(min(BETWEEN_CHANGES, left))
+            time.sleep(min(BETWEEN_CHANGES, seconds / 6, left))
             number += 1
             write_policy(policy, number)
             segment.sample(server)
@@ -89,21 +104,26 @@ def run(segment: Segment, server: Server, policy: Path) -> None:
         segment.finish(server)
 
 
-def write_policy(file: Path, number: int) -> None:
-    """A policy that differs from the one before; every fifth is invalid and changes nothing.
+def policy_data(number: int) -> dict[str, Any]:
+    """A policy; the rules for adapters whose answers are compared are the same in all."""
+    return {
+        "strip": {"top_k": 3},
+        "store": {"max_bytes": MAX_STORE - 1000 * (number % 3)},
+        "deny": [f"sha256:{number:064x}"],
+        "rules": [{"match": {"adapter": "fleet-*"}, "strip": {"top_k": number % 6}}],
+    }
 
-    The rules for adapters whose answers are compared stay the same.
-    """
-    text = yaml.safe_dump(
-        {
-            "strip": {"top_k": 3},
-            "store": {"max_bytes": MAX_STORE - 1000 * (number % 3)},
-            "deny": [f"sha256:{number:064x}"],
-            "rules": [{"match": {"adapter": "fleet-*"}, "strip": {"top_k": number % 6}}],
-        }
-    )
+
+def policy_of(number: int) -> Policy:
+    """The same, as a policy."""
+    return parse_policy(policy_data(number), "fleet")
+
+
+def write_policy(file: Path, number: int) -> None:
+    """Replace the policy by another; every fifth is invalid and changes nothing."""
+    invalid = {"no key": "of a policy"} if number % 5 == 4 else {}
     part = file.with_suffix(".part")
-    part.write_text(text + ("no key: of a policy\n" if number % 5 == 4 else ""))
+    part.write_text(yaml.safe_dump(policy_data(number) | invalid))
     part.replace(file)
 
 
@@ -113,7 +133,7 @@ def kill_worker(server: Server, traffic: Traffic) -> float:
     [worker] = [
         process
         for process in processes(server.process.pid)
-        if "Worker" in (process / "cmdline").read_text(errors="replace")
+        if (process / "cmdline").read_text(errors="replace").startswith("VLLM::Worker")
     ]
     traffic.cut_off()
     started = time.monotonic()

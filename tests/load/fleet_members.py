@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.load.tenants import BREAKERS, MODULE, TRAINED, Tenant
+from tests.load.tenants import BREAKERS, MODULE, Tenant
 from tests.support.adapters import CONFIG, WEIGHTS, Tensors, key
 
 HOSTILE = 5
@@ -50,12 +50,12 @@ class Member(Tenant):
             self.spoil(folder)
 
 
-def make_fleet(root: Path, tenants: list[Tenant], count: int) -> list[Tenant]:
+def make_fleet(trained: list[Path], tenants: list[Tenant], count: int) -> list[Tenant]:
     """The good tenants, whose answers are known, and members until there are `count`."""
     fleet = [tenant for tenant in tenants if tenant.stripped]
     breakers = list(BREAKERS.values())
     for number in range(count - len(fleet)):
-        source = root / f"trained-{number % TRAINED}"
+        source = trained[number % len(trained)]
         if number % HOSTILE:
             fleet.append(Member(f"fleet-{number}", source, None, number=number))
         else:

@@ -69,7 +69,7 @@ class Segment:
         """All problems, memory that grows and bounds that are passed among them."""
         found = list(self.traffic.problems)
         slope, low, high, mean = self.slope()
-        if high > MAX_SHARE * mean:
+        if math.isfinite(high) and high > MAX_SHARE * mean:  # inf: too short to say
             found.append(f"memory grows by {slope:.1f} ({low:.1f} to {high:.1f}) MB an hour")
         if max(self.store_bytes) > self.max_store:
             found.append(f"the store had {max(self.store_bytes)} bytes")
