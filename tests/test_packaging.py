@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fresh_environment import ROOT, FreshEnvironment, built_wheel
-from tests.support.server import OPEN_LOADING, Server
+from tests.support.server import OPEN_LOADING, Server, base_environment
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500)]
 
@@ -102,3 +102,17 @@ def test_it_guards_a_server_started_there(installed, model, spiked, tmp_path):
         page = server.get("/s3lora/")
         assert (page.status_code, "acme" in page.text) == (200, True)
         assert server.complete("acme", "Q")
+
+
+def test_policy_that_needs_the_extra_sign_stops_the_start_without_it(installed, tmp_path):
+    environment, *_ = installed
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("signatures: {require: true, keys: [/etc/s3lora/acme.pem]}\n")
+    program = environment.folder / "bin" / "s3lora"
+    for command in (("policy", "check", str(policy)), ("serve", "a/model")):
+        done = subprocess.run(
+            [program, *command], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env=base_environment() | {"S3LORA_POLICY": str(policy)},
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "install s3lora-serve with its extra [sign]" in done.stderr

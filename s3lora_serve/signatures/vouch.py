@@ -76,9 +76,8 @@ def check_still_trusted(before: Vouchers, policy: Policy) -> None:
         signed_by = before.signed_by
         if signed_by is None:
             raise Unsigned("it was admitted without a signature")
-        if (signed_by.kind, signed_by.id) not in [
-            (a.kind, a.id) for a in anchors(policy.signatures)
-        ]:
+        trusted = {(anchor.kind, anchor.id) for anchor in anchors(policy.signatures)}
+        if (signed_by.kind, signed_by.id) not in trusted:
             raise SignerUntrusted(f"the policy no longer names its {signed_by.kind} {signed_by.id}")
     if policy.attestations.require:
         attested_by = before.attested_by
