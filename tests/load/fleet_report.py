@@ -36,7 +36,7 @@ class Segment:
     traffic: Traffic
     state: Path
     max_store: int
-    ended_after: float | None = None  # seconds from the worker's end to the server's
+    noticed_after: float | None = None  # seconds from the worker's end to a failing probe
     watch: Watch = field(init=False)
     thread: threading.Thread = field(init=False)
     store_bytes: list[int] = field(default_factory=list)
@@ -145,9 +145,9 @@ def write_report(segments: Sequence[Segment], adapters: int) -> None:
         "|---|" + "---:|" * len(segments),
         *(f"| {label} | {' | '.join(values)} |" for label, values in rows.items()),
         "",
-        "At half time the worker was killed (SIGKILL) under traffic: the server ended within"
-        f" {segments[0].ended_after or 0:.0f} s and was started again on the same store. The slope"
-        " is that of the last three quarters of each half.",
+        "At half time the worker was killed (SIGKILL) under traffic: `/health` failed within"
+        f" {segments[0].noticed_after or 0:.0f} s, and the server was started again on the same"
+        " store. The slope is that of the last three quarters of each half.",
     ]
     for segment in segments:
         lines += [f"- {segment.name}: {problem}" for problem in segment.problems[:20]]
