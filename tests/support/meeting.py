@@ -9,13 +9,13 @@ import pytest
 from tests.support.tiny_model import PROMPT
 
 
-def long_answer(server, name, tokens=200):
+def long_answer(server, name, tokens=240):
     """The text of an answer of exactly `tokens` tokens; end-of-text tokens are ignored."""
     with ThreadPoolExecutor() as threads:
         return start_long_answer(threads, server, name, tokens).result()
 
 
-def start_long_answer(threads, server, name, tokens=200):
+def start_long_answer(threads, server, name, tokens=240):
     """Start a long answer and return its future once the first token has arrived."""
     first = threading.Event()
     body = {
@@ -51,16 +51,18 @@ def base_answers_alone_and_batched(server, adapters, name="neighbour"):
     names = [f"{name}-{i}" for i in range(len(adapters))]
     for each, folder in zip(names, adapters, strict=True):
         assert server.load(each, folder).status_code == 200
-    alone = long_answer(server, "base", 60)
+    alone = long_answer(server, "base")
     batched = []
 
-    def ran_beside_adapters():
+    def began_beside_adapters():
         with ThreadPoolExecutor() as threads:
-            others = [start_long_answer(threads, server, each, 240) for each in names]
-            batched.append(long_answer(server, "base", 60))
-            return not any(other.done() for other in others)
+            others = [start_long_answer(threads, server, each) for each in names]
+            base = start_long_answer(threads, server, "base")
+            beside = not any(other.done() for other in others)
+            batched.append(base.result())
+        return beside
 
-    retry_until_concurrent(ran_beside_adapters)
+    retry_until_concurrent(began_beside_adapters)
     for each in names:
         server.unload(each)
     return alone, batched[-1]
