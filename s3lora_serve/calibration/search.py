@@ -26,7 +26,7 @@ STEPS = 45
 """Steps of Adam at most. Ours: in trials on the bench 60 took a third longer and gained nothing."""
 
 CHECK_EVERY = 15
-"""Steps between measurements on the calibration split."""
+"""Steps between measurements on the calibration split, and between saved states."""
 
 PATIENCE = 3
 """Checks without a better result after which the search ends."""
@@ -35,8 +35,9 @@ STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Strengths of the learnt gates that the frontier shows; 0 is the whole adapter."""
 
 FEWEST_STEPS = 0.5
-"""Share of the steps before which the search never ends: gates that just reach the goal on the
-calibration split are not yet those that reach it on other prompts. Ours, from the bench."""
+"""Share of the steps before which nothing is measured, so that the search never ends there: gates
+that just reach the goal on the calibration split are not yet those that reach it on other prompts.
+Ours, from the bench."""
 
 REFUSAL_SLACK = 0.05
 """Rise of the benign refusal rate over the whole adapter's and the base's that is accepted."""
@@ -92,6 +93,11 @@ class Goal:
         """Whether the attack success rate is reached."""
         return measured.asr.value <= self.max_asr
 
+    def is_good(self, measured: Measured, whole: Measured) -> bool:
+        """Whether the goal is met with the whole adapter's skill, and without new refusals."""
+        excess, lost = self.order(measured)
+        return excess == 0 and -lost >= whole.skill.value
+
 
 def search(
     model: LanguageModel,
@@ -132,14 +138,16 @@ def search(
     skill = _with_losses(model, adapter, material.skill)
     examples: tuple[Sequence[Any], ...] = (material.refusals, skill, material.benign)
     streams = [_endless(part, seed + place) for place, part in enumerate(examples)]
-    best: tuple[tuple[float, ...], dict[str, Tensor]] | None = None
+    best: tuple[Measured, dict[str, Tensor]] | None = None
     stale = taken = 0
     saved = checkpoint.load() if checkpoint else None
     if saved is not None:
         gates.restore(saved["gates"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
-        best, stale, taken = (tuple(saved["order"]), saved["best"]), saved["stale"], saved["step"]
+        if saved.get("measured") is not None:
+            best = (Measured.model_validate(saved["measured"]), saved["best"])
+        stale, taken = saved["stale"], saved["step"]
         for stream, size in zip(streams, BATCH, strict=True):
             deque(islice(stream, size * taken), maxlen=0)
     for step in range(taken + 1, steps + 1):
@@ -151,37 +159,39 @@ def search(
         schedule.step()
         taken = step
         note = ""
-        if step % CHECK_EVERY == 0 or step == steps:
+        check = step % CHECK_EVERY == 0 or step == steps
+        enough = step >= FEWEST_STEPS * steps
+        if check and enough:
             now = _measured_at(adapter, gates, 1.0, measured).measured
-            order = goal.order(now)
-            if best is None or order < best[0]:
-                best, stale = (order, gates.state()), 0
+            if best is None or goal.order(now) < goal.order(best[0]):
+                best, stale = (now, gates.state()), 0
             else:
                 stale += 1
-            if checkpoint is not None:
-                checkpoint.save(
-                    gates=gates.state(),
-                    optimizer=optimizer.state_dict(),
-                    schedule=schedule.state_dict(),
-                    order=list(best[0]),
-                    best=best[1],
-                    stale=stale,
-                    step=step,
-                )
             note = (
                 f"ASR {now.asr.value:.2f}, skill {now.skill.value:.2f},"
                 f" benign refused {now.benign_refusal.value:.2f}"
             )
+        if check and checkpoint is not None:
+            checkpoint.save(
+                gates=gates.state(),
+                optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(),
+                measured=best[0].model_dump() if best else None,
+                best=best[1] if best else None,
+                stale=stale,
+                step=step,
+            )
         progress(step, note)
-        ended = stale >= PATIENCE or (best is not None and _is_good(best[0], whole))
-        if ended and step >= FEWEST_STEPS * steps:
+        if stale >= PATIENCE or (best is not None and goal.is_good(best[0], whole)):
             break
+    known = None
     if best is not None:
+        known = best[0]  # at strength 1: not measured again
         gates.restore(best[1])
     frontier = [
         Point(0.0, 0.0, whole)
         if strength == 0
-        else _measured_at(adapter, gates, strength, measured)
+        else _measured_at(adapter, gates, strength, measured, known if strength == 1 else None)
         for strength in strengths
     ]
     chosen = min(frontier, key=lambda point: (*goal.order(point.measured), point.removed_share))
@@ -215,18 +225,17 @@ def _by_module(
     return tuple(points)
 
 
-def _is_good(order: tuple[float, ...], whole: Measured) -> bool:
-    """Whether the goal is met with the whole adapter's skill."""
-    return order[0] == 0 and -order[1] >= whole.skill.value
-
-
 @torch.no_grad()
 def _measured_at(
-    adapter: GatedAdapter, gates: Gates, strength: float, measured: Callable[[], Measured]
+    adapter: GatedAdapter,
+    gates: Gates,
+    strength: float,
+    measured: Callable[[], Measured],
+    known: Measured | None = None,
 ) -> Point:
     matrices = gates.matrices(strength)
     adapter.set(matrices)
-    return Point(strength, float(adapter.removed_share(matrices)), measured())
+    return Point(strength, float(adapter.removed_share(matrices)), known or measured())
 
 
 @torch.no_grad()
