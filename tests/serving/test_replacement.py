@@ -227,12 +227,12 @@ def test_recheck_names_what_the_policy_in_force_would_decide_otherwise(
 def test_stock_vllm_answers_base_requests_with_a_neighbours_weights(stock, spiked, trained):
     """A defect of vLLM on CPU; without it the next test would prove nothing."""
     alone, beside = base_answers_alone_and_batched(stock, (spiked, trained))
-    assert alone != beside
+    assert beside - {alone}
 
 
 def test_base_requests_beside_adapters_answer_as_the_base(gate, spiked, trained):
     alone, beside = base_answers_alone_and_batched(gate, (spiked, trained))
-    assert alone == beside
+    assert beside == {alone}
 
 
 def test_requests_under_way_end_with_the_adapter_they_began_with(gate, spiked, trained, tmp_path):

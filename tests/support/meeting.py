@@ -46,23 +46,29 @@ def retry_until_concurrent(scenario, times=20):
     pytest.fail(f"the requests never ran at the same time in {times} attempts")
 
 
-def base_answers_alone_and_batched(server, adapters, name="neighbour"):
-    """The base model's answer alone, and its answer in a batch with requests for adapters."""
+def base_answers_alone_and_batched(server, adapters, name="neighbour", times=5):
+    """The base model's answer alone, and the set of its answers while adapters answer.
+
+    Each adapter answers without a pause, so that the base's requests begin and end beside others.
+    """
     names = [f"{name}-{i}" for i in range(len(adapters))]
     for each, folder in zip(names, adapters, strict=True):
         assert server.load(each, folder).status_code == 200
-    alone = long_answer(server, "base")
-    batched = []
+    alone = long_answer(server, "base", 60)
+    enough = threading.Event()
 
-    def began_beside_adapters():
-        with ThreadPoolExecutor() as threads:
-            others = [start_long_answer(threads, server, each) for each in names]
-            base = start_long_answer(threads, server, "base")
-            beside = not any(other.done() for other in others)
-            batched.append(base.result())
-        return beside
+    def answer_without_pause(each):
+        while not enough.is_set():
+            long_answer(server, each)
 
-    retry_until_concurrent(began_beside_adapters)
+    with ThreadPoolExecutor() as threads:
+        running = [threads.submit(answer_without_pause, each) for each in names]
+        try:
+            batched = {long_answer(server, "base", 60) for _ in range(times)}
+        finally:
+            enough.set()
+        for each in running:
+            each.result()
     for each in names:
         server.unload(each)
-    return alone, batched[-1]
+    return alone, batched
