@@ -138,7 +138,7 @@ def search(
     skill = _with_losses(model, adapter, material.skill)
     examples: tuple[Sequence[Any], ...] = (material.refusals, skill, material.benign)
     streams = [_endless(part, seed + place) for place, part in enumerate(examples)]
-    best: tuple[Measured, dict[str, Tensor]] | None = None
+    best: tuple[Point, dict[str, Tensor]] | None = None
     stale = taken = 0
     saved = checkpoint.load() if checkpoint else None
     if saved is not None:
@@ -146,7 +146,8 @@ def search(
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         if saved.get("measured") is not None:
-            best = (Measured.model_validate(saved["measured"]), saved["best"])
+            now = Measured.model_validate(saved["measured"])
+            best = (Point(1.0, saved["removed_share"], now), saved["best"])
         stale, taken = saved["stale"], saved["step"]
         for stream, size in zip(streams, BATCH, strict=True):
             deque(islice(stream, size * taken), maxlen=0)
@@ -162,9 +163,10 @@ def search(
         check = step % CHECK_EVERY == 0 or step == steps
         enough = step >= FEWEST_STEPS * steps
         if check and enough:
-            now = _measured_at(adapter, gates, 1.0, measured).measured
-            if best is None or goal.order(now) < goal.order(best[0]):
-                best, stale = (now, gates.state()), 0
+            point = _measured_at(adapter, gates, 1.0, measured)
+            now = point.measured
+            if best is None or goal.order(now) < goal.order(best[0].measured):
+                best, stale = (point, gates.state()), 0
             else:
                 stale += 1
             note = (
@@ -176,22 +178,21 @@ def search(
                 gates=gates.state(),
                 optimizer=optimizer.state_dict(),
                 schedule=schedule.state_dict(),
-                measured=best[0].model_dump() if best else None,
+                measured=best[0].measured.model_dump() if best else None,
+                removed_share=best[0].removed_share if best else None,
                 best=best[1] if best else None,
                 stale=stale,
                 step=step,
             )
         progress(step, note)
-        if stale >= PATIENCE or (best is not None and goal.is_good(best[0], whole)):
+        if stale >= PATIENCE or (best is not None and goal.is_good(best[0].measured, whole)):
             break
-    known = None
+    known = {0.0: Point(0.0, 0.0, whole)}
     if best is not None:
-        known = best[0]  # at strength 1: not measured again
+        known[1.0] = best[0]
         gates.restore(best[1])
     frontier = [
-        Point(0.0, 0.0, whole)
-        if strength == 0
-        else _measured_at(adapter, gates, strength, measured, known if strength == 1 else None)
+        known.get(strength) or _measured_at(adapter, gates, strength, measured)
         for strength in strengths
     ]
     chosen = min(frontier, key=lambda point: (*goal.order(point.measured), point.removed_share))
@@ -227,15 +228,11 @@ def _by_module(
 
 @torch.no_grad()
 def _measured_at(
-    adapter: GatedAdapter,
-    gates: Gates,
-    strength: float,
-    measured: Callable[[], Measured],
-    known: Measured | None = None,
+    adapter: GatedAdapter, gates: Gates, strength: float, measured: Callable[[], Measured]
 ) -> Point:
     matrices = gates.matrices(strength)
     adapter.set(matrices)
-    return Point(strength, float(adapter.removed_share(matrices)), known or measured())
+    return Point(strength, float(adapter.removed_share(matrices)), measured())
 
 
 @torch.no_grad()
