@@ -57,7 +57,7 @@ def signing(data: dict) -> str:  # type: ignore[type-arg]
             f" vLLM server (CPU build, eager, float32) of a {data['model']}-shaped model with"
             f" random weights; {data['loads']} adapters of rank {data['rank']} on all"
             f" projections, {data['megabytes']:.0f} MB in bfloat16, each loaded in three ways in"
-            f" turns. Medians.",
+            " turns; memory is used and freed before each load. Medians.",
             "",
             "| `POST /v1/load_lora_adapter` | seconds | over neither |",
             "|---|---:|---:|",
