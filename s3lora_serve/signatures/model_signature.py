@@ -85,7 +85,7 @@ def signer(
             folder, copy, policy, into() if into else None, check_deadline
         ) as place:
             (place / "signature").write_bytes(signature)
-            return _verified(place / "files", place / "signature", bundle, policy)
+            return _verified(place / "files", place / "signature", bundle, copy.digest, policy)
     except SignerUntrusted:
         if trusted.require:
             raise
@@ -94,17 +94,26 @@ def signer(
         raise GateFailed(f"the signature cannot be verified: {error.strerror}") from None
 
 
-def _verified(files: Path, signature: Path, bundle: dict[str, Any], policy: Policy) -> Signer:
+def _verified(
+    files: Path, signature: Path, bundle: dict[str, Any], weights_digest: str, policy: Policy
+) -> Signer:
+    from s3lora_serve.signatures.folder_hashing import SERIALIZATION, FolderHashing
+
+    own, signed = {CONFIG_NAME, WEIGHTS_NAME}, _signed_names(bundle)
+    usual = own <= signed and SERIALIZATION.items() <= _serialization(bundle).items()
     trusted = list(anchors(policy.signatures))
     for anchor in trusted:
         try:
+            verifier = anchor.verifier()
+            if usual:
+                verifier.set_hashing_config(FolderHashing(weights_digest))
             with _printing, redirect_stdout(sys.stderr):  # it prints warnings
-                anchor.verifier().verify(files, signature)
+                verifier.verify(files, signature)
         except Exception as error:  # noqa: BLE001 - its libraries' own, on a tenant's bytes
             if str(error).startswith(MISMATCH):
                 raise _mismatch(files, bundle, str(error)) from None
             continue
-        if missing := {CONFIG_NAME, WEIGHTS_NAME} - _signed_names(bundle):
+        if missing := own - signed:
             raise SignedOtherwise(f"the signature does not cover {min(missing)}")
         return Signer(anchor.kind, anchor.id, _subject(bundle))
     raise SignerUntrusted(
@@ -169,12 +178,30 @@ def _bundle(signature: bytes) -> dict[str, Any]:
 
 
 def _signed_names(bundle: dict[str, Any]) -> set[str]:
-    """The files in a bundle whose signature holds."""
+    """The files that a bundle names."""
+    try:
+        return {resource["name"] for resource in _predicate(bundle)["resources"]}
+    except (KeyError, TypeError):
+        return set()  # nothing is covered
+
+
+def _serialization(bundle: dict[str, Any]) -> dict[str, Any]:
+    """How the signed digests were made, as a bundle says before its signature is verified.
+
+    If it lies, other digests are compared with the signed ones, and differ.
+    """
+    found = _predicate(bundle).get("serialization")
+    return found if isinstance(found, dict) else {}
+
+
+def _predicate(bundle: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle says of the files; empty if it cannot be read."""
     try:
         payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True))
-        return {resource["name"] for resource in payload["predicate"]["resources"]}
-    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
-        return set()  # nothing is covered
+        found = payload["predicate"]
+    except (KeyError, TypeError, ValueError, RecursionError, binascii.Error):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _subject(bundle: dict[str, Any]) -> str | None:

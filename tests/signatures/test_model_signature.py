@@ -5,6 +5,8 @@ import hashlib
 import json
 import shutil
 
+import model_signing.hashing
+import model_signing.signing
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -78,6 +80,19 @@ def test_every_curve_of_model_signing_is_accepted(trained, tmp_path, curve):
     folder = shutil.copytree(trained, tmp_path / "adapter")
     sign(folder, pair)
     assert scan_adapter(folder, policy(pair)).signed_by.id == key_id(pair.key.public_key())
+
+
+def test_signature_over_other_digests_is_accepted_and_holds_the_weights(trained, acme, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "adapter")
+    hashing = model_signing.hashing.Config().use_file_serialization(hashing_algorithm="blake3")
+    hashing.set_ignored_paths(paths=[SIGNATURE])
+    config = model_signing.signing.Config().use_elliptic_key_signer(private_key=acme.private)
+    config.set_hashing_config(hashing).sign(folder, folder / SIGNATURE)
+    assert scan_adapter(folder, policy(acme)).signed_by.id == key_id(acme.key.public_key())
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    assert code(scan_adapter(folder, policy(acme))) == "S3LORA-214"
 
 
 def test_adapter_without_a_signature_is_refused_only_where_one_is_required(trained, acme):
