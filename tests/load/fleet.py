@@ -91,7 +91,7 @@ def run(segment: Segment, server: Server, policy: Path, seconds: float) -> None:
     end = time.monotonic() + seconds
     last = segment.name == HALVES[1]
     traffic.until = end if last else float("inf")
-    segment.thread = threading.Thread(target=traffic.run)
+    segment.thread = threading.Thread(target=traffic.run, daemon=True)  # ends if this one fails
     segment.thread.start()
     with Watch(server.process.pid) as segment.watch:
         number = 0
