@@ -57,7 +57,7 @@ bench-alignment: $(READY)  ## alignment scorers beside MAS-SVD, and making a ref
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
 	$(BIN)/python -m tests.benchmarks.admission
 
-bench-signing: $(READY)  ## what verifying signatures and attestations adds to loading an adapter: a server, three minutes
+bench-signing: $(READY)  ## what verifying signatures and attestations adds to loading an adapter: a server, ten minutes
 	$(BIN)/python -m tests.benchmarks.signing
 
 bench-serving: $(READY)  ## what adapters cost at inference, by how much is stripped: an engine and two servers, three quarters of an hour
