@@ -21,7 +21,7 @@ test-all: $(READY)  ## those too that take longer than CI allows
 load: $(READY)  ## hot loads and unloads under traffic on a real server: about ten minutes
 	$(BIN)/python -m tests.load
 
-load-fleet: $(READY)  ## two thousand adapters, changing policies, a killed worker: an hour; MINUTES=4 ADAPTERS=200 for a short one
+load-fleet: $(READY)  ## two thousand adapters, changing policies, a killed worker: an hour and a quarter; MINUTES=4 ADAPTERS=200 for a short one
 	$(BIN)/python -m tests.load.fleet
 
 compat: $(READY)  ## the doors on every vLLM that is claimed to work: some ten minutes and 4 GB each; VERSIONS="0.30 0.31"

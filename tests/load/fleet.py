@@ -2,7 +2,8 @@
 
 Two thousand distinct adapters of random sizes, a fifth of them hostile, are registered, replaced,
 edited and unloaded while users query the base model. Meanwhile the policy changes every minute,
-and at half time a worker is killed and the server started again on the same store.
+and at half time a worker is killed and the server started again on the same store. Then stock vLLM
+serves the good ones: its memory grows too, and the gate's growth is what lies beyond that.
 """
 
 import os
@@ -21,7 +22,7 @@ import yaml
 from s3lora_serve.policy.schema import Policy, parse_policy
 from tests.load.__main__ import ROOM, reference_answers
 from tests.load.fleet_members import make_fleet
-from tests.load.fleet_report import Segment, write_report
+from tests.load.fleet_report import GuardedSegment, Segment, write_report
 from tests.load.tenants import TRAINED, Tenant, make_tenants
 from tests.load.traffic import Answer, Traffic
 from tests.load.watch import Watch, processes
@@ -49,8 +50,9 @@ def main() -> int:
         references = reference_answers(model, tenants, root / "stock.log")
         fleet = make_fleet([root / f"trained-{i}" for i in range(TRAINED)], tenants, ADAPTERS)
         segments = run_fleet(model, fleet, references, root, MINUTES * 60)
-        write_report(segments, len(fleet))
-    return int(any(segment.problems for segment in segments))
+        stock = run_stock(model, fleet, references, root, MINUTES * 60 / 4, segments[-1])
+        problems = write_report(segments, stock, len(fleet))
+    return int(bool(problems))
 
 
 def run_fleet(
@@ -59,7 +61,7 @@ def run_fleet(
     references: dict[str, list[Answer]],
     root: Path,
     seconds: float,
-) -> list[Segment]:
+) -> list[GuardedSegment]:
     """Two halves on one store, with a killed worker between them."""
     policy = root / "policy.yaml"
     policy.write_text(yaml.safe_dump(policy_data(0)))
@@ -72,7 +74,7 @@ def run_fleet(
     for name in HALVES:
         with Server(model, root / f"{name}.log", ROOM, environment) as server:
             traffic = Traffic(server, fleet, references, root, sys.maxsize)
-            segment = Segment(name, traffic, root / "state", MAX_STORE)
+            segment = GuardedSegment(name, traffic, state=root / "state", max_store=MAX_STORE)
             run(segment, server, policy, seconds / 2)
             if name == HALVES[0]:
                 segment.noticed_after = kill_worker(server, traffic)
@@ -81,7 +83,7 @@ def run_fleet(
     return segments
 
 
-def run(segment: Segment, server: Server, policy: Path, seconds: float) -> None:
+def run(segment: GuardedSegment, server: Server, policy: Path, seconds: float) -> None:
     """Traffic for some seconds, with samples of memory, store and metrics, and new policies.
 
     The traffic of the first half goes on while its worker is killed.
@@ -103,6 +105,29 @@ def run(segment: Segment, server: Server, policy: Path, seconds: float) -> None:
     if last:
         segment.thread.join()
         segment.finish(server)
+
+
+def run_stock(
+    model: Path,
+    fleet: list[Tenant],
+    references: dict[str, list[Answer]],
+    root: Path,
+    seconds: float,
+    like: Segment,
+) -> Segment:
+    """Stock vLLM with the good adapters, and as many base requests for each as in another part."""
+    good = [tenant for tenant in fleet if tenant.code is None]
+    base = {"base": references["base"]}  # it serves the others unstripped
+    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
+    with Server(model, root / "stock.log", ROOM, environment, guarded=False) as server:
+        assert server.process is not None
+        traffic = Traffic(server, good, base, root, sys.maxsize, tampers=False)
+        traffic.base_share = like.traffic.done["base requests"] / like.traffic.done["served"]
+        traffic.until = time.monotonic() + seconds
+        segment = Segment("stock vLLM", traffic)
+        with Watch(server.process.pid) as segment.watch:
+            traffic.run()
+    return segment
 
 
 def policy_data(number: int) -> dict[str, Any]:

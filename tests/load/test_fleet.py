@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.load.fleet import run_fleet
+from tests.load.fleet import run_fleet, run_stock
 from tests.load.fleet_members import make_fleet
 from tests.load.tenants import BREAKERS
 from tests.load.traffic import QUESTIONS, ask
@@ -27,3 +27,6 @@ def test_a_fleet_of_good_and_hostile_adapters_fails_no_request_before_and_after_
     assert len(names) == ADAPTERS
     assert first.refused_policies
     assert min(each.traffic.done["base requests"] for each in (first, second)) > 20
+    stock = run_stock(model, fleet, references, tmp_path, SECONDS / 4, second)
+    assert stock.traffic.problems == []
+    assert stock.traffic.done["served"]

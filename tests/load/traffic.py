@@ -35,6 +35,8 @@ class Traffic:
     scratch: Path
     loads: int
     until: float = float("inf")  # monotonic seconds, after which nothing more is registered
+    tampers: bool = True  # registered folders are edited, cut or deleted
+    base_share: float = float("inf")  # requests to the base model for one served adapter, at most
     done: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
@@ -121,7 +123,10 @@ class Traffic:
         if generator.random() < 0.2:
             again = self.server.load(tenant.name, folder, load_inplace=True)
             self._check(again.status_code == 200, tenant.name, again.text)
-        tamper(folder, generator)
+        if self.tampers:
+            tamper(folder, generator)
+        with self._mutex:
+            self.done["served"] += 1
         return True
 
     def _unload(self, tenant: Tenant) -> None:
@@ -131,6 +136,9 @@ class Traffic:
     def _use(self, seed: int) -> None:
         generator = random.Random(1000 + seed)
         while not self._over.is_set():
+            if self.done["base requests"] > self.base_share * (self.done["served"] + 1):
+                time.sleep(0.01)
+                continue
             self._try("base", self._ask, "base", generator)
 
     def _ask(self, name: str, generator: random.Random) -> None:
