@@ -50,7 +50,7 @@ def main() -> int:
         references = reference_answers(model, tenants, root / "stock.log")
         fleet = make_fleet([root / f"trained-{i}" for i in range(TRAINED)], tenants, ADAPTERS)
         segments = run_fleet(model, fleet, references, root, MINUTES * 60)
-        stock = run_stock(model, fleet, references, root, MINUTES * 60 / 4, segments[-1])
+        stock = run_stock(model, fleet, root, MINUTES * 60 / 4, segments[-1])
         problems = write_report(segments, stock, len(fleet))
     return int(bool(problems))
 
@@ -104,29 +104,38 @@ def run(segment: GuardedSegment, server: Server, policy: Path, seconds: float) -
             segment.sample(server)
     if last:
         segment.thread.join()
-        segment.finish(server)
+        check_alive(server, traffic)
+
+
+def check_alive(server: Server, traffic: Traffic) -> None:
+    """Note it if the engine is dead."""
+    if server.get("/health").status_code != 200:
+        traffic.problems.append("the engine is dead")
 
 
 def run_stock(
     model: Path,
     fleet: list[Tenant],
-    references: dict[str, list[Answer]],
     root: Path,
     seconds: float,
     like: Segment,
 ) -> Segment:
-    """Stock vLLM with the good adapters, and as many base requests for each as in another part."""
+    """Stock vLLM with the good adapters, and as many base requests for each as in another part.
+
+    Its answers are not compared: it strips nothing, and its CPU operations let an adapter act on
+    base-model requests in the same batch.
+    """
     good = [tenant for tenant in fleet if tenant.code is None]
-    base = {"base": references["base"]}  # it serves the others unstripped
     environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
     with Server(model, root / "stock.log", ROOM, environment, guarded=False) as server:
         assert server.process is not None
-        traffic = Traffic(server, good, base, root, sys.maxsize, tampers=False)
+        traffic = Traffic(server, good, {}, root, sys.maxsize, tampers=False)
         traffic.base_share = like.traffic.done["base requests"] / like.traffic.done["served"]
         traffic.until = time.monotonic() + seconds
         segment = Segment("stock vLLM", traffic)
         with Watch(server.process.pid) as segment.watch:
             traffic.run()
+        check_alive(server, traffic)
     return segment
 
 

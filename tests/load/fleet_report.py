@@ -77,11 +77,6 @@ class GuardedSegment(Segment):
         self.series.append(sum(name.startswith("s3lora_") for name in metrics))
         self.refused_policies = int(metrics['s3lora_failures_total{reason="policy"}'])
 
-    def finish(self, server: Server) -> None:
-        """Check that the engine lives."""
-        if server.get("/health").status_code != 200:
-            self.traffic.problems.append("the engine is dead")
-
     @property
     def quarters(self) -> tuple[float, float]:
         """Mean number of time series in the second and in the last quarter."""

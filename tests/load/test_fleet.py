@@ -27,6 +27,6 @@ def test_a_fleet_of_good_and_hostile_adapters_fails_no_request_before_and_after_
     assert len(names) == ADAPTERS
     assert first.refused_policies
     assert min(each.traffic.done["base requests"] for each in (first, second)) > 20
-    stock = run_stock(model, fleet, references, tmp_path, SECONDS / 4, second)
+    stock = run_stock(model, fleet, tmp_path, SECONDS / 4, second)
     assert stock.traffic.problems == []
     assert stock.traffic.done["served"]
