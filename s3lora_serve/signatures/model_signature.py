@@ -99,8 +99,9 @@ def _verified(
 ) -> Signer:
     from s3lora_serve.signatures.folder_hashing import SERIALIZATION, FolderHashing
 
-    own, signed = {CONFIG_NAME, WEIGHTS_NAME}, _signed_names(bundle)
-    usual = own <= signed and SERIALIZATION.items() <= _serialization(bundle).items()
+    predicate = _predicate(bundle)
+    own, signed = {CONFIG_NAME, WEIGHTS_NAME}, _signed_names(predicate)
+    usual = own <= signed and SERIALIZATION.items() <= _serialization(predicate).items()
     trusted = list(anchors(policy.signatures))
     for anchor in trusted:
         try:
@@ -111,7 +112,7 @@ def _verified(
                 verifier.verify(files, signature)
         except Exception as error:  # noqa: BLE001 - its libraries' own, on a tenant's bytes
             if str(error).startswith(MISMATCH):
-                raise _mismatch(files, bundle, str(error)) from None
+                raise _mismatch(files, signed, str(error)) from None
             continue
         if missing := own - signed:
             raise SignedOtherwise(f"the signature does not cover {min(missing)}")
@@ -121,9 +122,8 @@ def _verified(
     )
 
 
-def _mismatch(files: Path, bundle: dict[str, Any], text: str) -> SignedOtherwise | FilesUnsigned:
+def _mismatch(files: Path, signed: set[str], text: str) -> SignedOtherwise | FilesUnsigned:
     found = {str(f.relative_to(files)) for f in files.rglob("*") if f.is_file()}
-    signed = _signed_names(bundle)
     if extra := sorted(found - signed):
         return FilesUnsigned(f"the signature does not cover {_names(extra)}")
     if missing := sorted(signed - found):
@@ -177,20 +177,20 @@ def _bundle(signature: bytes) -> dict[str, Any]:
     return found
 
 
-def _signed_names(bundle: dict[str, Any]) -> set[str]:
+def _signed_names(predicate: dict[str, Any]) -> set[str]:
     """The files that a bundle names."""
     try:
-        return {resource["name"] for resource in _predicate(bundle)["resources"]}
+        return {resource["name"] for resource in predicate["resources"]}
     except (KeyError, TypeError):
         return set()  # nothing is covered
 
 
-def _serialization(bundle: dict[str, Any]) -> dict[str, Any]:
+def _serialization(predicate: dict[str, Any]) -> dict[str, Any]:
     """How the signed digests were made, as a bundle says before its signature is verified.
 
     If it lies, other digests are compared with the signed ones, and differ.
     """
-    found = _predicate(bundle).get("serialization")
+    found = predicate.get("serialization")
     return found if isinstance(found, dict) else {}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -45,7 +46,7 @@ class Segment:
         samples = self.watch.samples
         return (samples[-1].at - samples[0].at) / 60
 
-    @property
+    @cached_property
     def growth(self) -> Growth:
         """How fast the server's private memory grows."""
         return growth(self.watch.samples)
