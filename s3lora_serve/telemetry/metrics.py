@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from s3lora_serve.admission.verdict import Decision, Verdict, served_stripped_count
 from s3lora_serve.errors import rejection_codes
 from s3lora_serve.telemetry.per_adapter_gauge import OTHER, AdapterGauge
+from s3lora_serve.telemetry.policy_gauge import PolicyGauge
 
 MODES = ("enforce", "audit")
 PHASES = ("read", "score", "strip", "total")
@@ -101,8 +102,7 @@ class Metrics:
             "scoring_seconds", "Time to score an adapter.", "device", SECONDS_BUCKETS
         )
         self._registry = registry
-        self._worker: tuple[Gauge, Gauge] | None = None
-        self._policy: tuple[str, str, str] | None = None
+        self._worker: tuple[Gauge, PolicyGauge] | None = None
         self._served: AdapterGauge | None = None
         self._modules: frozenset[tuple[str, str]] = frozenset()
         self._start_at_zero()
@@ -149,20 +149,10 @@ class Metrics:
                 registry=self._registry,
                 multiprocess_mode="liveall",
             )
-            info = Gauge(
-                "s3lora_policy_info",
-                "The policy in force, always 1.",
-                ("policy_digest", "mode", "version"),
-                registry=self._registry,
-                multiprocess_mode="livemax",
-            )
-            self._worker = active, info
-        active, info = self._worker
+            self._worker = active, PolicyGauge(self._registry)
+        active, policy = self._worker
         active.set(0 if mode == "off" else 1)
-        if self._policy is not None:
-            info.labels(*self._policy).set(0)
-        self._policy = policy_digest, mode, version
-        info.labels(*self._policy).set(1)
+        policy.show(policy_digest, mode, version)
 
     def serve(self, verdict: Verdict) -> None:
         """Record that an adapter is served. Only API servers serve adapters by name."""

@@ -1,6 +1,7 @@
 """Installs the gate in a vLLM process: API server, engine or worker."""
 
 from s3lora_serve.settings import load_settings
+from s3lora_serve.telemetry.policy_gauge import leave_out_former_policies
 from s3lora_serve.vllm_plugin import compat, contract, patches
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door
@@ -32,6 +33,7 @@ def install() -> None:
         compat.logger.warning(
             "s3lora: vLLM %s was never checked; it has what the gate relies on", release
         )
+    leave_out_former_policies()
     loader = AdapterLoader(controller)
     patches.after_create_lora_manager(loader.activate)
     WorkerMethods(loader).install()

@@ -24,8 +24,8 @@ MAX_SHARE = 0.05
 """The gate's memory counts as flat if what it grows beyond stock vLLM's in an hour, at the upper
 bound of its interval, is less than this share of it."""
 
-MORE_SERIES = 0.02
-"""Time series may differ by this share between quarters: adapters are loaded and unloaded."""
+MORE_SERIES = 0.01
+"""Time series may be more by this share between quarters; a new one a policy would be 1.5 %."""
 
 FEWEST = 12
 """Samples of their number that are compared: before, some refusal is seen for the first time."""

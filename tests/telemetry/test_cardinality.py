@@ -1,7 +1,9 @@
-"""The metrics stay bounded for any number of adapters with any names."""
+"""The metrics stay bounded for any number of adapters with any names, and of policies."""
 
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -89,6 +91,54 @@ def test_modules_with_names_of_the_owners_choice_make_no_series(registry, metric
     scored = {s.labels["projection"]: s.value for s in after
               if s.name == "s3lora_modules_scored_total"}  # fmt: skip
     assert scored[OTHER] == 2000
+
+
+def test_of_a_thousand_policies_only_the_one_in_force_has_a_series(registry, metrics):
+    before, _ = exposed(registry)
+    for i in range(1000):
+        metrics.activate(f"sha256:{i}", "enforce", "1")
+    after, _ = exposed(registry)
+    assert len(after) == len(before)
+    [policy] = [sample for sample in after if sample.name == "s3lora_policy_info"]
+    assert (policy.labels["policy_digest"], policy.value) == ("sha256:999", 1)
+
+
+WORKERS_AND_SERVER = """
+import os
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from s3lora_serve.telemetry.metrics import Metrics
+from s3lora_serve.telemetry.policy_gauge import leave_out_former_policies
+
+for policies in (["a", "b", "c"], ["a", "b"]):  # the second worker is behind
+    if not (worker := os.fork()):
+        metrics = Metrics(CollectorRegistry())
+        for policy in policies:
+            metrics.activate(policy, "enforce", "1")
+        os._exit(0)
+    assert os.waitpid(worker, 0)[1] == 0
+leave_out_former_policies()
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_workers_in_processes_of_their_own_expose_each_policy_that_one_of_them_has(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WORKERS_AND_SERVER],
+        env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    policies = {
+        sample.labels["policy_digest"]: sample.value
+        for family in text_string_to_metric_families(done.stdout)
+        for sample in family.samples
+        if sample.name == "s3lora_policy_info"
+    }
+    assert policies == {"b": 1, "c": 1}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian: prometheus)")
