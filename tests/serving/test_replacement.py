@@ -162,6 +162,8 @@ def test_the_server_says_what_it_would_decide_and_registers_nothing(gate, spiked
         "dry-nan": copy_with(spiked, tmp_path / "nan", diverged),
         "dry-elsewhere": copy_with(spiked, tmp_path / "elsewhere", elsewhere),
     }
+    # A policy that another test has put back is taken up here, and shown in the metrics.
+    gate.post("/s3lora/scan", lora_name="dry", lora_path=str(spiked)).raise_for_status()
     for name, folder in cases.items():
         before = gate.metrics()
         scanned = gate.post("/s3lora/scan", lora_name=name, lora_path=str(folder))
