@@ -33,23 +33,31 @@ def state(workplace) -> Path:
 
 
 @pytest.fixture(scope="module")
-def policy(workplace) -> Path:
-    """A policy file that tests change while the server runs."""
+def changing_policy(workplace) -> Path:
     file = workplace / "replacement-policy.yaml"
     file.write_text("strip: {top_k: 3}\n")
     return file
 
 
 @pytest.fixture(scope="module")
-def gate(model, policy, state, workplace):
+def gate(model, changing_policy, state, workplace):
     environment = OPEN_LOADING | {
-        "S3LORA_POLICY": str(policy),
+        "S3LORA_POLICY": str(changing_policy),
         "S3LORA_STATE_DIR": str(state),
         "VLLM_SERVER_DEV_MODE": "1",  # POST /collective_rpc lists the engine's adapters
     }
     arguments = ("--max-cpu-loras", "4", "--max-loras", "2")
     with Server(model, workplace / "replacement.log", arguments, environment) as server:
         yield server
+
+
+@pytest.fixture
+def policy(gate, changing_policy, spiked):
+    """The server's policy file, which a test may change; afterwards the old one is in force."""
+    text = changing_policy.read_text()
+    yield changing_policy
+    changing_policy.write_text(text)
+    gate.post("/s3lora/scan", lora_name="any", lora_path=str(spiked)).raise_for_status()
 
 
 def first_token(server, name):
@@ -118,7 +126,6 @@ def test_replaced_content_is_answered_from_no_block_of_the_old(gate, spiked, tra
 def test_a_changed_policy_applies_to_the_next_registration_which_uses_no_old_block(
     gate, policy, expected, spiked, tmp_path
 ):
-    text = policy.read_text()
     assert gate.load("by-policy", spiked).status_code == 200
     stripped = first_token(gate, "by-policy")
     try:
@@ -130,22 +137,17 @@ def test_a_changed_policy_applies_to_the_next_registration_which_uses_no_old_blo
         policies = [v for k, v in gate.metrics().items() if "policy_info" in k]
         assert policies == [1], "a series of the former policy"
     finally:
-        policy.write_text(text)
         gate.unload("by-policy")
 
 
 def test_a_changed_policy_that_is_not_valid_is_reported_and_the_old_one_stays(
     gate, policy, expected, spiked
 ):
-    text = policy.read_text()
     metric = 's3lora_failures_total{reason="policy"}'
     assert gate.load("takes up the valid one", spiked).status_code == 200
     counted = gate.metrics()[metric]
-    try:
-        policy.write_text("strip: {top_k: many}\n")
-        assert gate.load("after-bad-policy", spiked).status_code == 200
-    finally:
-        policy.write_text(text)
+    policy.write_text("strip: {top_k: many}\n")
+    assert gate.load("after-bad-policy", spiked).status_code == 200
     assert answers(gate, "after-bad-policy") == expected["by-hand"]
     assert gate.metrics()[metric] == counted + 1
     assert "stays in force: S3LORA-901" in gate.log.read_text()
@@ -162,8 +164,6 @@ def test_the_server_says_what_it_would_decide_and_registers_nothing(gate, spiked
         "dry-nan": copy_with(spiked, tmp_path / "nan", diverged),
         "dry-elsewhere": copy_with(spiked, tmp_path / "elsewhere", elsewhere),
     }
-    # A policy that another test has put back is taken up here, and shown in the metrics.
-    gate.post("/s3lora/scan", lora_name="dry", lora_path=str(spiked)).raise_for_status()
     for name, folder in cases.items():
         before = gate.metrics()
         scanned = gate.post("/s3lora/scan", lora_name=name, lora_path=str(folder))
@@ -213,16 +213,14 @@ def test_recheck_names_what_the_policy_in_force_would_decide_otherwise(
     text = policy.read_text()
     assert recheck() == (0, set())
     digest = gate.get("/s3lora/adapters/rechecked").json()["digest"]
-    try:
-        policy.write_text(text + f"deny: ['{digest}']\n")
-        code, names = recheck()
-        assert code == 1
-        assert "rechecked" in names
-        assert "acme/one" not in names
-        table = CliRunner().invoke(app, ["recheck", gate.url("")]).stdout
-        assert "S3LORA-202" in table
-    finally:
-        policy.write_text(text)
+    policy.write_text(text + f"deny: ['{digest}']\n")
+    code, names = recheck()
+    assert code == 1
+    assert "rechecked" in names
+    assert "acme/one" not in names
+    table = CliRunner().invoke(app, ["recheck", gate.url("")]).stdout
+    assert "S3LORA-202" in table
+    policy.write_text(text)
     assert recheck() == (0, set())
 
 

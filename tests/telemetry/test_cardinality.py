@@ -48,9 +48,11 @@ def names(count):
 def exposed(registry):
     """Every sample as a scraper reads it, and the exposed text."""
     text = generate_latest(registry).decode()
-    return [
-        sample for family in text_string_to_metric_families(text) for sample in family.samples
-    ], text
+    return samples(text), text
+
+
+def samples(text):
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 def test_ten_thousand_hostile_names_are_two_hundred_series_and_one(registry, metrics, verdict):
@@ -134,8 +136,7 @@ def test_workers_in_processes_of_their_own_expose_each_policy_that_one_of_them_h
     assert done.returncode == 0, done.stderr
     policies = {
         sample.labels["policy_digest"]: sample.value
-        for family in text_string_to_metric_families(done.stdout)
-        for sample in family.samples
+        for sample in samples(done.stdout)
         if sample.name == "s3lora_policy_info"
     }
     assert policies == {"b": 1, "c": 1}
