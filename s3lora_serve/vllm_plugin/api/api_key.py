@@ -43,8 +43,13 @@ class ApiKeyGate:
         ours = _under(path, "/s3lora")
         if path in OPEN or not (ours or _under(path, "/adapters")):
             return True
-        given = _token(scope, basic=ours)
-        return not self._keys or any(_same(given, key) for key in self._keys)
+        return not self._keys or given_key(scope, self._keys, basic=ours) is not None
+
+
+def given_key(scope: Scope, keys: list[str], *, basic: bool = True) -> str | None:
+    """The one of `keys` that a request carries; None if it carries none of them."""
+    given = _token(scope, basic=basic)
+    return next((key for key in keys if _same(given, key)), None)
 
 
 def _path(scope: Scope) -> str:

@@ -14,6 +14,7 @@ from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
+from s3lora_serve.vllm_plugin.api.requester import RequesterNote
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
 
 DECISION_HEADER = "X-S3LoRA-Decision"
@@ -34,7 +35,9 @@ class GateRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the gate's routes; those that read folders only if run-time loading is enabled."""
-        app.add_middleware(ApiKeyGate, keys=compat.api_keys(app.state.args))
+        keys = compat.api_keys(app.state.args)
+        app.add_middleware(ApiKeyGate, keys=keys)
+        app.add_middleware(RequesterNote, keys=keys)
         html = {"response_class": HTMLResponse}
         _add(app, "GET", "/s3lora/status", self.status, openapi.STATUS)
         _add(app, "GET", "/s3lora/", self.page, openapi.PAGE, **html)
