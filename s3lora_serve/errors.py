@@ -273,7 +273,7 @@ class DeadlinePassed(AdapterRejected):
     """The decision or the download took longer than the policy allows."""
 
     code = "S3LORA-402"
-    remedy = "Raise limits.seconds in the policy, or give the server more cores."
+    remedy = "Raise that limit in the policy, or give the server more cores."
 
 
 class StoreDamaged(AdapterRejected):
@@ -302,6 +302,28 @@ class Refused(AdapterRejected):
 
     def __init__(self, text: str) -> None:
         Exception.__init__(self, text)
+
+
+class LoadPostponed(S3LoRAError):
+    """A load is turned away before the adapter is looked at, and may be tried again later."""
+
+    def __init__(self, problem: str, retry_seconds: int = 10) -> None:
+        super().__init__(problem)
+        self.retry_seconds = retry_seconds
+
+
+class RateExceeded(LoadPostponed):
+    """A tenant asked for more loads, or was refused more often, than the policy's rates allow."""
+
+    code = "S3LORA-220"
+    remedy = "Try again after the seconds that Retry-After names, or raise rates in the policy."
+
+
+class QueueFull(LoadPostponed):
+    """Too many loads wait, or one waited too long for its turn."""
+
+    code = "S3LORA-406"
+    remedy = "Try again after the seconds that Retry-After names."
 
 
 class PolicyInvalid(S3LoRAError):
@@ -411,6 +433,11 @@ def refusal_in(text: str) -> str | None:
     """The `S3LORA-NNN: …` part of a message that passed through other layers, or None."""
     found = _MARK.search(text)
     return found.group(0).strip() if found else None
+
+
+def is_postponed(text: str) -> bool:
+    """Whether a message is that of a load which may be tried again later."""
+    return text.startswith(tuple(f"{cause.code}:" for cause in LoadPostponed.__subclasses__()))
 
 
 def rejections() -> tuple[type[AdapterRejected], ...]:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from s3lora_serve.alignment.project import projected_weights
 from s3lora_serve.errors import (
     AdapterRejected,
     DeadlinePassed,
-    DoesNotFitModel,
     GateFailed,
     Reason,
 )
@@ -72,7 +71,7 @@ def admit(
     base_model: str | None = None,
     device: str = "auto",
     into: Callable[[], Path] | None = None,
-    shapes: Collection[tuple[int, int]] = (),
+    check_model: Callable[[Adapter], None] = lambda _: None,
     origin: Path | None = None,
     plan: Plan | None = None,
     vouchers: Vouchers | None = None,
@@ -86,8 +85,7 @@ def admit(
         base_model: the served model, which the policy's rules match.
         device: where modules are scored.
         into: creates the folder for the private copy; None keeps the copy in memory.
-        shapes: (m, n) of the served model's modules; an adapter with others is refused before
-            scoring. Empty: any shape.
+        check_model: raises what refuses an adapter of another model, before it is scored.
         origin: the folder that rules match and the verdict names, if it is not `folder`.
         plan: the adapter's plan, in the place of one in the policy's folder of plans.
         vouchers: who vouched for the adapter when it was admitted, for a look at a stored copy.
@@ -120,7 +118,7 @@ def admit(
         check_deadline()
         vouched = vouch(folder, copy, effective, into, check_deadline, vouchers)
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check_deadline)
-        _check_shapes(adapter, shapes)
+        check_model(adapter)
         read = time.perf_counter()
         attested = attested_scores(adapter, effective, vouched.attestation)
         scores = attested or score_adapter(adapter, effective, device, check_deadline)
@@ -192,15 +190,6 @@ def _served_digest(
 
 def _scalings(adapter: Adapter) -> dict[str, float]:
     return {module.name: module.scaling for module in adapter.modules}
-
-
-def _check_shapes(adapter: Adapter, shapes: Collection[tuple[int, int]]) -> None:
-    for module in adapter.modules:
-        if shapes and module.shape not in shapes:
-            raise DoesNotFitModel(
-                f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, and"
-                " the served model has no such LoRA module"
-            )
 
 
 def _real_path(folder: Path) -> str:

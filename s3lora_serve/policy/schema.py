@@ -85,6 +85,7 @@ class Limits(Section):
     max_norm_ratio: Annotated[float, Field(gt=0)] | None = None
     seconds: Annotated[float, Field(gt=0)] = 30  # far above any measured admission
     download_seconds: Annotated[float, Field(gt=0)] = 600  # hub ids, URLs: the largest at 4 MB/s
+    load_seconds: Annotated[float, Field(gt=0)] = 120  # in workers; ours: max_bytes at 20 MB/s
     max_bytes: Annotated[int, Field(gt=0)] = 2 * 2**30  # r = 64 on a 70B model is 1.7 GB in bf16
     min_rank: Annotated[int, Field(ge=1)] = 1  # 2 refuses rank-1 modules, which cannot be ranked
     max_rank: Annotated[int, Field(ge=1)] = 256  # the largest in common use; vLLM allows up to 512
@@ -105,6 +106,13 @@ class Store(Section):
     """The limit on the stored copies on disk."""
 
     max_bytes: Annotated[int, Field(gt=0)] = 20 * 2**30  # ten adapters of the largest size
+
+
+class Rates(Section):
+    """How often each tenant may ask for loads, and be refused. None: as often as it likes."""
+
+    loads_per_minute: Annotated[float, Field(gt=0)] | None = None
+    refusals_per_minute: Annotated[float, Field(gt=0)] | None = None
 
 
 class Experiments(Section):
@@ -133,7 +141,9 @@ class Rule(BaseModel):
     match: Match
 
 
-_SERVERS = frozenset({"rules", "mode", "audit", "store", "required", "plans", "experiments"})
+_SERVERS = frozenset(
+    {"rules", "mode", "audit", "store", "required", "plans", "experiments", "rates"}
+)
 """Keys that no rule may set."""
 
 _NOT_DECIDING = _SERVERS | {"signatures", "attestations"}
@@ -158,6 +168,7 @@ class Policy(Section):
     on_unscorable: Literal["reject", "admit", "strip"] = "reject"
     audit: Audit = Audit()
     store: Store = Store()
+    rates: Rates = Rates()
     required: bool = False
     plans: Path | None = None  # folder of plans; None: the index chooses for every adapter
     require_plan: bool = False

@@ -20,6 +20,7 @@ DEVICES = ("cpu", "cuda")
 FAILURES = ("audit", "score", "deadline", "store", "policy")
 SOURCES = ("store", "path")
 SELECTORS = ("plan", "index")
+POSTPONED = ("queue", "rate")
 
 SSI_BUCKETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 """SSI lies in [1/M, 1]. Isotropic updates of common ranks lie close together at its low end."""
@@ -101,7 +102,13 @@ class Metrics:
         self.scoring_seconds = histogram(
             "scoring_seconds", "Time to score an adapter.", "device", SECONDS_BUCKETS
         )
+        self.postponed_loads = counter(
+            "postponed_loads_total",
+            "Loads turned away before the adapter was looked at; they may be tried again.",
+            ("reason",),
+        )
         self._registry = registry
+        self._gauges: dict[str, Gauge] = {}
         self._worker: tuple[Gauge, PolicyGauge] | None = None
         self._served: AdapterGauge | None = None
         self._modules: frozenset[tuple[str, str]] = frozenset()
@@ -123,6 +130,8 @@ class Metrics:
             self.reloads.labels(source)
         for reason in FAILURES:
             self.failures.labels(reason)
+        for reason in POSTPONED:
+            self.postponed_loads.labels(reason)
         for code in rejection_codes():
             self.quarantined.labels(code)
 
@@ -186,6 +195,21 @@ class Metrics:
                 self.modules_stripped.labels(layer, projection).inc()
             if module.projected and verdict.mode == "enforce":
                 self.modules_projected.labels(layer, projection).inc()
+
+    def set_waiting_loads(self, count: int) -> None:
+        """Record how many loads wait for their turn. Only API servers have the gauge."""
+        self._gauge("waiting_loads", "Loads that wait for their turn.").set(count)
+
+    def set_preloads(self, count: int) -> None:
+        """Record how many stored copies are read for loads under way. Only workers have it."""
+        self._gauge("preloads", "Stored copies that workers hold for loads under way.").set(count)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(
+                f"s3lora_{name}", text, registry=self._registry, multiprocess_mode="livesum"
+            )
+        return self._gauges[name]
 
     def observe_strip(self, seconds: float) -> None:
         """Record the time from the verdict until the adapter is ready for vLLM to load."""

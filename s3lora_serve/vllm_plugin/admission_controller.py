@@ -4,7 +4,7 @@ The API server, `LLM.generate` and the workers each have one.
 """
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.stored_copy import open_stored_copy, own_folder
 from s3lora_serve.telemetry.events import AdmissionEvents
 from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.model_modules import ModelModules
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ class AdmissionController:
             self.policy, self.settings.device, compat.logger, compat.installed_version()
         )
 
-    def learn_model(self, ranks: Iterable[Mapping[str, Any]]) -> set[tuple[int, int]]:
-        """The shapes (m, n) of the model's LoRA modules, from each worker's `s3lora_model` answer.
+    def learn_model(self, ranks: Iterable[Mapping[str, Any]]) -> ModelModules:
+        """The model's LoRA modules, from each worker's `s3lora_model` answer.
 
         Metrics get their closed label sets from the same answers.
         """
@@ -71,7 +72,7 @@ class AdmissionController:
         self.events.metrics.set_model_modules(
             {tuple(place) for rank in answers for place in rank["places"]}
         )
-        return {(m, n) for rank in answers for m, n in rank["shapes"]}
+        return ModelModules.of_workers(answers)
 
     def reload_policy(self) -> Policy:
         """The policy in force after a look at its file; an invalid file changes nothing."""
@@ -86,7 +87,7 @@ class AdmissionController:
         folder: Path,
         name: str,
         base_model: str | None,
-        shapes: Collection[tuple[int, int]],
+        modules: ModelModules,
         *,
         store_refused: bool,
         experiment: Experiment | None = None,
@@ -117,7 +118,7 @@ class AdmissionController:
                 base_model=base_model,
                 device=self.settings.device,
                 into=private.make,
-                shapes=shapes,
+                check_model=modules.check,
                 plan=plan,
             ).verdict
             if is_refused(verdict) and not store_refused:
@@ -129,7 +130,7 @@ class AdmissionController:
         before: Verdict,
         stored: Path,
         base_model: str | None,
-        shapes: Collection[tuple[int, int]],
+        modules: ModelModules,
     ) -> Verdict:
         """The verdict of policy and plans in force on a stored copy; nothing is changed.
 
@@ -147,7 +148,7 @@ class AdmissionController:
             policy,
             base_model=base_model,
             device=self.settings.device,
-            shapes=shapes,
+            check_model=modules.check,
             origin=Path(before.path),
             vouchers=before.vouchers,
         ).verdict

@@ -1,6 +1,8 @@
 """Every import from vLLM, and the differences between its versions 0.28 to 0.33."""
 
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,16 @@ def skipping_classes() -> tuple[tuple[Any, ...], Any, Any]:
 def known_layers(manager: Any) -> list[Any]:
     """The LoRA layers of a worker whose operations (`add_lora_linear` and others) are known."""
     classes, *_ = skipping_classes()
-    found = manager._adapter_manager.modules.values()
+    found = lora_manager(manager).modules.values()
     return [layer for layer in found if isinstance(layer, classes)]
+
+
+def lora_manager(manager: Any) -> Any:
+    """vLLM's LoRAModelManager of a worker: its model, LoRA layers and loaded adapters.
+
+    NB: coupled to WorkerLoRAManager._adapter_manager.
+    """
+    return manager._adapter_manager
 
 
 def adds_slice_by_slice(punica_wrapper: Any) -> bool:
@@ -101,6 +111,36 @@ def rename_mapper(model: Any) -> Any:
     if hasattr(mapper, "get_rename_mapper"):  # vLLM >= 0.29
         return mapper.get_rename_mapper()
     return mapper.get_unstacked_mapper()  # vLLM 0.28
+
+
+_PLAIN_RULES = (
+    "orig_to_new_regex",
+    "orig_to_new_substr",
+    "orig_to_new_prefix",
+    "orig_to_new_suffix",
+)
+
+
+def plain_mapper(mapper: Any) -> dict[str, Any] | None:
+    """A rename mapper as plain data, which any process can read; None if it cannot be said so."""
+    rules = {name: vars(mapper).get(name) for name in _PLAIN_RULES} if mapper is not None else {}
+    if mapper is not None and any(v for k, v in vars(mapper).items() if k not in rules):
+        return None
+    patterns = rules.pop("orig_to_new_regex", None) or {}
+    plain: dict[str, Any] = {name: list(rule.items()) for name, rule in rules.items() if rule}
+    if patterns:
+        plain["orig_to_new_regex"] = [(p.pattern, p.flags, new) for p, new in patterns.items()]
+    return plain
+
+
+def mapper_of(plain: Mapping[str, Any]) -> Any:
+    """The rename mapper that `plain_mapper` described; None for one that renames nothing."""
+    rules: dict[str, Any] = {
+        name: dict(rule) for name, rule in plain.items() if "regex" not in name
+    }
+    if patterns := plain.get("orig_to_new_regex"):
+        rules["orig_to_new_regex"] = {re.compile(p, flags): new for p, flags, new in patterns}
+    return WeightsMapper(**rules) if rules else None
 
 
 def base_model(vllm_config: Any) -> str | None:

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from s3lora_serve.errors import refusal_in
+from s3lora_serve.errors import is_postponed, refusal_in
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
     LLMEngine,
@@ -164,7 +164,7 @@ def wrap_model_list(origin: Callable[[str], str | None]) -> None:
 
 
 def wrap_doors(door: ContextVar[str]) -> None:
-    """Set `door` to the entry by which an adapter arrives, and answer refusals with 400."""
+    """Set `door` to the entry by which an adapter arrives; answer refusals with 400 or 429."""
     owner = OpenAIServingModels
     load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
 
@@ -175,9 +175,10 @@ def wrap_doors(door: ContextVar[str]) -> None:
         refusal = None if isinstance(result, str) else refusal_in(result.error.message)
         if refusal is None:
             return result
-        return create_error_response(
-            message=refusal, err_type="AdapterRejected", status_code=HTTPStatus.BAD_REQUEST
-        )
+        status, kind = HTTPStatus.BAD_REQUEST, "AdapterRejected"
+        if is_postponed(refusal):
+            status, kind = HTTPStatus.TOO_MANY_REQUESTS, "LoadPostponed"
+        return create_error_response(message=refusal, err_type=kind, status_code=status)
 
     async def init_static_loras(self: Any) -> None:
         with setting(door, "static"):
@@ -218,7 +219,6 @@ def _wrap_create(owner: Any, listener: Callable[[Any, Any], None]) -> None:
 
     def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
         created = original(self, model, vllm_config)
-        self._s3lora_vllm_config = vllm_config
         listener(self, vllm_config)
         return created
 

@@ -4,45 +4,38 @@ It is made off the engine's loop, so that other tenants' tokens do not wait.
 """
 
 import asyncio
-import os
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from s3lora_serve.admission.verdict import Verdict, is_refused, unread_verdict, with_rejection
 from s3lora_serve.errors import (
     AdapterRejected,
     AuditFailed,
     DeadlinePassed,
-    GateFailed,
+    LoadPostponed,
+    RateExceeded,
     Reason,
     Refused,
 )
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
+from s3lora_serve.vllm_plugin.api.engine_load import EngineLoad
+from s3lora_serve.vllm_plugin.api.rates import TenantRates, tenant_of
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
+from s3lora_serve.vllm_plugin.api.requester import note_retry
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
+from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads, load_places
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, is_first_server
-from s3lora_serve.vllm_plugin.threads import use_cores
-
-MAX_ADMISSIONS = 2
-"""Adapters decided on at the same time: a slow one does not hold up the next."""
-
-MAX_SCORING_THREADS = 4
-"""Threads that score one adapter, on machines with four times as many cores or more."""
+from s3lora_serve.vllm_plugin.model_modules import ModelModules
 
 MAX_DOWNLOADS = 8
-"""Downloads at the same time, in a pool of their own: hanging downloads delay only downloads."""
+"""Downloads at the same time. Hanging downloads delay only downloads."""
 
-FIRST_REPLACEMENT_ID = 2**30
-"""Ids from here on are for replaced adapters. vLLM counts its own from 1, in 32 bits."""
-
-POLL_SECONDS = 0.005
-"""Interval between questions whether workers have preloaded a copy, which takes 10 ms or more."""
+T = TypeVar("T")
 
 door: ContextVar[str] = ContextVar("door", default="engine")
 """The door (load route, resolver, static list) of the adapter that this task registers."""
@@ -51,9 +44,26 @@ experiment: ContextVar[Experiment | None] = ContextVar("experiment", default=Non
 """The settings of the experiment that this task registers, if it does."""
 
 
-def _limit_cores() -> None:
-    """Use few cores: idle engines spin on the others, and parallel sums would wait for them."""
-    use_cores(min(MAX_SCORING_THREADS, max(1, (os.cpu_count() or 1) // 4)))
+@dataclass(slots=True)
+class _Attempt:
+    """One registration that is under way."""
+
+    engine: Any
+    request: Any  # vLLM's LoRARequest
+    original: Callable[..., Awaitable[bool]]  # vLLM's own add_lora
+    modules: ModelModules
+    tenant: str
+    downloaded: Path | None  # the folder, if the path is a hub id
+    is_abandoned: bool = False  # True: the client left
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    """An adapter that the engine has loaded; vLLM's registry does not have it yet."""
+
+    adapter: ServedAdapter
+    added: bool  # vLLM's answer
+    unchanged: bool  # True: the engine had the same content under this name before
 
 
 class AdapterRegistration:
@@ -63,11 +73,15 @@ class AdapterRegistration:
         self.controller = controller
         self.recent_decisions = RecentDecisions()
         self.served = ServedAdapters(controller)
-        self._shapes: set[tuple[int, int]] | None = None
+        self._engine_load = EngineLoad(controller)
+        self._rates = TenantRates()
+        self._modules: asyncio.Future[ModelModules] | None = None
         self._workers_policy: str | None = None  # digest of the policy that workers have loaded
-        self._threads = ThreadPoolExecutor(MAX_ADMISSIONS, "s3lora", initializer=_limit_cores)
-        self._downloads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="s3lora-hub")
-        self._ids = count(FIRST_REPLACEMENT_ID)
+        self._loads = WorkThreads("load", load_places(), self._count_waiting)
+        self._inspections = WorkThreads("inspect", 1)
+        self._downloads = WorkThreads("download", MAX_DOWNLOADS)
+        self._audit = WorkThreads("audit", 1)
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def add_lora(
         self, engine: Any, request: Any, original: Callable[..., Awaitable[bool]]
@@ -75,137 +89,191 @@ class AdapterRegistration:
         """Register an adapter with the engine; replaces vLLM's `AsyncLLM.add_lora`.
 
         The request continues with the path of the stored copy. vLLM keeps that path, so later
-        loads and prefix-cache blocks belong to this content and verdict. An adapter that replaces
-        other content gets a new id: running requests finish with the adapter they began with.
+        loads and prefix-cache blocks belong to this content and verdict.
 
         Raises:
             AdapterRejected: the adapter is refused; the engine serves nothing of it.
+            LoadPostponed: too many loads are asked for; the adapter was not looked at.
         """
-        await self._learn_model(engine)
-        origin = request.lora_path
-        verdict, path = await self._admit(engine, request)
-        added = False
-        if path is not None:
-            added, verdict = await self._load(engine, request, original, verdict, path)
-        self.recent_decisions.add(verdict)
-        written = True
-        # Every API server registers the static adapters; one of them reports each decision.
-        if door.get() != "static" or is_refused(verdict) or is_first_server(engine):
-            written = await self._in_thread(self.controller.events.decided, verdict, door.get())
-        if path is None or is_refused(verdict):
-            raise Refused(str(verdict.reason))
-        if not written and self.controller.policy.audit.required and verdict.mode == "enforce":
-            await engine.remove_lora(request.lora_int_id)
-            self.controller.store.unpin(path)
-            raise Refused(str(AuditFailed("the decision could not be written down")))
-        is_experiment = experiment.get() is not None
-        adapter = ServedAdapter(request.lora_int_id, path, origin, verdict, is_experiment)
-        self.served.add(engine, adapter)
-        return added
+        tenant = tenant_of(request.lora_name)
+        try:
+            attempt = await self._begun(engine, request, original, tenant)
+            await self._loads.queue.enter(tenant)
+        except LoadPostponed as postponed:
+            note_retry(postponed.retry_seconds)
+            reason = "rate" if isinstance(postponed, RateExceeded) else "queue"
+            self.controller.events.metrics.postponed_loads.labels(reason).inc()
+            raise
+        work = self._spawn(self._register(attempt))
+        work.add_done_callback(lambda _: self._loads.queue.leave(tenant))
+        try:
+            registered = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            attempt.is_abandoned = True
+            self._spawn(self._withdraw(engine, work))
+            raise
+        # Nothing is awaited from here until vLLM has the adapter in its own registry.
+        self.served.add(engine, registered.adapter)
+        return registered.added
+
+    async def _begun(
+        self,
+        engine: Any,
+        request: Any,
+        original: Callable[..., Awaitable[bool]],
+        tenant: str,
+    ) -> _Attempt:
+        """A registration or dry scan before its place in a queue; hub ids are downloaded."""
+        if door.get() != "static":
+            self._rates.count_load(tenant, self.controller.policy.rates)
+        modules = await self._learn_model(engine)
+        try:
+            downloaded = await self._downloaded(request, tenant)
+        except AdapterRejected as refusal:
+            await self._record(engine, self._unread(request, refusal), tenant)
+            raise
+        return _Attempt(engine, request, original, modules, tenant, downloaded)
 
     async def dry_run(self, engine: Any, name: str, path: str) -> Verdict:
         """The verdict that registration would give, workers included; nothing is registered.
 
         Raises:
             LoRAAdapterNotFoundError: the folder does not exist.
+            LoadPostponed: as `add_lora`.
         """
-        await self._learn_model(engine)
-        request = compat.request_for(name, path, FIRST_REPLACEMENT_ID)
-        verdict, stored = await self._admit(engine, request)
-        if stored is not None:
-            try:
-                copy = (name, str(stored), request.lora_int_id)
-                await self._preload(engine, copy)
-                answers = await call_workers(engine, "s3lora_trial", copy)
-            finally:
-                self.controller.store.unpin(stored)
-            if reason := next((Reason(*answer) for answer in answers if answer), None):
-                verdict = with_rejection(verdict, reason)
-        return verdict
+        tenant = tenant_of(name)
+        request = compat.request_for(name, path, 1)
+        attempt = await self._begun(engine, request, engine.add_lora, tenant)
+        await self._inspections.queue.enter(tenant)
+        work = self._spawn(self._try(attempt))
+        work.add_done_callback(lambda _: self._inspections.queue.leave(tenant))
+        return await asyncio.shield(work)
 
     async def recheck(self, engine: Any) -> list[tuple[Verdict, Verdict]]:
-        """For each served adapter, the verdict at its admission and the one it would get now."""
-        await self._learn_model(engine)
-        base_model = compat.base_model(engine.vllm_config)
-        recheck = partial(self.controller.recheck, base_model=base_model, shapes=self._shapes or ())
-        return [
-            (adapter.verdict, await self._in_thread(recheck, adapter.verdict, adapter.path))
-            for adapter in self.served.all()
-            if not adapter.is_experiment  # their settings are not the policy's
-        ]
+        """For each served adapter, the verdict at its admission and the one it would get now.
 
-    async def _load(
-        self,
-        engine: Any,
-        request: Any,
-        original: Callable[..., Awaitable[bool]],
-        verdict: Verdict,
-        path: Path,
-    ) -> tuple[bool, Verdict]:
-        """Have the engine load a stored copy; its answer, and the verdict after the workers'."""
-        origin, request.lora_path = request.lora_path, str(path)
-        before = self.served.get(request.lora_name)
-        replaced = before if request.load_inplace else None
-        unchanged = replaced is not None and replaced.path == path
-        if request.load_inplace:
-            same_id = replaced.adapter_id if replaced is not None and unchanged else None
-            request.lora_int_id = same_id or next(self._ids)
-        # Loaded once: with load_inplace vLLM would read and activate it again at every step.
-        request.load_inplace = False
-        loaded = False
-        try:
-            if not unchanged:
-                await self._preload(engine, (request.lora_name, str(path), request.lora_int_id))
-            added = await original(engine, request)
-            if reason := await self._workers_refusal(engine, request, path.name):
-                verdict = with_rejection(verdict, reason)
-            loaded = not is_refused(verdict)
-        finally:
-            # Also on cancellation by the client: no unregistered adapter may stay under the id.
-            if not loaded:
-                request.lora_path = origin
-                self.controller.store.unpin(path)
-                if not unchanged:
-                    await engine.remove_lora(request.lora_int_id)
-        return added, verdict
-
-    async def _admit(self, engine: Any, request: Any) -> tuple[Verdict, Path | None]:
-        """The verdict, and the stored copy that workers may load (None if refused)."""
-        admit = partial(self.controller.admit, store_refused=False, experiment=experiment.get())
+        Raises:
+            LoadPostponed: too many scans and rechecks wait already.
+        """
+        modules = await self._learn_model(engine)
         base_model = compat.base_model(engine.vllm_config)
+        recheck = partial(self.controller.recheck, base_model=base_model, modules=modules)
+        found = []
+        for adapter in self.served.all():
+            if adapter.is_experiment:  # their settings are not the policy's
+                continue
+            async with self._inspections.queue.place("recheck"):
+                now = await self._inspections.run(recheck, adapter.verdict, adapter.path)
+            found.append((adapter.verdict, now))
+        return found
+
+    async def _register(self, attempt: _Attempt) -> _Registered:
+        """Decide, load and record. It runs to its end whether or not the client waits.
+
+        Raises:
+            AdapterRejected: the adapter is refused.
+        """
+        engine, request = attempt.engine, attempt.request
+        origin, path = request.lora_path, None
+        added = unchanged = False
         try:
-            folder = await self._folder(request)
-            admitted: tuple[Verdict, Path | None] = await self._in_thread(
-                admit, folder, request.lora_name, base_model, self._shapes or ()
+            verdict, path = await self._admit(attempt, self._loads)
+            if path is not None and not attempt.is_abandoned:
+                before = self.served.get(request.lora_name)
+                unchanged = self._engine_load.choose_id(request, path, before)
+                added, refusal = await self._engine_load.load(
+                    engine, request, attempt.original, unchanged=unchanged
+                )
+                verdict = with_rejection(verdict, refusal) if refusal else verdict
+            written = await self._record(engine, verdict, attempt.tenant)
+            if path is None or is_refused(verdict):
+                raise Refused(str(verdict.reason))
+            if not written and self.controller.policy.audit.required and verdict.mode == "enforce":
+                raise AuditFailed("the decision could not be written down")
+            if attempt.is_abandoned:
+                raise Refused("the client left")
+        except BaseException:
+            request.lora_path = origin
+            if path is not None:
+                await self._engine_load.drop(engine, request.lora_int_id, path, unchanged=unchanged)
+            raise
+        is_experiment = experiment.get() is not None
+        adapter = ServedAdapter(request.lora_int_id, path, origin, verdict, is_experiment)
+        return _Registered(adapter, added, unchanged)
+
+    async def _withdraw(self, engine: Any, work: asyncio.Task[_Registered]) -> None:
+        """Undo a registration whose client left before vLLM could note it."""
+        await asyncio.wait([work])
+        if not work.cancelled() and work.exception() is None:
+            found = work.result()
+            one = found.adapter
+            await self._engine_load.drop(
+                engine, one.adapter_id, one.path, unchanged=found.unchanged
             )
-        except AdapterRejected as error:
-            name, path = request.lora_name, request.lora_path
-            unread = unread_verdict(name, path, self.controller.policy)
-            return with_rejection(unread, Reason.of(error)), None
-        await self._send_policy(engine)
+
+    async def _try(self, attempt: _Attempt) -> Verdict:
+        """The verdict on an adapter, workers included; nothing of it stays."""
+        verdict, stored = await self._admit(attempt, self._inspections)
+        if stored is not None:
+            try:
+                reason = await self._engine_load.trial(attempt.engine, verdict.name, stored)
+            finally:
+                self.controller.store.unpin(stored)
+            verdict = with_rejection(verdict, reason) if reason else verdict
+        return verdict
+
+    async def _admit(self, attempt: _Attempt, threads: WorkThreads) -> tuple[Verdict, Path | None]:
+        """The verdict, and the stored copy that workers may load (None if refused), pinned."""
+        try:
+            admitted = await threads.run(self._decide, attempt, experiment.get())
+        except AdapterRejected as refusal:
+            return self._unread(attempt.request, refusal), None
+        await self._send_policy(attempt.engine)
         return admitted
 
-    async def _folder(self, request: Any) -> Path:
-        """The adapter's folder; downloaded if its path is a hub id and the policy has no roots."""
-        folder = compat.local_folder(request)
+    def _decide(
+        self, attempt: _Attempt, settings: Experiment | None
+    ) -> tuple[Verdict, Path | None]:
+        """Runs on a thread: finding the folder may take as long as reading it."""
+        folder = attempt.downloaded or compat.local_folder(attempt.request)
+        if folder is None:
+            raise compat.not_found(attempt.request)
+        return self.controller.admit(
+            folder,
+            attempt.request.lora_name,
+            compat.base_model(attempt.engine.vllm_config),
+            attempt.modules,
+            store_refused=False,
+            experiment=settings,
+        )
+
+    async def _downloaded(self, request: Any, tenant: str) -> Path | None:
+        """The folder of a hub id; None for a path of this machine, and if the policy has roots.
+
+        Raises:
+            DeadlinePassed: the download took longer than limits.download_seconds.
+            QueueFull: too many downloads wait.
+        """
         limits = self.controller.policy.limits
-        if folder is None and compat.is_hub_id(request) and not limits.roots:
-            loop = asyncio.get_running_loop()
-            download = loop.run_in_executor(self._downloads, compat.downloaded_folder, request)
+        if limits.roots or not compat.is_hub_id(request) or compat.local_folder(request):
+            return None
+        async with self._downloads.queue.place(tenant):
             try:
-                folder = await asyncio.wait_for(download, limits.download_seconds)
+                async with asyncio.timeout(limits.download_seconds):
+                    return await self._downloads.run(compat.downloaded_folder, request)
             except TimeoutError:
                 raise DeadlinePassed(
                     f"downloading took over {limits.download_seconds:g} s (limits.download_seconds)"
                 ) from None
-        if folder is None:
-            raise compat.not_found(request)
-        return folder
 
-    async def _learn_model(self, engine: Any) -> None:
-        """Ask the workers once for the model's modules: their shapes, layers and projections."""
-        if self._shapes is None:
-            self._shapes = self.controller.learn_model(await call_workers(engine, "s3lora_model"))
+    async def _learn_model(self, engine: Any) -> ModelModules:
+        """The model's modules: the workers are asked once."""
+        if self._modules is None or (self._modules.done() and self._modules.exception()):
+            self._modules = self._spawn(self._ask_for_model(engine))
+        return await asyncio.shield(self._modules)
+
+    async def _ask_for_model(self, engine: Any) -> ModelModules:
+        return self.controller.learn_model(await call_workers(engine, "s3lora_model"))
 
     async def _send_policy(self, engine: Any) -> None:
         """Have the workers reload the policy once this process has a changed one."""
@@ -213,19 +281,26 @@ class AdapterRegistration:
             self._workers_policy = digest
             await call_workers(engine, "s3lora_refresh")
 
-    async def _preload(self, engine: Any, copy: tuple[str, str, int]) -> None:
-        """Wait until every worker has read a stored copy (name, path, id) beside its steps."""
-        while not all(await call_workers(engine, "s3lora_preloaded", copy)):
-            await asyncio.sleep(POLL_SECONDS)
+    async def _record(self, engine: Any, verdict: Verdict, tenant: str) -> bool:
+        """Report a decision; whether it was written to the audit log."""
+        self.recent_decisions.add(verdict)
+        if is_refused(verdict):
+            self._rates.count_refusal(tenant, self.controller.policy.rates)
+        # Every API server registers the static adapters; one of them reports each decision.
+        if door.get() == "static" and not is_refused(verdict) and not is_first_server(engine):
+            return True
+        return await self._audit.run(self.controller.events.decided, verdict, door.get())
 
-    async def _workers_refusal(self, engine: Any, request: Any, key: str) -> Reason | None:
-        """Why a worker loaded the adapter without effect, or holds another one under its id."""
-        answers = await call_workers(engine, "s3lora_loaded", (request.lora_int_id,))
-        if reason := next((Reason(*refusal) for _, refusal in answers if refusal), None):
-            return reason
-        if all(loaded == key for loaded, _ in answers):
-            return None
-        return Reason.of(GateFailed("the engine holds another adapter under this id"))
+    def _count_waiting(self, count: int) -> None:
+        self.controller.events.metrics.set_waiting_loads(count)
 
-    async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+    def _unread(self, request: Any, refusal: AdapterRejected) -> Verdict:
+        unread = unread_verdict(request.lora_name, request.lora_path, self.controller.policy)
+        return with_rejection(unread, Reason.of(refusal))
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that no client's leaving cancels."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -2,7 +2,8 @@
 
 from fastapi.responses import JSONResponse
 
-from s3lora_serve.errors import Reason, S3LoRAError
+from s3lora_serve.errors import LoadPostponed, Reason, S3LoRAError
+from s3lora_serve.vllm_plugin.api.requester import note_retry
 
 
 def not_found(text: str) -> JSONResponse:
@@ -19,3 +20,9 @@ def refused(error: S3LoRAError, status: int) -> JSONResponse:
     """A refusal with its code and message."""
     reason = Reason.of(error)
     return JSONResponse({"error": {"code": reason.code, "message": reason.message}}, status)
+
+
+def turned_away(error: LoadPostponed) -> JSONResponse:
+    """429 with Retry-After."""
+    note_retry(error.retry_seconds)
+    return refused(error, 429)

@@ -13,8 +13,9 @@ from typing import Any
 from s3lora_serve.errors import AdapterRejected
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
-from s3lora_serve.vllm_plugin.api.adapter_registration import FIRST_REPLACEMENT_ID
+from s3lora_serve.vllm_plugin.api.engine_load import FIRST_REPLACEMENT_ID
 from s3lora_serve.vllm_plugin.bounded_map import remember
+from s3lora_serve.vllm_plugin.model_modules import ModelModules
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class LLMEngineAdmission:
         self._controller = controller
         self._ids = count(FIRST_REPLACEMENT_ID)
         self._admitted: OrderedDict[tuple[str, int, str], _Admitted] = OrderedDict()
-        self._shapes: set[tuple[int, int]] | None = None
+        self._modules: ModelModules | None = None
 
     def admitted_request(self, engine: Any, request: Any) -> Any:
         """The request with the stored copy's path; the worker quarantines a refused adapter.
@@ -75,13 +76,13 @@ class LLMEngineAdmission:
             folder,
             request.lora_name,
             compat.base_model(engine.vllm_config),
-            self._model_shapes(engine),
+            self._model_modules(engine),
             store_refused=True,
         )
         self._controller.events.decided(verdict, "engine")
         return path
 
-    def _model_shapes(self, engine: Any) -> set[tuple[int, int]]:
-        if self._shapes is None:
-            self._shapes = self._controller.learn_model(engine.collective_rpc("s3lora_model"))
-        return self._shapes
+    def _model_modules(self, engine: Any) -> ModelModules:
+        if self._modules is None:
+            self._modules = self._controller.learn_model(engine.collective_rpc("s3lora_model"))
+        return self._modules

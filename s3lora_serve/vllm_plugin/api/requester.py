@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from s3lora_serve.vllm_plugin.api.api_key import given_key
@@ -21,14 +22,32 @@ class Requester:
 
     key: str | None  # the start of the sha256 of its API key; None: the server has no keys
     address: str | None  # its network address, or that of a proxy in front of the server
+    is_only_key: bool = True  # False: the server has several keys, so a key tells clients apart
 
 
 requester: ContextVar[Requester | None] = ContextVar("requester", default=None)
 """The client whose request this task serves; None outside of requests (static adapters)."""
 
 
+@dataclass(slots=True)
+class RetryAfter:
+    """When a request that is turned away may be sent again, in seconds; None: it is not."""
+
+    seconds: int | None = None
+
+
+retry_after: ContextVar[RetryAfter | None] = ContextVar("retry_after", default=None)
+"""For the answer to the request that this task serves; shared with the tasks that it starts."""
+
+
+def note_retry(seconds: int) -> None:
+    """Have a 429 to the request that this task serves say when to come back."""
+    if (again := retry_after.get()) is not None:
+        again.seconds = seconds
+
+
 class RequesterNote:
-    """ASGI middleware: sets `requester` for each HTTP request."""
+    """ASGI middleware: sets `requester` for each HTTP request, and adds Retry-After to a 429."""
 
     def __init__(self, app: App, keys: list[str]) -> None:
         """Wrap an app; `keys` are the server's API keys."""
@@ -40,8 +59,18 @@ class RequesterNote:
         if scope["type"] == "http":
             key = given_key(scope, self._keys)
             client = scope.get("client")
-            requester.set(Requester(key and _name(key), client[0] if client else None))
+            address = client[0] if client else None
+            requester.set(Requester(key and _name(key), address, len(self._keys) < 2))
+            retry_after.set(again := RetryAfter())
+            send = partial(_send, send, again)
         await self._app(scope, receive, send)
+
+
+async def _send(send: Any, again: RetryAfter, message: MutableMapping[str, Any]) -> None:
+    if message["type"] == "http.response.start" and message["status"] == 429 and again.seconds:
+        header = (b"retry-after", str(again.seconds).encode())
+        message = {**message, "headers": [*message.get("headers", ()), header]}
+    await send(message)
 
 
 def _name(key: str) -> str:

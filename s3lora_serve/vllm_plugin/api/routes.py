@@ -7,10 +7,11 @@ from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from s3lora_serve.admission.verdict import differs
+from s3lora_serve.errors import LoadPostponed
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
-from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found
+from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, turned_away
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
@@ -129,7 +130,10 @@ class GateRoutes:
         registration = self._registration()
         if registration is None:
             return gate_off()
-        pairs = await registration.recheck(self._engine)
+        try:
+            pairs = await registration.recheck(self._engine)
+        except LoadPostponed as postponed:
+            return turned_away(postponed)
         found = [
             {
                 "name": before.name,
@@ -156,6 +160,8 @@ class GateRoutes:
             verdict = await registration.dry_run(self._engine, lora_name, lora_path)
         except compat.LoRAAdapterNotFoundError as error:
             return not_found(str(error))
+        except LoadPostponed as postponed:
+            return turned_away(postponed)
         return JSONResponse(verdict.as_json())
 
     def _load_route(self) -> Any:

@@ -9,9 +9,9 @@ from s3lora_serve.policy.schema import Limits
 from s3lora_serve.store.stored_copy import StoredCopy
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_effect, strip_module
+from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.model_fit import (
     check_loaded,
-    fitted_names,
     load_copy,
     remove_unscorable,
 )
@@ -21,7 +21,9 @@ ADMITTED_LIMITS = Limits(max_scaling=None, max_rank=2**31, max_bytes=2**62)
 """The digest shows that the copy was admitted, under the limits in force at that time."""
 
 
-def enforce(manager: Any, request: Any, original: Callable[..., Any], stored: StoredCopy) -> Any:
+def enforce(
+    model: WorkerModel, request: Any, original: Callable[..., Any], stored: StoredCopy
+) -> Any:
     """The LoRAModel that vLLM may serve for a stored copy.
 
     Raises:
@@ -33,8 +35,8 @@ def enforce(manager: Any, request: Any, original: Callable[..., Any], stored: St
     on_unscorable = "strip" if verdict.removed else "admit" if verdict.unscored else "reject"
     adapter = read_adapter(stored.copy, ADMITTED_LIMITS, on_unscorable)
     check_patterns(adapter)
-    served = fitted_names(manager, adapter)
-    lora = load_copy(manager, compat.with_path(request, stored.path), original)
+    served = model.modules.served_names(adapter)
+    lora = load_copy(model.manager, compat.with_path(request, stored.path), original)
     check_loaded(lora, served, adapter)
     if verdict.mode == "enforce":
         for name in verdict.stripped:

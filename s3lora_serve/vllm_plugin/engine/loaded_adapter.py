@@ -43,7 +43,7 @@ def adapter_without_effect(request: Any) -> Any:
 
 def add_to_slot(manager: Any, lora: Any) -> bool:
     """Add and activate a loaded adapter, as vLLM's own `add_adapter` does."""
-    adapters = manager._adapter_manager
+    adapters = compat.lora_manager(manager)
     if len(adapters) + 1 > adapters.capacity and hasattr(adapters, "remove_oldest_adapter"):
         adapters.remove_oldest_adapter()
     added: bool = adapters.add_adapter(lora)

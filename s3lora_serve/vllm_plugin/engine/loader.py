@@ -13,6 +13,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import (
@@ -29,6 +30,7 @@ from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.bounded_map import remember
 from s3lora_serve.vllm_plugin.engine.enforcement import enforce
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import adapter_without_effect, add_to_slot
+from s3lora_serve.vllm_plugin.engine.loaded_keys import LoadedKeys
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.preload import Preloader
 from s3lora_serve.vllm_plugin.engine.quarantine import quarantine
@@ -52,12 +54,13 @@ class AdapterLoader:
 
     def __init__(self, controller: AdmissionController) -> None:
         self.controller = controller
-        self.model = WorkerModel()
-        self._preloader = Preloader()
+        self.model = WorkerModel()  # the latest
+        self._models: WeakKeyDictionary[Any, WorkerModel] = WeakKeyDictionary()  # by its manager
+        self._preloader = Preloader(lambda n: controller.events.metrics.set_preloads(n))
         self._worker_admission = WorkerAdmission(controller)
         self._registering = False
         self._refusals: OrderedDict[int, Reason] = OrderedDict()  # by adapter id
-        self._loaded: OrderedDict[int, str] = OrderedDict()  # store key by adapter id
+        self._loaded = LoadedKeys()
 
     def activate(self, manager: Any, vllm_config: Any) -> None:
         """Read the worker's LoRA modules, and report that its gate is active.
@@ -67,8 +70,8 @@ class AdapterLoader:
         """
         model = WorkerModel.of(manager, vllm_config)
         if self.controller.policy.mode != "off":
-            check_reference_fits(manager, model.base_model, self.controller.policy)
-        self.model = model
+            check_reference_fits(model, self.controller.policy)
+        self.model = self._models[manager] = model
         self.controller.events.metrics.set_model_modules(self.model.places)
         self.report_policy()
 
@@ -90,7 +93,7 @@ class AdapterLoader:
     def load(self, manager: Any, request: Any, original: Callable[..., Any]) -> Any:
         """Load an adapter; replaces vLLM's `_load_adapter`. A refused one has no effect."""
         adapter_id = request.lora_int_id
-        load = self._preloaded(manager, request, original)
+        load = self._preloaded(self._models.get(manager, self.model), request, original)
         verdict = load.stored.verdict if load.stored else None
         if load.stored is None or isinstance(load.result, Exception):
             return self._without_effect(request, _reason(load.result, verdict), verdict)
@@ -102,31 +105,34 @@ class AdapterLoader:
             elif self._loaded.get(adapter_id) == stored.path.name:
                 events.reloaded(replace(stored.verdict, name=request.lora_name), "store")
         self._refusals.pop(adapter_id, None)
-        remember(self._loaded, adapter_id, stored.path.name)
+        self._loaded.note(adapter_id, stored.path.name, manager.list_adapters)
         return load.result
 
-    def is_preloaded(self, name: str, path: str, adapter_id: int) -> bool:
-        """Whether a stored copy is ready to be added; the first call starts reading it.
+    def preload(self, name: str, path: str, adapter_id: int, folder: Path) -> str:
+        """Start reading a stored copy, so that it can be added without delay.
 
-        It is read beside the engine's steps, so that other tenants' tokens do not wait.
+        It is read beside the engine's steps: other tenants' tokens do not wait. Returns the name of
+        the file that is created in `folder` once it has been read.
         """
         request = compat.request_for(name, path, adapter_id)
-        if self.controller.store.find(path) is None:
-            return True
-        work = partial(self._load, self.model.manager, request, patches.load_adapter)
-        return self._preloader.is_done(_key(request), work)
+        work = partial(self._load, self.model, request, patches.load_adapter)
+        return self._preloader.start(_key(request), work, folder)
 
-    def _preloaded(self, manager: Any, request: Any, original: Callable[..., Any]) -> _Load:
+    def forget_preload(self, path: str, adapter_id: int) -> None:
+        """Drop what was preloaded from a stored copy for an id."""
+        self._preloader.forget((adapter_id, path))
+
+    def _preloaded(self, model: WorkerModel, request: Any, original: Callable[..., Any]) -> _Load:
         """The load that was preloaded, else one made now."""
         preloaded: _Load | None = self._preloader.take(_key(request))
-        return preloaded or self._load(manager, request, original)
+        return preloaded or self._load(model, request, original)
 
-    def _load(self, manager: Any, request: Any, original: Callable[..., Any]) -> _Load:
+    def _load(self, model: WorkerModel, request: Any, original: Callable[..., Any]) -> _Load:
         """Open the stored copy and have vLLM load it. Raises nothing."""
         started, stored, result = time.perf_counter(), None, None
         try:
-            stored = open_stored_copy(self._path_to_load(request))
-            result = enforce(manager, request, original, stored)
+            stored = open_stored_copy(self._path_to_load(model, request))
+            result = enforce(model, request, original, stored)
         except AdapterRejected as refusal:
             result = refusal
         except Exception as error:
@@ -172,19 +178,19 @@ class AdapterLoader:
     def trial(self, name: str, path: str, adapter_id: int) -> Reason | None:
         """Why this worker would not serve a stored copy; None if it would."""
         request = compat.request_for(name, path, adapter_id)
-        result = self._preloaded(self.model.manager, request, patches.load_adapter).result
+        result = self._preloaded(self.model, request, patches.load_adapter).result
         return Reason.of(result) if isinstance(result, AdapterRejected) else None
 
     def _stored_path(self, request: Any) -> Path | None:
         """The stored copy that a request means, if it is known."""
         return self.controller.store.find(request.lora_path) or self._worker_admission.get(request)
 
-    def _path_to_load(self, request: Any) -> Path:
+    def _path_to_load(self, model: WorkerModel, request: Any) -> Path:
         """The stored copy that the request names, else one that is admitted here."""
         path = self.controller.store.find(request.lora_path)
         if path is None:
             path = None if request.load_inplace else self._worker_admission.get(request)
-            path = path or self._worker_admission.admit(request, self.model)
+            path = path or self._worker_admission.admit(request, model)
         if self.controller.store.is_quarantined(path):
             raise StoreDamaged(f"{path} could not be loaded, here or on another rank")
         return path
@@ -192,7 +198,7 @@ class AdapterLoader:
     def _without_effect(self, request: Any, reason: Reason, verdict: Verdict | None) -> Any:
         """An adapter without effect that replaces a refused one; quarantined unless registering."""
         remember(self._refusals, request.lora_int_id, reason)
-        self._loaded.pop(request.lora_int_id, None)
+        self._loaded.forget(request.lora_int_id)
         mode = verdict.mode if verdict else self.controller.policy.mode
         # A registration asks for the refusal, answers its client and removes the adapter.
         registered = self._registering and self.controller.store.find(request.lora_path) is not None

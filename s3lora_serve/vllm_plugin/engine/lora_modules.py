@@ -1,11 +1,11 @@
 """The served model's LoRA modules: their names in vLLM, shapes, layers and projections."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from s3lora_serve.telemetry.per_adapter_gauge import OTHER
 from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.model_modules import ModelModules
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,19 +15,19 @@ class WorkerModel:
     manager: Any = None  # vLLM's WorkerLoRAManager
     base_model: str | None = None  # as the operator named it
     places: frozenset[tuple[str, str]] = frozenset()  # (layer, projection)
-    shapes: frozenset[tuple[int, int]] = frozenset()  # (m, n) of ΔW
-    is_whole: bool = False  # False: a pipeline stage, with a part of the layers
+    modules: ModelModules = field(default_factory=ModelModules)
 
     @classmethod
     def of(cls, manager: Any, vllm_config: Any) -> "WorkerModel":
         """The model of a worker whose LoRA modules have just been created."""
         shapes = module_shapes(manager)
+        mapper = compat.rename_mapper(compat.lora_manager(manager).model)
+        is_whole = bool(vllm_config.parallel_config.pipeline_parallel_size == 1)
         return cls(
             manager,
             compat.base_model(vllm_config),
             frozenset(_place(name) for name in shapes),
-            frozenset(shapes.values()),
-            holds_whole_model(manager),
+            ModelModules(shapes, mapper, is_whole),
         )
 
 
@@ -37,23 +37,13 @@ def _place(name: str) -> tuple[str, str]:
     return next((part for part in parts if part.isdecimal()), OTHER), parts[-1]
 
 
-def served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:
-    """vLLM's module name for each tensor name of an adapter (models may rename modules).
-
-    Raises:
-        ValueError: vLLM cannot map a name.
-    """
-    mapper = compat.rename_mapper(manager._adapter_manager.model)
-    return {key: compat.parse_fine_tuned_lora_name(key, mapper)[0] for key in keys}
-
-
 def module_shapes(manager: Any) -> dict[str, tuple[int, int]]:
     """(m, n) of ΔW, unsharded, for every module that can have a LoRA, by vLLM's names.
 
     Packed layers (qkv_proj) appear as their parts (q_proj, k_proj, v_proj). Layers of unknown shape
     are left out, so that adapters for them are refused.
     """
-    adapter_manager = manager._adapter_manager
+    adapter_manager = compat.lora_manager(manager)
     shapes: dict[str, tuple[int, int]] = {}
     for name, layer in adapter_manager.modules.items():
         parts = adapter_manager.packed_modules.get(name, [name])
@@ -79,12 +69,6 @@ def _expert_shapes(model: Any, layer: Any, parts: list[str]) -> dict[str, tuple[
     for part, (_, _, _, shard) in zip(parts, mapping, strict=True):
         shapes[part] = (hidden, inner) if shard == "w2" else (inner, hidden)
     return shapes
-
-
-def holds_whole_model(manager: Any) -> bool:
-    """Whether this worker has every layer; a pipeline stage has a part of them."""
-    parallel = manager._s3lora_vllm_config.parallel_config
-    return bool(parallel.pipeline_parallel_size == 1)
 
 
 def module_of(key: str) -> str:

@@ -1,56 +1,16 @@
-"""Checks that an adapter fits the served model, and that vLLM loaded what was scored."""
+"""Checks that vLLM loaded what was scored."""
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s3lora_serve.adapter.reader import Adapter, Module
+from s3lora_serve.adapter.reader import Adapter
 from s3lora_serve.errors import DoesNotFitModel, NotFinite, RefusedByVLLM
 from s3lora_serve.vllm_plugin.engine import lora_modules
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_full_modules
-
-
-def fitted_names(manager: Any, adapter: Adapter) -> dict[str, str]:
-    """vLLM's name of each module, after a check of every A and B against the model's LoRA modules.
-
-    Raises:
-        DoesNotFitModel: a module is not one of the model's, or has another shape there.
-        RefusedByVLLM: vLLM cannot map a name.
-    """
-    shapes = lora_modules.module_shapes(manager)
-    names = _served_names(manager, [key for m in adapter.modules for key in m.keys])
-    served: dict[str, str] = {}
-    taken: set[str] = set()
-    for module in adapter.modules:
-        [*targets] = {names[key] for key in module.keys}
-        target = targets[0]
-        if len(targets) > 1 or target in taken:
-            raise DoesNotFitModel(f"module {module.name} does not map to one module of the model")
-        if target in shapes or lora_modules.holds_whole_model(manager):
-            _check_fits(module, target, shapes)
-        served[module.name] = target
-        taken.add(target)
-    return served
-
-
-def _served_names(manager: Any, keys: Iterable[str]) -> dict[str, str]:
-    try:
-        return lora_modules.served_names(manager, keys)
-    except ValueError as error:
-        raise RefusedByVLLM(f"vLLM says: {error}") from None
-
-
-def _check_fits(module: Module, target: str, shapes: dict[str, tuple[int, int]]) -> None:
-    if target not in shapes:
-        raise DoesNotFitModel(f"the served model has no LoRA on module {target}")
-    if module.shape != shapes[target]:
-        raise DoesNotFitModel(
-            f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, the"
-            f" model's is {shapes[target][0]} x {shapes[target][1]}"
-        )
 
 
 def load_copy(manager: Any, request: Any, original: Callable[..., Any]) -> Any:

@@ -1,16 +1,15 @@
 """Check at start that the policy's alignment reference was made for the served model."""
 
 from pathlib import Path
-from typing import Any
 
 from s3lora_serve.admission.scoring import alignment_reference
 from s3lora_serve.alignment.checkpoint import config_digest
-from s3lora_serve.errors import PolicyInvalid
+from s3lora_serve.errors import PolicyInvalid, RefusedByVLLM
 from s3lora_serve.policy.schema import Policy
-from s3lora_serve.vllm_plugin.engine import lora_modules
+from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 
 
-def check_reference_fits(manager: Any, base_model: str | None, policy: Policy) -> None:
+def check_reference_fits(model: WorkerModel, policy: Policy) -> None:
     """Check config, module names and shapes, as far as this worker knows them.
 
     An adapter with a module that the reference lacks is refused later, at its admission.
@@ -21,6 +20,7 @@ def check_reference_fits(manager: Any, base_model: str | None, policy: Policy) -
     reference = alignment_reference(policy)
     if reference is None:
         return
+    base_model, shapes = model.base_model, model.modules.shapes
     made_for = reference.about.config_digest
     served = config_digest(Path(base_model)) if base_model else None
     if None not in (made_for, served) and made_for != served:
@@ -28,12 +28,11 @@ def check_reference_fits(manager: Any, base_model: str | None, policy: Policy) -
             f"scorer.reference was made for a model with config {made_for}, {base_model} has"
             f" {served}: make one for the served model"
         )
-    shapes = lora_modules.module_shapes(manager)
     keys = {f"base_model.model.{name}.lora_B.weight": name for name in reference.about.modules}
     try:
-        names = lora_modules.served_names(manager, keys)
-    except ValueError as error:
-        raise PolicyInvalid(f"scorer.reference: vLLM says: {error}") from None
+        names = model.modules.mapped(keys)
+    except RefusedByVLLM as refusal:
+        raise PolicyInvalid(f"scorer.reference: {refusal.problem}") from None
     for key, target in names.items():
         record = reference.about.modules[keys[key]]
         if target in shapes and shapes[target] != record.shape:
@@ -41,6 +40,5 @@ def check_reference_fits(manager: Any, base_model: str | None, policy: Policy) -
                 f"scorer.reference has {keys[key]} as {record.shape}, the served model as"
                 f" {shapes[target]}"
             )
-    whole = lora_modules.holds_whole_model(manager)
-    if whole and not shapes.keys() & set(names.values()):
+    if model.modules.is_whole and not shapes.keys() & set(names.values()):
         raise PolicyInvalid("scorer.reference has no module of the served model")

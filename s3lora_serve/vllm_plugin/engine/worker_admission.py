@@ -41,9 +41,8 @@ class WorkerAdmission:
         folder = compat.adapter_folder(request, download=not self._controller.policy.limits.roots)
         if folder is None:
             raise NotAnAdapter(f"{request.lora_path} does not exist")
-        shapes = model.shapes if model.is_whole else ()
         verdict, path = self._controller.admit(
-            folder, request.lora_name, model.base_model, shapes, store_refused=True
+            folder, request.lora_name, model.base_model, model.modules, store_refused=True
         )
         if path is None:
             raise Refused(str(verdict.reason))
@@ -54,7 +53,8 @@ class WorkerAdmission:
             # Each rank scores for itself. If they differ, the first verdict holds for all ranks.
             content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
             obeyed = (*content, verdict.plan_digest)
-            served = (model.base_model, sorted(shapes))
+            modules = model.modules.shapes if model.modules.is_whole else {}
+            served = (model.base_model, sorted(modules.items()))
             named = (version("s3lora-serve"), request.lora_name, str(folder))
             path = self._controller.store.agree_on(repr((*named, *served, *obeyed)), path)
         if compat.is_first_rank():

@@ -1,5 +1,6 @@
 """Methods that the API server may call on each worker, by `collective_rpc("s3lora_…")`."""
 
+from pathlib import Path
 from typing import Any
 
 from s3lora_serve.errors import Reason
@@ -19,7 +20,7 @@ class WorkerMethods:
         Raises:
             ContractBroken: a name is taken.
         """
-        for name in ("status", "model", "preloaded", "loaded", "refresh", "trial"):
+        for name in ("status", "model", "preload", "loaded", "forget", "refresh", "trial"):
             patches.add_worker_method(f"s3lora_{name}", getattr(self, name))
 
     def status(self) -> dict[str, Any]:
@@ -28,17 +29,25 @@ class WorkerMethods:
         active = model.manager is not None and policy.mode != "off"
         return {"active": active, "policy_digest": policy.digest}
 
-    def model(self) -> dict[str, list[tuple[Any, Any]]]:
-        """(layer, projection) and (m, n) of the modules in this worker's part of the model."""
+    def model(self) -> dict[str, Any]:
+        """(layer, projection) and names and shapes of the modules in this worker's part."""
         model = self._loader.model
-        return {"places": sorted(model.places), "shapes": sorted(model.shapes)}
+        return {"places": sorted(model.places), **model.modules.as_plain()}
 
-    def preloaded(self, name: str, path: str, adapter_id: int) -> bool:
-        """Whether this worker has read a stored copy; the first call starts reading it."""
-        return self._loader.is_preloaded(name, path, adapter_id)
+    def preload(self, name: str, path: str, adapter_id: int, folder: str) -> str:
+        """Start reading a stored copy; the name of the file in `folder` that reports the end."""
+        return self._loader.preload(name, path, adapter_id, Path(folder))
 
-    def loaded(self, adapter_id: int) -> tuple[str | None, tuple[str, str] | None]:
-        """The store key of the copy loaded under an id, and why it is without effect, if it is."""
+    def forget(self, path: str, adapter_id: int) -> None:
+        """Drop what was preloaded: nobody will add it."""
+        self._loader.forget_preload(path, adapter_id)
+
+    def loaded(self, path: str, adapter_id: int) -> tuple[str | None, tuple[str, str] | None]:
+        """The store key of the copy loaded under an id, and why it is without effect, if it is.
+
+        What was preloaded for it is dropped if the engine had it already.
+        """
+        self._loader.forget_preload(path, adapter_id)
         return self._loader.loaded_key(adapter_id), _plain(self._loader.refusal(adapter_id))
 
     def refresh(self) -> None:

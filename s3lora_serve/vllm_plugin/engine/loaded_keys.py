@@ -1,0 +1,35 @@
+"""Which stored copy a worker has loaded under each adapter id."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+
+from s3lora_serve.vllm_plugin.bounded_map import MAX_ENTRIES
+
+
+class LoadedKeys:
+    """Store keys by adapter id. Those of adapters that the engine holds are never forgotten.
+
+    Of adapters that were evicted the last MAX_ENTRIES are known, so that a load of one of them is
+    known as a re-load.
+    """
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[int, str] = OrderedDict()
+
+    def get(self, adapter_id: int) -> str | None:
+        """The key of the copy that was loaded last under an id."""
+        return self._keys.get(adapter_id)
+
+    def note(self, adapter_id: int, key: str, held: Callable[[], Collection[int]]) -> None:
+        """Note what was loaded; `held` says which ids the engine holds."""
+        self._keys[adapter_id] = key
+        self._keys.move_to_end(adapter_id)
+        if len(self._keys) > MAX_ENTRIES:
+            kept = {*held(), adapter_id}
+            evicted = [one for one in self._keys if one not in kept]
+            for one in evicted[: len(self._keys) - MAX_ENTRIES]:
+                del self._keys[one]
+
+    def forget(self, adapter_id: int) -> None:
+        """Nothing is loaded under this id, or an adapter without effect."""
+        self._keys.pop(adapter_id, None)
