@@ -29,6 +29,7 @@ from vllm.v1.core import kv_cache_utils as kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM as AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient as AsyncMPClient
 from vllm.v1.engine.llm_engine import LLMEngine as LLMEngine
+from vllm.v1.engine.output_processor import OutputProcessor as OutputProcessor
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as LoRAModelRunnerMixin
 from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
 
@@ -94,8 +95,43 @@ def runs_eagerly(vllm_config: Any) -> bool:
     return modes == (CompilationMode.NONE, CUDAGraphMode.NONE)
 
 
+def calls_to_all_engines(engine: Any, method: str, args: tuple[Any, ...]) -> list[Any]:
+    """Awaitable answers to a call of a worker method: one list of the workers' for each engine.
+
+    AsyncLLM.collective_rpc calls all engines too, and returns the answers of the first one only.
+
+    NB: coupled to AsyncMPClient.core_engines and _call_utility_async.
+    """
+    client = engine.engine_core
+    call = method, None, args, None  # as AsyncMPClient.collective_rpc_async: no time limit
+    return [
+        client._call_utility_async("collective_rpc", *call, engine=one)
+        for one in client.core_engines
+    ]
+
+
+def client_index(engine: Any) -> int:
+    """The number of this API server among those that share the engines.
+
+    NB: coupled to AsyncMPClient.client_index.
+    """
+    return int(engine.engine_core.client_index)
+
+
+def packed_modules(adapter_manager: Any) -> dict[str, list[str]]:
+    """The parts of each packed layer (qkv_proj: q_proj, k_proj, v_proj), by its name.
+
+    NB: coupled to LoRAModelManager.packed_modules.
+    """
+    found: dict[str, list[str]] = adapter_manager.packed_modules
+    return found
+
+
 def has_requests_under_way(engine: Any, adapter_id: int) -> bool:
-    """Whether the engine holds a request for the adapter of this id."""
+    """Whether the engine holds a request for the adapter of this id.
+
+    NB: coupled to OutputProcessor.request_states.
+    """
     states = engine.output_processor.request_states.values()
     return any(
         state.lora_request is not None and state.lora_request.lora_int_id == adapter_id

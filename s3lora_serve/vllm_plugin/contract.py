@@ -3,6 +3,7 @@
 A vLLM that lacks one that the gate needs does not start. Skipping is switched off instead.
 """
 
+import dis
 import inspect
 from typing import Any
 
@@ -19,6 +20,7 @@ from s3lora_serve.vllm_plugin.compat import (
     LoRARequest,
     LRUCacheWorkerLoRAManager,
     OpenAIServingModels,
+    OutputProcessor,
     PEFTHelper,
     PunicaWrapperBase,
     PunicaWrapperCPU,
@@ -60,6 +62,22 @@ _CONTRACT: _Contract = (
     (PunicaWrapperBase, "update_metadata", _UPDATE_METADATA),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", ("request",)),
 )
+_ATTRIBUTES = (
+    (WorkerLoRAManager, "_adapter_manager"),
+    (LRUCacheWorkerLoRAManager, "_adapter_manager"),
+    (LoRAModelManager, "packed_modules"),
+    (LoRAModelManager, "modules"),
+    (LoRAModelManager, "model"),
+    (AsyncMPClient, "core_engines"),
+    (AsyncMPClient, "client_index"),
+    (AsyncMPClient, "resources"),
+    (AsyncLLM, "engine_core"),
+    (AsyncLLM, "output_processor"),
+    (AsyncLLM, "errored"),
+    (OutputProcessor, "request_states"),
+)
+"""Attributes of instances that `compat.py` reads."""
+
 _ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_request")
 
 
@@ -71,6 +89,9 @@ def check_contract() -> None:
     """
     if problem := _deviation(_CONTRACT):
         broken(problem)
+    for owner, name in _ATTRIBUTES:
+        if not _has_attribute(owner, name):
+            broken(f"{owner.__name__} sets no {name}")
     if "_load_adapter" in vars(LRUCacheWorkerLoRAManager):
         broken("LRUCacheWorkerLoRAManager has a _load_adapter of its own")
     for name in ("lora_a", "lora_b", "scaling"):
@@ -95,6 +116,18 @@ def _deviation(contract: _Contract) -> str | None:
         if found != expected:
             return f"{owner.__name__}.{name} takes {found}, expected {expected}"
     return None
+
+
+def _has_attribute(owner: Any, name: str) -> bool:
+    """Whether a class has an attribute, or one of its methods sets it on an instance."""
+    if hasattr(owner, name):
+        return True
+    methods = (m for base in owner.__mro__ for m in vars(base).values() if inspect.isfunction(m))
+    return any(
+        step.opname == "STORE_ATTR" and step.argval == name
+        for method in methods
+        for step in dis.get_instructions(inspect.unwrap(method))
+    )
 
 
 def matches_patterns() -> bool:

@@ -108,12 +108,34 @@ def _skeleton(found: ast.ClassDef, known: dict[str, object]) -> type:
 
 
 def _without_body(found: ast.FunctionDef | ast.AsyncFunctionDef) -> object:
-    """A function with these parameters, without annotations or body; defaults are None."""
+    """A function with these parameters, without annotations; defaults are None.
+
+    Of its body only the names of the attributes are left that it sets on `self`.
+    """
     parameters = found.args
     for parameter in ast.walk(parameters):
         if isinstance(parameter, ast.arg):
             parameter.annotation = None
     parameters.defaults = [ast.Constant(None) for _ in parameters.defaults]
     parameters.kw_defaults = [d and ast.Constant(None) for d in parameters.kw_defaults]
-    bare = ast.Expression(ast.Lambda(args=parameters, body=ast.Constant(None)))
-    return eval(compile(ast.fix_missing_locations(bare), "<wheel>", "eval"))  # noqa: S307
+    body = [ast.parse(f"self.{name} = None").body[0] for name in _set_on_self(found)]
+    bare = ast.FunctionDef(
+        name="bare", args=parameters, body=body or [ast.Pass()], decorator_list=[]
+    )
+    module = ast.Module([bare], type_ignores=[])
+    names: dict[str, object] = {}
+    exec(compile(ast.fix_missing_locations(module), "<wheel>", "exec"), names)  # noqa: S102
+    return names["bare"]
+
+
+def _set_on_self(found: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """The attributes that a method sets on `self`."""
+    return [
+        node.attr
+        for statement in found.body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    ]

@@ -14,6 +14,7 @@ BREAKERS = {
     "another signature": "W._load_adapter = lambda self, lora_request, more: None",
     "method gone": "del W._load_adapter",
     "another owner": "L._load_adapter = lambda self, lora_request: None",
+    "attribute gone": "C.AsyncMPClient.__mro__[1].__init__ = lambda self: None",
     "no loras": "M.LoRAModel.__init__ = lambda self, lora_model_id: None",
 }
 STARTERS = {
@@ -28,7 +29,7 @@ STARTERS = {
 }
 PROGRAM = """
 import json, os, sys, traceback
-import vllm.lora.worker_manager as w, vllm.lora.lora_model as M
+import vllm.lora.worker_manager as w, vllm.lora.lora_model as M, vllm.v1.engine.core_client as C
 from vllm.plugins import load_general_plugins
 W, L = w.WorkerLoRAManager, w.LRUCacheWorkerLoRAManager
 cases, folder = json.loads(sys.argv[1]), sys.argv[2]

@@ -9,7 +9,7 @@ from s3lora_serve.errors import AdapterRejected, GateFailed, Reason
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.preload_reports import reported
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
-from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
+from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, while_alive
 
 FIRST_REPLACEMENT_ID = 2**30
 """Ids from here on are for replaced adapters. vLLM counts its own from 1, in 32 bits."""
@@ -53,7 +53,7 @@ class EngineLoad:
         try:
             if not unchanged:
                 await self._preload(engine, (request.lora_name, str(path), request.lora_int_id))
-            added = await original(engine, request)
+            added = await while_alive(engine, original(engine, request))
         except AdapterRejected as refusal:
             return False, Reason.of(refusal)
         return added, await self._refusal(engine, request, path.name)
@@ -63,7 +63,7 @@ class EngineLoad:
         self._controller.store.unpin(path)
         if not unchanged:
             await call_workers(engine, "s3lora_forget", (str(path), adapter_id))
-            await engine.remove_lora(adapter_id)
+            await while_alive(engine, engine.remove_lora(adapter_id))
 
     async def trial(self, engine: Any, name: str, path: Path) -> Reason | None:
         """Why a worker would not serve a stored copy; it is read there, and not added."""

@@ -10,6 +10,7 @@ from typing import Any
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.api.worker_calls import while_alive
 
 POLL_SECONDS = 1.0
 """Interval between checks for running requests of an adapter that is to be unloaded. A request that
@@ -78,5 +79,5 @@ class ServedAdapters:
             await asyncio.sleep(POLL_SECONDS)
             while compat.has_requests_under_way(engine, adapter.adapter_id):
                 await asyncio.sleep(POLL_SECONDS)
-            await engine.remove_lora(adapter.adapter_id)
+            await while_alive(engine, engine.remove_lora(adapter.adapter_id))
         self._controller.store.unpin(adapter.path)

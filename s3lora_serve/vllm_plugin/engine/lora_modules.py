@@ -46,7 +46,7 @@ def module_shapes(manager: Any) -> dict[str, tuple[int, int]]:
     adapter_manager = compat.lora_manager(manager)
     shapes: dict[str, tuple[int, int]] = {}
     for name, layer in adapter_manager.modules.items():
-        parts = adapter_manager.packed_modules.get(name, [name])
+        parts = compat.packed_modules(adapter_manager).get(name, [name])
         if hasattr(layer, "moe_config"):
             shapes |= _expert_shapes(adapter_manager.model, layer, parts)
             continue

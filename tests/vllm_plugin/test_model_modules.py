@@ -1,0 +1,106 @@
+"""The API server knows the model's modules as the workers do, and refuses others before scoring."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from s3lora_serve.adapter.private_copy import copy_adapter
+from s3lora_serve.adapter.reader import read_adapter
+from s3lora_serve.errors import DoesNotFitModel, RefusedByVLLM
+from s3lora_serve.policy.schema import Limits
+from s3lora_serve.vllm_plugin.compat import WeightsMapper
+from s3lora_serve.vllm_plugin.model_modules import ModelModules
+from tests.support.adapters import write_adapter
+
+SHAPES = {
+    "language_model.layers.0.q_proj": (8, 6),
+    "language_model.layers.0.v_proj": (4, 6),
+    "language_model.layers.1.q_proj": (8, 6),
+}
+MAPPER = WeightsMapper(
+    orig_to_new_regex={re.compile(r"^vision\.", re.ASCII): None, re.compile("query"): "q_proj"},
+    orig_to_new_prefix={"model.": "language_model."},
+    orig_to_new_substr={".old_proj": ".v_proj"},
+)
+
+
+def sent(modules):
+    """What the API server knows after a worker's answer went through a call."""
+    return ModelModules.of_workers([json.loads(json.dumps(modules.as_plain()))])
+
+
+@pytest.fixture
+def known():
+    return sent(ModelModules(SHAPES, MAPPER, is_whole=True))
+
+
+@pytest.fixture
+def adapter(tmp_path_factory):
+    """Makes an adapter of modules with these names and shapes (m, n)."""
+
+    def make(modules):
+        tensors = {}
+        for name, (m, n) in modules.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(4, n)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(m, 4)
+        folder = write_adapter(tmp_path_factory.mktemp("adapter") / "a", tensors)
+        return read_adapter(copy_adapter(folder, Limits(), None), Limits())
+
+    return make
+
+
+def test_names_are_mapped_as_in_the_worker(known, adapter):
+    given = adapter(
+        {
+            "model.layers.0.query": (8, 6),
+            "model.layers.0.old_proj": (4, 6),
+            "model.layers.1.q_proj": (8, 6),
+        }
+    )
+    in_worker = ModelModules(SHAPES, MAPPER, is_whole=True).served_names(given)
+    assert known.served_names(given) == in_worker
+    assert set(in_worker.values()) == set(SHAPES)
+    known.check(given)
+
+
+@pytest.mark.parametrize(
+    ("modules", "problem"),
+    [
+        ({"model.layers.2.q_proj": (8, 6)}, "no LoRA on module language_model.layers.2.q_proj"),
+        ({"model.layers.0.q_proj": (8, 8)}, "8 x 8 matrix, the model's is 8 x 6"),
+        ({"model.layers.0.v_proj": (8, 6)}, "8 x 6 matrix, the model's is 4 x 6"),
+        ({f"model.layers.{i}.q_proj": (8, 6) for i in range(4)}, "has 4 modules"),
+        (
+            {"model.layers.0.query": (8, 6), "model.layers.0.q_proj": (8, 6)},
+            "does not map to one module",
+        ),
+    ],
+)
+def test_what_the_model_lacks_is_refused_with_its_name(known, adapter, modules, problem):
+    with pytest.raises(DoesNotFitModel, match=re.escape(problem)):
+        known.check(adapter(modules))
+
+
+def test_a_name_that_vllm_would_not_map_is_refused(known, adapter):
+    with pytest.raises(RefusedByVLLM):
+        known.check(adapter({"vision.q_proj": (8, 6)}))
+
+
+def test_where_the_mapper_cannot_be_sent_shapes_and_numbers_are_still_checked(adapter):
+    odd = WeightsMapper(orig_to_new_stacked={".q": (".qkv", "q")})
+    known = sent(ModelModules(SHAPES, odd, is_whole=True))
+    known.check(adapter({"renamed.by.this.mapper": (8, 6)}))
+    with pytest.raises(DoesNotFitModel, match="no such LoRA module"):
+        known.check(adapter({"renamed.by.this.mapper": (8, 7)}))
+
+
+def test_pipeline_stages_together_are_the_whole_model(adapter):
+    stages = [
+        ModelModules({name: shape}, None, is_whole=False).as_plain()
+        for name, shape in SHAPES.items()
+    ]
+    known = ModelModules.of_workers(stages)
+    assert known.shapes == SHAPES
+    assert known.is_whole
