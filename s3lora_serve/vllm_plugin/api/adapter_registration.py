@@ -25,6 +25,7 @@ from s3lora_serve.errors import (
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
+from s3lora_serve.vllm_plugin.api.requester import requester
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, is_first_server
 from s3lora_serve.vllm_plugin.threads import use_cores
@@ -91,7 +92,8 @@ class AdapterRegistration:
         written = True
         # Every API server registers the static adapters; one of them reports each decision.
         if door.get() != "static" or is_refused(verdict) or is_first_server(engine):
-            written = await self._in_thread(self.controller.events.decided, verdict, door.get())
+            report = partial(self.controller.events.decided, stored=path, asked_by=requester.get())
+            written = await self._in_thread(report, verdict, door.get())
         if path is None or is_refused(verdict):
             raise Refused(str(verdict.reason))
         if not written and self.controller.policy.audit.required and verdict.mode == "enforce":
@@ -160,6 +162,9 @@ class AdapterRegistration:
             if reason := await self._workers_refusal(engine, request, path.name):
                 verdict = with_rejection(verdict, reason)
             loaded = not is_refused(verdict)
+        except BaseException as failure:  # also cancellation by the client
+            self._report_failure(verdict, path, failure)
+            raise
         finally:
             # Also on cancellation by the client: no unregistered adapter may stay under the id.
             if not loaded:
@@ -168,6 +173,12 @@ class AdapterRegistration:
                 if not unchanged:
                     await engine.remove_lora(request.lora_int_id)
         return added, verdict
+
+    def _report_failure(self, verdict: Verdict, path: Path, failure: BaseException) -> None:
+        """Report a load that failed after admission, without waiting: the task may be cancelled."""
+        report = partial(self.controller.events.load_failed, stored=path, asked_by=requester.get())
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(None, report, verdict, door.get(), failure)
 
     async def _admit(self, engine: Any, request: Any) -> tuple[Verdict, Path | None]:
         """The verdict, and the stored copy that workers may load (None if refused)."""

@@ -78,7 +78,7 @@ class LLMEngineAdmission:
             self._model_shapes(engine),
             store_refused=True,
         )
-        self._controller.events.decided(verdict, "engine")
+        self._controller.events.decided(verdict, "engine", stored=path)
         return path
 
     def _model_shapes(self, engine: Any) -> set[tuple[int, int]]:

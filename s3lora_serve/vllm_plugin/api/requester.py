@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
+from s3lora_serve.telemetry.audit_event import Requester
 from s3lora_serve.vllm_plugin.api.api_key import given_key
 
 App = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
@@ -13,14 +13,6 @@ App = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
 KEY_DIGITS = 16
 """Hexadecimal digits of a key's sha256 that name the key: enough to tell keys apart, and too few to
 confirm a guess of a weak key beyond doubt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Requester:
-    """One client of the API server."""
-
-    key: str | None  # the start of the sha256 of its API key; None: the server has no keys
-    address: str | None  # its network address, or that of a proxy in front of the server
 
 
 requester: ContextVar[Requester | None] = ContextVar("requester", default=None)

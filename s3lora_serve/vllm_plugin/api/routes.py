@@ -1,5 +1,6 @@
 """HTTP routes in vLLM's API server: status, served adapters, policy, scan, load."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
-from s3lora_serve.vllm_plugin.api.requester import RequesterNote
+from s3lora_serve.vllm_plugin.api.requester import RequesterNote, requester
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
 
 DECISION_HEADER = "X-S3LoRA-Decision"
@@ -156,6 +157,8 @@ class GateRoutes:
             verdict = await registration.dry_run(self._engine, lora_name, lora_path)
         except compat.LoRAAdapterNotFoundError as error:
             return not_found(str(error))
+        events = registration.controller.events
+        await asyncio.to_thread(events.scanned, verdict, requester.get())
         return JSONResponse(verdict.as_json())
 
     def _load_route(self) -> Any:

@@ -2,14 +2,18 @@
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.telemetry.audit_event import Copy
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.api.requester import requester
 
 POLL_SECONDS = 1.0
 """Interval between checks for running requests of an adapter that is to be unloaded. A request that
@@ -57,6 +61,9 @@ class ServedAdapters:
         if not adapter.is_experiment:
             self._controller.events.metrics.serve(adapter.verdict)
         if before is not None:
+            if before.path != adapter.path:
+                now = Copy(adapter.verdict.digest, adapter.path.name)
+                _report(self._controller.events.replaced, before, now)
             self._unload(engine, before)
 
     def remove(self, engine: Any, name: str) -> None:
@@ -64,6 +71,7 @@ class ServedAdapters:
         adapter = self._adapters.pop(name, None)
         if adapter is not None:
             self._controller.events.metrics.withdraw(name)
+            _report(self._controller.events.unloaded, adapter)
             self._unload(engine, adapter)
 
     def _unload(self, engine: Any, adapter: ServedAdapter) -> None:
@@ -80,3 +88,9 @@ class ServedAdapters:
                 await asyncio.sleep(POLL_SECONDS)
             await engine.remove_lora(adapter.adapter_id)
         self._controller.store.unpin(adapter.path)
+
+
+def _report(report: Callable[..., None], adapter: ServedAdapter, *more: Copy) -> None:
+    """Report what a request did to an adapter. On a thread, which may wait for the audit log."""
+    work = partial(report, adapter.verdict, adapter.path, *more, asked_by=requester.get())
+    asyncio.get_running_loop().run_in_executor(None, work)
