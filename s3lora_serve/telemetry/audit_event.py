@@ -83,6 +83,6 @@ def _asker(requester: Requester | None) -> str | None:
         address = ipaddress.ip_address(requester.address)
     except ValueError:  # a proxy's word
         return requester.address[:MAX_ADDRESS]
-    if address.version == 4:
-        return str(address)
-    return str(ipaddress.ip_network((int(address), _SITE_BITS), strict=False))
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((int(address), _SITE_BITS), strict=False))
+    return str(address)

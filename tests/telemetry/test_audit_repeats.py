@@ -135,6 +135,15 @@ def test_a_client_cannot_vary_what_its_refusals_are_counted_by(writer, path, ask
     assert named(path) == [("tenant-0", 1)]
 
 
+@pytest.mark.parametrize("address", ["192.0.2.{}", "::ffff:192.0.2.{}", "2001:db8:0:{}::1", "{}"])
+def test_clients_of_other_networks_are_counted_apart(writer, path, address):
+    for number in range(1, 6):
+        for _ in range(2):
+            asked_by = Requester(None, address.format(number))
+            writer.write(refusal(str(number), asked_by=asked_by))
+    assert named(path) == [(str(number), 1) for number in range(1, 6)]
+
+
 def test_a_count_says_how_many_since_when_and_what_the_last_one_was(writer, path):
     for name in "abc":
         writer.write(refusal(name))
