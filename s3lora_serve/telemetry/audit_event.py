@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from s3lora_serve.admission.verdict import Decision, Verdict, is_refused
+from s3lora_serve.admission.verdict import Decision, Verdict
 
 MAX_ADDRESS = 64
 """Characters of an address that tell requesters apart. The longest numeric one has 45."""
@@ -66,8 +66,8 @@ class AuditEvent:
         """What repeated refusals are counted by; None if the event has a line in any case."""
         if self.event not in (Event.DECISION, Event.SCAN):
             return None
-        served = self.stored_copy is not None and not is_refused(self.verdict)
-        if served or self.verdict.decision is not Decision.REJECTED:
+        # Audit mode serves what it would refuse.
+        if self.verdict.decision is not Decision.REJECTED or self.stored_copy is not None:
             return None
         code = self.verdict.reason.code if self.verdict.reason else None
         return _asker(self.asked_by), self.event, code

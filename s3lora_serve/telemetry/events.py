@@ -8,7 +8,7 @@ from asyncio import CancelledError
 from logging import Logger
 from pathlib import Path
 
-from s3lora_serve.admission.verdict import Decision, Verdict, with_rejection
+from s3lora_serve.admission.verdict import Decision, Verdict, is_refused, with_rejection
 from s3lora_serve.errors import (
     AuditFailed,
     DeadlinePassed,
@@ -79,7 +79,7 @@ class AdmissionEvents:
         Args:
             verdict: the decision.
             door: where the adapter arrived.
-            stored: the stored copy that may be loaded; None if nothing is.
+            stored: the stored copy, which is served unless the verdict refuses it.
             asked_by: who registers the adapter, as far as known.
         """
         report = (
@@ -91,7 +91,7 @@ class AdmissionEvents:
         else:
             self.metrics.record(verdict, self._device)
         self._count_failure(verdict.reason)
-        copy = stored.name if stored else None
+        copy = stored.name if stored and not is_refused(verdict) else None
         return self._write(
             AuditEvent(Event.DECISION, verdict, door=door, stored_copy=copy, asked_by=asked_by)
         )

@@ -214,6 +214,16 @@ def test_nothing_about_a_served_adapter_is_counted(writer, path):
     assert [line["event"] for line in lines(path)] == [event.event.value for event in served] * 3
 
 
+def test_what_workers_refuse_and_audit_mode_serves_is_told_apart(reported, path):
+    """Both verdicts are rejected, and both adapters have a stored copy."""
+    for name in "abc":
+        reported.decided(refused(name), "http", stored=STORED, asked_by=MALLORY)
+        reported.decided(refused(name, mode="audit"), "http", stored=STORED, asked_by=MALLORY)
+    copies = [(line["adapter"], line["mode"], line["stored_copy"]) for line in lines(path)]
+    auditing = [(name, "audit", STORED.name) for name in "abc"]
+    assert copies == [("a", "enforce", None), *auditing]
+
+
 def test_what_audit_mode_does_not_load_is_counted_too(writer, path):
     for name in "abc":
         writer.write(refusal(name, mode="audit"))
