@@ -9,18 +9,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, BinaryIO
 
-MAX_LINE_BYTES = 64 * 2**20
-"""Maximum length of a line. The escaped names in the largest header that is read take 48 MB."""
+MAX_READ_BYTES = 64 * 2**20
+"""Maximum length of a line that is read. Today's are far shorter (`audit_line.py`); earlier
+versions wrote all names of an adapter, which take 48 MB in the largest header."""
 
 MAX_BREAKS = 100
 """Maximum number of breaks that are described. Further breaks are only counted."""
 
 _BLOCK = 8192
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", re.ASCII)
+_START = re.compile(rb'\{"previous":(null|"sha256:[0-9a-f]{64}")')
 _ABSENT = object()
 
 Files = Sequence[tuple[str, BinaryIO, int]]
@@ -45,7 +48,8 @@ class Chain:
     last: str | None = None  # time of the last line that has one
     begins: str | None = None  # digest of the line before the first kept line
     ends: str | None = None  # digest of the last line
-    expected: bool = False  # whether the expected digest is that of a line, or `begins`
+    from_start: bool = False  # whether the first kept line is the first that was ever written
+    found: set[str] = field(default_factory=set)  # sought digests that are a line's, or `begins`
     breaks: list[Finding] = field(default_factory=list)
     broken: int = 0  # number of breaks, including those not described
     notes: list[Finding] = field(default_factory=list)
@@ -79,7 +83,7 @@ def last_line(descriptor: int) -> tuple[bytes | None, bool]:
     ended = os.pread(descriptor, 1, size - 1) == b"\n"
     start, block, held = size - ended, _BLOCK, b""
     while start > 0:
-        if len(held) > MAX_LINE_BYTES:
+        if len(held) > MAX_READ_BYTES:
             raise OSError(errno.EINVAL, f"no audit log: no line in the last {len(held)} bytes")
         step = min(block, start)
         start, block = start - step, block * 2
@@ -89,8 +93,8 @@ def last_line(descriptor: int) -> tuple[bytes | None, bool]:
     return held, ended
 
 
-def walk(files: Files, expected: str | None = None) -> Chain:
-    """Check the chain through all files.
+def walk(files: Files, sought: Collection[str] = ()) -> Chain:
+    """Check the chain through all files, and look for the sought digests of lines.
 
     Raises:
         OSError: a file cannot be read.
@@ -99,7 +103,7 @@ def walk(files: Files, expected: str | None = None) -> Chain:
     pairs: list[tuple[_Line, _Line]] = []
     before: _Line | None = None
     for line in _lines(files):
-        _count(chain, line, expected)
+        _count(chain, line, sought)
         if before is not None:
             if _follows(line, before):
                 _note(chain, before, line)
@@ -125,7 +129,7 @@ def _lines(files: Files) -> Iterator[_Line]:
     for name, stream, size in files:
         stream.seek(0)
         number = 0
-        while size > 0 and (data := stream.readline(min(size, MAX_LINE_BYTES))):
+        while size > 0 and (data := stream.readline(min(size, MAX_READ_BYTES))):
             size -= len(data)
             number += 1
             text = data.removesuffix(b"\n")
@@ -141,16 +145,36 @@ def _entry(text: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _count(chain: Chain, line: _Line, expected: str | None) -> None:
-    if not chain.lines and isinstance(claim := _claim(line), str):
-        chain.begins = claim
-        chain.expected = claim == expected
+def _count(chain: Chain, line: _Line, sought: Collection[str]) -> None:
+    if not chain.lines:
+        claim = _first_claim(line)
+        chain.from_start = claim is None
+        if isinstance(claim, str):
+            chain.begins = claim
+            chain.found |= {claim}.intersection(sought)
     chain.lines += 1
-    chain.expected |= line.digest == expected
-    time = line.entry.get("time") if line.entry else None
-    if isinstance(time, str) and _TIME.fullmatch(time):
+    chain.found |= {line.digest}.intersection(sought)
+    if time := _time(line):
         chain.first = chain.first or time
         chain.last = time
+
+
+def _time(line: _Line) -> str | None:
+    time = line.entry.get("time") if line.entry else None
+    if not isinstance(time, str) or not _TIME.fullmatch(time):
+        return None
+    try:
+        datetime.fromisoformat(time)
+    except ValueError:
+        return None
+    return time
+
+
+def _first_claim(line: _Line) -> object:
+    """The claim of the first kept line, also if it was cut off after its digest."""
+    if line.entry is None and (start := _START.match(line.text)):
+        return json.loads(start[1])
+    return _claim(line)
 
 
 def _claim(line: _Line) -> object:

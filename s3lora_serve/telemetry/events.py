@@ -1,11 +1,14 @@
 """Events of one process, written to log, metrics and audit log.
 
-No event changes a decision, except that `audit.required` refuses what cannot be written.
+No event changes a decision, except that `audit.required` refuses what cannot be written. Every
+method may be called from any thread; those that write the audit log may wait for its lock.
 """
 
+from asyncio import CancelledError
 from logging import Logger
+from pathlib import Path
 
-from s3lora_serve.admission.verdict import Decision, Verdict, with_rejection
+from s3lora_serve.admission.verdict import Decision, Verdict, is_refused, with_rejection
 from s3lora_serve.errors import (
     AuditFailed,
     DeadlinePassed,
@@ -16,7 +19,9 @@ from s3lora_serve.errors import (
 )
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.spectral import resolve_device
+from s3lora_serve.telemetry.audit_event import AuditEvent, Copy, Event, Requester
 from s3lora_serve.telemetry.audit_log import AuditLog
+from s3lora_serve.telemetry.audit_writer import AuditWriter
 from s3lora_serve.telemetry.metrics import Metrics
 
 EXPERIMENT = "experiment"
@@ -39,10 +44,12 @@ class AdmissionEvents:
         self._logger = logger
         audit = policy.audit
         self._audit: AuditLog | None = None
+        self._writer: AuditWriter | None = None
         if audit.path is not None:
             self._audit = AuditLog(
                 audit.path, vllm_version, max_bytes=audit.max_bytes, keep=audit.keep
             )
+            self._writer = AuditWriter(self._audit, self._not_written)
 
     def require_audit(self, policy: Policy) -> None:
         """Check that the audit log can be written, if the policy requires one.
@@ -59,8 +66,22 @@ class AdmissionEvents:
         except OSError as problem:  # counted when the refusal itself cannot be written
             raise AuditFailed(f"audit log {self._audit.path}: {problem.strerror}") from None
 
-    def decided(self, verdict: Verdict, door: str) -> bool:
-        """Report a decision; return False if it could not be written to the audit log."""
+    def decided(
+        self,
+        verdict: Verdict,
+        door: str,
+        *,
+        stored: Path | None = None,
+        asked_by: Requester | None = None,
+    ) -> bool:
+        """Report a decision; return False if it could not be written to the audit log.
+
+        Args:
+            verdict: the decision.
+            door: where the adapter arrived.
+            stored: the stored copy, which is served unless the verdict refuses it.
+            asked_by: who registers the adapter, as far as known.
+        """
         report = (
             self._logger.warning if verdict.decision is Decision.REJECTED else self._logger.info
         )
@@ -70,13 +91,62 @@ class AdmissionEvents:
         else:
             self.metrics.record(verdict, self._device)
         self._count_failure(verdict.reason)
-        return self._write(verdict, door)
+        copy = stored.name if stored and not is_refused(verdict) else None
+        return self._write(
+            AuditEvent(Event.DECISION, verdict, door=door, stored_copy=copy, asked_by=asked_by)
+        )
+
+    def scanned(self, verdict: Verdict, asked_by: Requester | None) -> None:
+        """Report a decision on an adapter that is not registered."""
+        self._write(AuditEvent(Event.SCAN, verdict, asked_by=asked_by))
+
+    def load_failed(
+        self,
+        verdict: Verdict,
+        door: str,
+        failure: BaseException,
+        *,
+        stored: Path,
+        asked_by: Requester | None,
+    ) -> None:
+        """Report an admitted adapter that the engine did not load, or whose client left."""
+        said = f"{type(failure).__name__}: {failure}".removesuffix(": ")
+        why = "cancelled" if isinstance(failure, CancelledError) else said
+        self._logger.warning("s3lora: adapter %r was not loaded: %s", verdict.name, why)
+        self._write(
+            AuditEvent(
+                Event.LOAD_FAILED,
+                verdict,
+                door=door,
+                stored_copy=stored.name,
+                asked_by=asked_by,
+                failure=why,
+            )
+        )
+
+    def replaced(
+        self, verdict: Verdict, stored: Path, by: Copy, *, asked_by: Requester | None
+    ) -> None:
+        """Report the end of an adapter whose name another one takes."""
+        self._write(
+            AuditEvent(
+                Event.REPLACEMENT,
+                verdict,
+                stored_copy=stored.name,
+                asked_by=asked_by,
+                replaced_by=by,
+            )
+        )
+
+    def unloaded(self, verdict: Verdict, stored: Path, *, asked_by: Requester | None) -> None:
+        """Report an adapter that is not served any more."""
+        self._write(AuditEvent(Event.UNLOAD, verdict, stored_copy=stored.name, asked_by=asked_by))
 
     def reloaded(self, verdict: Verdict, source: str) -> None:
         """Report an evicted adapter that was loaded again, from the `store` or from its `path`."""
         self.metrics.reloads.labels(source).inc()
         if source == "store":
-            self._write(verdict, "reload")
+            self._write(AuditEvent(Event.RELOAD, verdict))
 
     def policy_kept(self, problem: str, policy: Policy) -> None:
         """Report a changed policy file that is invalid; `policy` stays in force."""
@@ -90,22 +160,18 @@ class AdmissionEvents:
         )
         self.metrics.quarantined.labels(reason.code).inc()
         self._count_failure(reason)
-        self._write(with_rejection(verdict, reason), "quarantine")
+        self._write(AuditEvent(Event.QUARANTINE, with_rejection(verdict, reason)))
 
     def _count_failure(self, reason: Reason | None) -> None:
         if reason and reason.code in _FAILURES:
             self.metrics.failures.labels(_FAILURES[reason.code]).inc()
 
-    def _write(self, verdict: Verdict, door: str) -> bool:
-        if self._audit is None:
-            return True
-        try:
-            self._audit.record(verdict, door)
-        except OSError as problem:
-            self._logger.error("s3lora: audit log %s: %s", self._audit.path, problem)
-            self.metrics.failures.labels("audit").inc()
-            return False
-        return True
+    def _write(self, event: AuditEvent) -> bool:
+        return self._writer is None or self._writer.write(event)
+
+    def _not_written(self, problem: OSError) -> None:
+        self._logger.error("s3lora: audit log %s: %s", self._audit and self._audit.path, problem)
+        self.metrics.failures.labels("audit").inc()
 
 
 def _summary(verdict: Verdict) -> str:

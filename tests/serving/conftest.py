@@ -60,6 +60,7 @@ def enforcing(model, spiked, policy_file, resolver_folder, workplace):
     """A guarded server in enforce mode; one adapter is given on the command line."""
     environment = OPEN_LOADING | {
         "S3LORA_POLICY": str(policy_file),
+        "S3LORA_STATE_DIR": str(workplace / "enforcing-state"),
         "S3LORA_AUDIT_LOG": str(workplace / "audit.jsonl"),
         "VLLM_LORA_RESOLVER_CACHE_DIR": str(resolver_folder),
     }

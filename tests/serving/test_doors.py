@@ -1,9 +1,15 @@
 """Every way to load an adapter into a real vLLM server passes the gate; stripped modules have no
 effect."""
 
+import http.client
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 import uuid
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -249,16 +255,92 @@ def test_metrics_agree_with_the_verdict(enforcing, spiked, policy_file, name, tm
     assert 'mode="enforce"' in info
 
 
+def audit_lines(workplace, count, **wanted):
+    """The lines with these values, once there are `count`: some follow a request's answer."""
+    deadline = time.monotonic() + 30
+    while True:
+        lines = [json.loads(line) for line in (workplace / "audit.jsonl").read_text().splitlines()]
+        found = [line for line in lines if wanted.items() <= line.items()]
+        if len(found) >= count or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
 def test_every_decision_is_in_the_audit_log(enforcing, spiked, workplace, name, tmp_path):
-    assert enforcing.load(name, spiked).status_code == 200
+    tenant = replace(enforcing, client="127.0.0.7")  # refused for the first time
+    assert tenant.load(name, spiked).status_code == 200
     bad = BAD["NaN"][0](spiked, tmp_path / "bad")
-    assert enforcing.load(f"{name}-bad", bad).status_code == 400
-    lines = [json.loads(line) for line in (workplace / "audit.jsonl").read_text().splitlines()]
-    ours = {line["adapter"]: line for line in lines if line["adapter"].startswith(name)}
-    assert ours[name]["decision"] == "stripped"
-    assert len(ours[name]["stripped"]) == TOP_K
-    assert (ours[f"{name}-bad"]["decision"], ours[f"{name}-bad"]["reason"]) == (
-        "rejected",
-        "S3LORA-109",
-    )
-    assert ours[name]["vllm_version"]
+    assert tenant.load(f"{name}-bad", bad).status_code == 400
+    [line] = audit_lines(workplace, 1, adapter=name)
+    assert (line["event"], line["door"], line["decision"]) == ("decision", "http", "stripped")
+    assert len(line["stripped"]) == TOP_K
+    assert list((workplace / "enforcing-state").glob(f"*/{line['stored_copy']}"))
+    assert line["vllm_version"]
+    [bad_line] = audit_lines(workplace, 1, adapter=f"{name}-bad")
+    assert (bad_line["decision"], bad_line["reason"]) == ("rejected", "S3LORA-109")
+    assert bad_line["stored_copy"] is None
+    for one in (line, bad_line):
+        assert one["asked_by"] == {"key": None, "address": "127.0.0.7"}
+
+
+def test_scans_replacements_and_unloads_are_in_the_audit_log(
+    enforcing, spiked, trained, workplace, name
+):
+    asked_by = {"key": None, "address": "127.0.0.1"}
+    scanned = enforcing.post("/s3lora/scan", lora_name=name, lora_path=str(spiked))
+    assert scanned.status_code == 200
+    [scan] = audit_lines(workplace, 1, adapter=name)
+    assert (scan["event"], scan["decision"], scan["asked_by"]) == ("scan", "stripped", asked_by)
+    assert enforcing.load(name, spiked).status_code == 200
+    assert enforcing.load(name, spiked, load_inplace=True).status_code == 200  # replaces nothing
+    assert enforcing.load(name, trained, load_inplace=True).status_code == 200
+    first, same, second = audit_lines(workplace, 3, adapter=name, event="decision")
+    assert first["stored_copy"] == same["stored_copy"] != second["stored_copy"]
+    [replaced] = audit_lines(workplace, 1, adapter=name, event="replacement")
+    assert (replaced["digest"], replaced["stored_copy"]) == (first["digest"], first["stored_copy"])
+    after = {"digest": second["digest"], "stored_copy": second["stored_copy"]}
+    assert (replaced["replaced_by"], replaced["asked_by"]) == (after, asked_by)
+    assert enforcing.unload(name).status_code == 200
+    [ended] = audit_lines(workplace, 1, adapter=name, event="unload")
+    assert (ended["stored_copy"], ended["asked_by"]) == (second["stored_copy"], asked_by)
+
+
+def engine_of(server):
+    """The process of the server's engine."""
+    command = ["ps", "-o", "pid=,args=", "-s", str(server.process.pid)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    [engine] = [line for line in found.splitlines() if "EngineCore" in line]
+    return int(engine.split()[0])
+
+
+def test_a_load_whose_client_leaves_after_its_admission_is_in_the_audit_log(
+    enforcing, spiked, model, resolver_folder, workplace, name
+):
+    """vLLM cancels a completion whose client leaves, and with it the load by a resolver."""
+    copy_with(spiked, resolver_folder / name, outlier, base_model_name_or_path=str(model))
+    stored = workplace / "enforcing-state"
+    before = set(stored.glob(f"*/*/{WEIGHTS}"))
+    client = http.client.HTTPConnection("127.0.0.1", enforcing.port)
+    engine = engine_of(enforcing)
+    os.kill(engine, signal.SIGSTOP)  # the load cannot end
+    try:
+        body = json.dumps({"model": name, "prompt": "Q", "max_tokens": 1})
+        client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        deadline = time.monotonic() + 30
+        while before == set(stored.glob(f"*/*/{WEIGHTS}")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # from the store to the engine
+        client.close()
+        [line] = audit_lines(workplace, 1, adapter=name)
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    assert (line["event"], line["failure"]) == ("load_failed", "cancelled")
+    assert (line["door"], line["decision"]) == ("resolver", "stripped")
+    assert line["asked_by"]["address"] == "127.0.0.1"
+    assert enforcing.get("/health").status_code == 200
+
+
+def outlier(tensors):
+    """Weights that no other test has stored."""
+    first = next(iter(tensors))
+    tensors[first] = tensors[first] * 1.25

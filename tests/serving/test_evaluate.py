@@ -1,5 +1,6 @@
 """`s3lora evaluate` against a guarded vLLM of a small chat model: settings, plan, interruption."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -317,6 +318,10 @@ def test_experiments_count_apart_and_the_audit_log_says_so(server, chat):
     assert not any("eval/" in key for key in after if key.startswith("s3lora_"))
     lines = [json.loads(line) for line in (server.folder / "audit.jsonl").read_text().splitlines()]
     assert {line["door"] for line in lines if line["adapter"].startswith("eval/")} <= {
-        "experiment", "http",
+        "experiment", "http", "unload", "replacement",
     }  # fmt: skip
-    assert [line["door"] for line in lines if line["adapter"] == "eval/counted"] == ["experiment"]
+    ours = [line for line in lines if line["adapter"] == "eval/counted"]
+    decided = [line for line in ours if line["event"] == "decision"]
+    assert [line["door"] for line in decided] == ["experiment"]
+    asked = {line["asked_by"]["key"] for line in ours}
+    assert asked == {hashlib.sha256(KEY.encode()).hexdigest()[:16]}

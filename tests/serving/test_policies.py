@@ -1,5 +1,6 @@
 """Policy options that need a real engine to test: unscorable weights, deadline, audit log."""
 
+import json
 import shutil
 
 import pytest
@@ -97,3 +98,21 @@ def test_nothing_is_admitted_that_cannot_be_audited(unscorable, trained, workpla
     assert unscorable.metrics()['s3lora_failures_total{reason="audit"}'] == before + 1
     assert unscorable.load("written", trained).status_code == 200
     assert '"written"' in (folder / "audit.jsonl").read_text()
+
+
+def test_repeated_refusals_are_one_line_and_a_count_when_the_server_ends(unscorable, tmp_path):
+    """The last test of this server: it ends here."""
+    log = unscorable.log.parent / "unscorable" / "audit.jsonl"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for number in range(20):
+        assert unscorable.load(f"burst-{number}", empty).status_code == 400
+
+    def burst():
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        named = [line for line in lines if line["adapter"].startswith("burst-")]
+        return [(line["adapter"], line["reason"], line["count"]) for line in named]
+
+    assert burst() == [("burst-0", "S3LORA-101", 1)]
+    unscorable.stop()
+    assert burst()[1:] == [("burst-19", "S3LORA-101", 19)]

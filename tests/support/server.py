@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import requests
+from requests.adapters import HTTPAdapter
 
 START_SECONDS = 240
 ENGINE = (
@@ -48,6 +49,17 @@ def _default_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+class _SentFrom(HTTPAdapter):
+    """Sends requests from one of this machine's addresses."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, source_address=(self._address, 0), **options)
+
+
 @dataclass
 class Server:
     """One server process. Use as a context manager, which ends the process."""
@@ -61,6 +73,7 @@ class Server:
     python: str = sys.executable
     key: str | None = None  # the API key, if the server has one
     headers: Mapping[str, str] = field(default_factory=dict)  # sent with every request
+    client: str | None = None  # the address that requests are sent from; None: the usual one
     folder: Path | None = None  # working directory; the tests' own puts this project on the path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -134,7 +147,10 @@ class Server:
     def request(self, method: str, path: str, **options: Any) -> requests.Response:
         bearer = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         options = {"headers": bearer | dict(self.headers)} | options
-        return requests.request(method, self.url(path), timeout=120, **options)
+        with requests.Session() as session:
+            if self.client:
+                session.mount("http://", _SentFrom(self.client))
+            return session.request(method, self.url(path), timeout=120, **options)
 
     def get(self, path: str) -> requests.Response:
         return self.request("GET", path)

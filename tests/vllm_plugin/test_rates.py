@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from s3lora_serve.errors import RateExceeded
 from s3lora_serve.policy.schema import Rates
 from s3lora_serve.vllm_plugin.api.rates import TenantRates, tenant_of
-from s3lora_serve.vllm_plugin.api.requester import Requester, requester
+from s3lora_serve.vllm_plugin.api.requester import Requester, keys_tell_apart, requester
 
 
 class Clock:
@@ -83,15 +83,18 @@ def test_no_minute_has_more_than_twice_the_rate(pauses, per_minute):
 
 
 @pytest.mark.parametrize(
-    ("asks", "tenant"),
+    ("asks", "several", "tenant"),
     [
-        (None, "acme"),
-        (Requester(None, "192.0.2.7"), "acme"),
-        (Requester("0123456789abcdef", "192.0.2.7"), "acme"),
-        (Requester("0123456789abcdef", "192.0.2.7", is_only_key=False), "key 0123456789abcdef"),
+        (None, False, "acme"),
+        (Requester(None, "192.0.2.7"), True, "acme"),
+        (Requester("0123456789abcdef", "192.0.2.7"), False, "acme"),
+        (Requester("0123456789abcdef", "192.0.2.7"), True, "key 0123456789abcdef"),
     ],
 )
-def test_a_tenant_is_a_key_if_there_are_several_and_else_the_first_part_of_a_name(asks, tenant):
-    token = requester.set(asks)
+def test_a_tenant_is_a_key_if_there_are_several_and_else_the_first_part_of_a_name(
+    asks, several, tenant
+):
+    tokens = requester.set(asks), keys_tell_apart.set(several)
     assert tenant_of("acme/support/v2") == tenant
-    requester.reset(token)
+    requester.reset(tokens[0])
+    keys_tell_apart.reset(tokens[1])

@@ -26,7 +26,7 @@ from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, E
 from s3lora_serve.vllm_plugin.api.engine_load import EngineLoad
 from s3lora_serve.vllm_plugin.api.rates import TenantRates, tenant_of
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
-from s3lora_serve.vllm_plugin.api.requester import note_retry
+from s3lora_serve.vllm_plugin.api.requester import note_retry, requester
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads, load_places
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, is_first_server
@@ -56,6 +56,15 @@ class _Attempt:
     downloaded: Path | None  # the folder, if the path is a hub id
     is_abandoned: bool = False  # True: the client left
 
+    def check_wanted(self) -> None:
+        """Check that the client still waits.
+
+        Raises:
+            CancelledError: it does not.
+        """
+        if self.is_abandoned:
+            raise asyncio.CancelledError
+
 
 @dataclass(frozen=True, slots=True)
 class _Registered:
@@ -72,7 +81,8 @@ class AdapterRegistration:
     def __init__(self, controller: AdmissionController) -> None:
         self.controller = controller
         self.recent_decisions = RecentDecisions()
-        self.served = ServedAdapters(controller)
+        self._audit = WorkThreads("audit", 1)
+        self.served = ServedAdapters(controller, self._audit)
         self._engine_load = EngineLoad(controller)
         self._rates = TenantRates()
         self._modules: asyncio.Future[ModelModules] | None = None
@@ -80,7 +90,6 @@ class AdapterRegistration:
         self._loads = WorkThreads("load", load_places(), self._count_waiting)
         self._inspections = WorkThreads("inspect", 1)
         self._downloads = WorkThreads("download", MAX_DOWNLOADS)
-        self._audit = WorkThreads("audit", 1)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def add_lora(
@@ -172,29 +181,31 @@ class AdapterRegistration:
 
         Raises:
             AdapterRejected: the adapter is refused.
+            CancelledError: nobody waits for the answer any more.
         """
         engine, request = attempt.engine, attempt.request
         origin, path = request.lora_path, None
         added = unchanged = False
         try:
             verdict, path = await self._admit(attempt, self._loads)
-            if path is not None and not attempt.is_abandoned:
+            if path is not None:
+                attempt.check_wanted()
                 before = self.served.get(request.lora_name)
                 unchanged = self._engine_load.choose_id(request, path, before)
                 added, refusal = await self._engine_load.load(
                     engine, request, attempt.original, unchanged=unchanged
                 )
                 verdict = with_rejection(verdict, refusal) if refusal else verdict
-            written = await self._record(engine, verdict, attempt.tenant)
+            written = await self._record(engine, verdict, attempt.tenant, path)
             if path is None or is_refused(verdict):
                 raise Refused(str(verdict.reason))
             if not written and self.controller.policy.audit.required and verdict.mode == "enforce":
                 raise AuditFailed("the decision could not be written down")
-            if attempt.is_abandoned:
-                raise Refused("the client left")
-        except BaseException:
+            attempt.check_wanted()
+        except BaseException as failure:
             request.lora_path = origin
             if path is not None:
+                self._report_failure(verdict, path, failure)
                 await self._engine_load.drop(engine, request.lora_int_id, path, unchanged=unchanged)
             raise
         is_experiment = experiment.get() is not None
@@ -207,6 +218,7 @@ class AdapterRegistration:
         if not work.cancelled() and work.exception() is None:
             found = work.result()
             one = found.adapter
+            self._report_failure(one.verdict, one.path, asyncio.CancelledError())
             await self._engine_load.drop(
                 engine, one.adapter_id, one.path, unchanged=found.unchanged
             )
@@ -281,7 +293,21 @@ class AdapterRegistration:
             self._workers_policy = digest
             await call_workers(engine, "s3lora_refresh")
 
-    async def _record(self, engine: Any, verdict: Verdict, tenant: str) -> bool:
+    async def report_scan(self, verdict: Verdict) -> None:
+        """Write a dry scan's verdict to the audit log."""
+        await self._audit.run(self.controller.events.scanned, verdict, requester.get())
+
+    def _report_failure(self, verdict: Verdict, path: Path, failure: BaseException) -> None:
+        """Report a load that failed after admission; a refusal was reported as the decision."""
+        if isinstance(failure, AdapterRejected):
+            return
+        asked_by = requester.get()
+        report = partial(self.controller.events.load_failed, stored=path, asked_by=asked_by)
+        self._audit.start(partial(report, verdict, door.get(), failure))
+
+    async def _record(
+        self, engine: Any, verdict: Verdict, tenant: str, stored: Path | None = None
+    ) -> bool:
         """Report a decision; whether it was written to the audit log."""
         self.recent_decisions.add(verdict)
         if is_refused(verdict):
@@ -289,7 +315,9 @@ class AdapterRegistration:
         # Every API server registers the static adapters; one of them reports each decision.
         if door.get() == "static" and not is_refused(verdict) and not is_first_server(engine):
             return True
-        return await self._audit.run(self.controller.events.decided, verdict, door.get())
+        decided = self.controller.events.decided
+        report = partial(decided, stored=stored, asked_by=requester.get())
+        return await self._audit.run(report, verdict, door.get())
 
     def _count_waiting(self, count: int) -> None:
         self.controller.events.metrics.set_waiting_loads(count)

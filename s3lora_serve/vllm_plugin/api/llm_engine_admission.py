@@ -79,7 +79,7 @@ class LLMEngineAdmission:
             self._model_modules(engine),
             store_refused=True,
         )
-        self._controller.events.decided(verdict, "engine")
+        self._controller.events.decided(verdict, "engine", stored=path)
         return path
 
     def _model_modules(self, engine: Any) -> ModelModules:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from s3lora_serve.errors import RateExceeded
 from s3lora_serve.policy.schema import Rates
-from s3lora_serve.vllm_plugin.api.requester import requester
+from s3lora_serve.vllm_plugin.api.requester import keys_tell_apart, requester
 from s3lora_serve.vllm_plugin.bounded_map import remember
 
 Clock = Callable[[], float]
@@ -20,7 +20,7 @@ def tenant_of(name: str) -> str:
     Without a slash in the name, the whole name is the tenant's.
     """
     asks = requester.get()
-    if asks is not None and asks.key is not None and not asks.is_only_key:
+    if asks is not None and asks.key is not None and keys_tell_apart.get():
         return f"key {asks.key}"
     return name.partition("/")[0]
 

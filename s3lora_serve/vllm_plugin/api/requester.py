@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from s3lora_serve.telemetry.audit_event import Requester
 from s3lora_serve.vllm_plugin.api.api_key import given_key
 
 App = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
@@ -16,17 +17,11 @@ KEY_DIGITS = 16
 confirm a guess of a weak key beyond doubt."""
 
 
-@dataclass(frozen=True, slots=True)
-class Requester:
-    """One client of the API server."""
-
-    key: str | None  # the start of the sha256 of its API key; None: the server has no keys
-    address: str | None  # its network address, or that of a proxy in front of the server
-    is_only_key: bool = True  # False: the server has several keys, so a key tells clients apart
-
-
 requester: ContextVar[Requester | None] = ContextVar("requester", default=None)
 """The client whose request this task serves; None outside of requests (static adapters)."""
+
+keys_tell_apart: ContextVar[bool] = ContextVar("keys_tell_apart", default=False)
+"""Whether the server has several API keys, so that a key tells clients apart."""
 
 
 @dataclass(slots=True)
@@ -59,8 +54,8 @@ class RequesterNote:
         if scope["type"] == "http":
             key = given_key(scope, self._keys)
             client = scope.get("client")
-            address = client[0] if client else None
-            requester.set(Requester(key and _name(key), address, len(self._keys) < 2))
+            requester.set(Requester(key and _name(key), client[0] if client else None))
+            keys_tell_apart.set(len(self._keys) > 1)
             retry_after.set(again := RetryAfter())
             send = partial(_send, send, again)
         await self._app(scope, receive, send)

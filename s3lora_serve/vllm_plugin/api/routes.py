@@ -162,6 +162,7 @@ class GateRoutes:
             return not_found(str(error))
         except LoadPostponed as postponed:
             return turned_away(postponed)
+        await registration.report_scan(verdict)
         return JSONResponse(verdict.as_json())
 
     def _load_route(self) -> Any:

@@ -2,14 +2,19 @@
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.telemetry.audit_event import Copy
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.api.requester import requester
+from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads
 from s3lora_serve.vllm_plugin.api.worker_calls import while_alive
 
 POLL_SECONDS = 1.0
@@ -32,8 +37,10 @@ class ServedAdapter:
 class ServedAdapters:
     """The registered adapters by name, as vLLM's registry has them."""
 
-    def __init__(self, controller: AdmissionController) -> None:
+    def __init__(self, controller: AdmissionController, audit: WorkThreads) -> None:
+        """Serve nothing yet; `audit` is the thread that writes the audit log."""
         self._controller = controller
+        self._audit = audit
         self._adapters: OrderedDict[str, ServedAdapter] = OrderedDict()
         self._unloading: set[asyncio.Task[None]] = set()
 
@@ -58,6 +65,9 @@ class ServedAdapters:
         if not adapter.is_experiment:
             self._controller.events.metrics.serve(adapter.verdict)
         if before is not None:
+            if before.path != adapter.path:
+                now = Copy(adapter.verdict.digest, adapter.path.name)
+                self._report(self._controller.events.replaced, before, now)
             self._unload(engine, before)
 
     def remove(self, engine: Any, name: str) -> None:
@@ -65,7 +75,13 @@ class ServedAdapters:
         adapter = self._adapters.pop(name, None)
         if adapter is not None:
             self._controller.events.metrics.withdraw(name)
+            self._report(self._controller.events.unloaded, adapter)
             self._unload(engine, adapter)
+
+    def _report(self, report: Callable[..., None], adapter: ServedAdapter, *more: Copy) -> None:
+        """Report what a request did to an adapter, on the thread of the audit log."""
+        asked_by = requester.get()
+        self._audit.start(partial(report, adapter.verdict, adapter.path, *more, asked_by=asked_by))
 
     def _unload(self, engine: Any, adapter: ServedAdapter) -> None:
         task = asyncio.get_running_loop().create_task(self._unload_when_idle(engine, adapter))

@@ -41,6 +41,10 @@ class WorkThreads:
         self.queue = LoadQueue(count, on_change=on_change)
         self._threads = ThreadPoolExecutor(count, f"s3lora-{name}", initializer=_limit_cores)
 
+    def start(self, work: Callable[[], object]) -> None:
+        """Have work done that nobody waits for."""
+        self._threads.submit(work)
+
     async def run(self, work: Callable[..., T], *args: object) -> T:
         """The result of the work. If the task is cancelled, the work still goes on to its end."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))

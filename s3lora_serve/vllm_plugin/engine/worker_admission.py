@@ -58,5 +58,5 @@ class WorkerAdmission:
             named = (version("s3lora-serve"), request.lora_name, str(folder))
             path = self._controller.store.agree_on(repr((*named, *served, *obeyed)), path)
         if compat.is_first_rank():
-            self._controller.events.decided(verdict, "engine")
+            self._controller.events.decided(verdict, "engine", stored=path)
         return path
