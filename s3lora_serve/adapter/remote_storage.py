@@ -50,6 +50,11 @@ class RemoteFolder:
         return self.url
 
     @property
+    def real_path(self) -> str:
+        """What the policy's rules match: the URL."""
+        return self.url
+
+    @property
     def name(self) -> str:
         """The folder's name."""
         return self.url.rstrip("/").rpartition("/")[2]

@@ -17,7 +17,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from s3lora_serve.adapter.other_files import other_files, small_file
+from s3lora_serve.adapter.local_folder import LocalFolder
+from s3lora_serve.adapter.other_files import other_files
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME, PrivateCopy
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.errors import (
@@ -49,7 +50,7 @@ _printing = threading.Lock()
 
 
 def signer(
-    folder: Path | RemoteFolder,
+    folder: LocalFolder | RemoteFolder,
     copy: PrivateCopy,
     policy: Policy,
     into: Callable[[], Path] | None,
@@ -74,7 +75,7 @@ def signer(
     trusted = policy.signatures
     if not trusted.anyone:
         return None
-    signature = small_file(folder, trusted.file, MAX_SIGNATURE_BYTES, policy.limits)
+    signature = folder.file(trusted.file, MAX_SIGNATURE_BYTES, policy.limits)
     if signature is None:
         if trusted.require:
             raise Unsigned(f"{folder} has no {trusted.file}")
@@ -138,7 +139,7 @@ def _names(files: Sequence[str]) -> str:
 
 @contextmanager
 def _signed_folder(
-    folder: Path | RemoteFolder,
+    folder: LocalFolder | RemoteFolder,
     copy: PrivateCopy,
     policy: Policy,
     into: Path | None,
