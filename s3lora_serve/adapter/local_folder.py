@@ -126,6 +126,16 @@ class LocalFolder:
         except FileNotFoundError:
             return None
 
+    def chunks(self, name: str, most: int, limits: Limits) -> Iterator[memoryview]:
+        """The contents of a file in parts, each valid until the next.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            NotAnAdapter, OutsideRoots, OverLimit, ChangedWhileCopying, GateFailed: as `file`.
+        """
+        with self.opened(name, limits) as source:
+            yield from chunks(source, size_within(source, most))
+
     def names(self) -> Iterator[str]:
         """All files in the folder and its folders, as relative paths.
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -157,8 +158,12 @@ def test_folder_of_unknown_path_is_refused(trusted, monkeypatch):
     assert verdict.reason.code == "S3LORA-401"
 
 
+def opened():
+    return sorted(file.name for file in Path("/proc/self/fd").iterdir())
+
+
 def test_no_descriptor_stays_open_after_a_decision(trusted, policy, tmp_path):
-    before = os.listdir("/proc/self/fd")
+    before = opened()
     for folder in (trusted, tmp_path / "nowhere", tmp_path):
         scan_adapter(folder, policy)
-    assert os.listdir("/proc/self/fd") == before
+    assert opened() == before

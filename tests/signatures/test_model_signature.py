@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import os
 import shutil
+import tracemalloc
 
 import model_signing.hashing
 import model_signing.signing
@@ -210,7 +212,7 @@ def test_object_whose_name_leads_out_of_its_folder_is_refused(signed, acme, name
         def names(self):
             yield name
 
-        def file(self, asked, most, _limits):
+        def file(self, asked, *_most):
             return (signed / SIGNATURE).read_bytes() if asked == SIGNATURE else b"bent"
 
         def copy(self, limits):
@@ -306,3 +308,81 @@ def test_adapter_in_remote_storage_is_verified_too(signed, acme):
         assert code(scan_adapter("memory://signed/adapter", policy(acme))) == "S3LORA-212"
     finally:
         memory.rm("/signed", recursive=True)
+
+
+LARGE = 48 * 2**20
+
+
+@pytest.fixture(scope="module")
+def with_optimizer(trained, acme, tmp_path_factory):
+    """A signed checkpoint with a file that is much larger than the adapter."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("large") / "adapter")
+    with (folder / "optimizer.pt").open("wb") as file:
+        file.truncate(LARGE)
+    sign(folder, acme)
+    return folder
+
+
+def test_signed_files_are_streamed_and_none_is_kept_in_memory(with_optimizer, acme):
+    scan_adapter(with_optimizer, policy(acme))  # imports its libraries
+    tracemalloc.start()
+    try:
+        verdict = scan_adapter(with_optimizer, policy(acme))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (code(verdict), bool(verdict.signed_by)) == (None, True)
+    assert most < LARGE // 2
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """How many bytes of each size of file the gate has read."""
+    read, preadv = {}, os.preadv
+
+    def counted(descriptor, buffers, offset):
+        count = preadv(descriptor, buffers, offset)
+        size = os.fstat(descriptor).st_size
+        read[size] = read.get(size, 0) + count
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    return read
+
+
+def test_files_are_read_once_and_only_after_the_signature_holds(
+    with_optimizer, acme, other, bytes_read
+):
+    assert code(scan_adapter(with_optimizer, policy(other))) == "S3LORA-213"
+    assert LARGE not in bytes_read
+    assert code(scan_adapter(with_optimizer, policy(acme))) is None
+    assert bytes_read[LARGE] == LARGE
+
+
+def test_unsigned_file_is_refused_before_any_signed_one_is_read(
+    with_optimizer, acme, bytes_read, tmp_path
+):
+    folder = shutil.copytree(with_optimizer, tmp_path / "adapter")
+    (folder / "more.txt").write_text("not signed")
+    assert code(scan_adapter(folder, policy(acme))) == "S3LORA-215"
+    assert LARGE not in bytes_read
+
+
+@pytest.mark.parametrize("size", [1000, 10_000_000])
+def test_signature_over_parts_of_files_is_accepted_and_holds_each_file(
+    trained, acme, tmp_path, size
+):
+    folder = shutil.copytree(trained, tmp_path / "adapter")
+    (folder / "card.txt").write_text("x" * 2500)
+    hashing = model_signing.hashing.Config().use_shard_serialization(shard_size=size)
+    hashing.set_ignored_paths(paths=[SIGNATURE])
+    config = model_signing.signing.Config().use_elliptic_key_signer(private_key=acme.private)
+    config.set_hashing_config(hashing).sign(folder, folder / SIGNATURE)
+    assert code(scan_adapter(folder, policy(acme))) is None
+    for name in ("card.txt", WEIGHTS):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        verdict = scan_adapter(folder, policy(acme))
+        (folder / name).write_bytes(data)
+        assert code(verdict) == "S3LORA-214"
+        assert name in verdict.reason.message
