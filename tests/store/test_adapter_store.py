@@ -288,4 +288,4 @@ def test_a_full_disk_is_a_refusal_and_leaves_nothing_behind(store, trained, byte
     assert stored_names(store) == set()
     store_adapter(store, trained)
     left = {entry.name.partition("-")[0] for entry in store.root.iterdir()} - stored_names(store)
-    assert left == {"lock", "process"}
+    assert left == {"lock", "process", "sizes"}
