@@ -155,7 +155,7 @@ class AdmissionController:
         if read not in (None, before.digest) or config not in (None, before.config_digest):
             changed = StoreDamaged(f"{own} does not hold what was registered")
             return _damaged(before, policy, changed)
-        return now
+        return now.without_spectra()
 
 
 def _check_files(policy: Policy) -> None:
