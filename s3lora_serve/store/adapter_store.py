@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -114,9 +115,10 @@ class AdapterStore:
                 (folder / WEIGHTS_NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder / OWN_FOLDER, ignore_errors=True)
             (folder / VERDICT_NAME).write_text(json.dumps(verdict.as_json()))
-            size = folder_size(folder)
+            size, key = folder_size(folder), store_key(verdict)
+            intact = self._intact(key)  # reads the whole copy, so not under the lock
             with self._pins.store_lock():
-                target = self._free_or_intact_path(store_key(verdict))
+                target = self._free_or_intact_path(key, intact)
                 if target.is_dir():
                     os.utime(target)
                 else:
@@ -135,18 +137,29 @@ class AdapterStore:
         """Drop one pin of this process; other processes may still hold theirs."""
         self._pins.unpin(path.name)
 
-    def _free_or_intact_path(self, name: str) -> Path:
-        """The path for content of this name. A quarantined path is never used again."""
-        for generation in count():
-            target = self.root / (f"{name}-{generation}" if generation else name)
-            if self.is_quarantined(target):
-                continue
-            if target.is_dir():
-                try:
-                    open_stored_copy(target)
-                except StoreDamaged:
-                    shutil.rmtree(target, ignore_errors=True)
-            break
+    def _paths(self, key: str) -> Iterator[Path]:
+        """The paths for content of this key. A quarantined path is never used again."""
+        names = (f"{key}-{generation}" if generation else key for generation in count())
+        return (path for name in names if not self.is_quarantined(path := self.root / name))
+
+    def _intact(self, key: str) -> int | None:
+        """Which folder holds an intact copy of this key, by its inode; None if none does."""
+        target = next(self._paths(key))
+        try:
+            folder = target.stat().st_ino
+            open_stored_copy(target)
+        except (OSError, StoreDamaged):
+            return None
+        return folder
+
+    def _free_or_intact_path(self, key: str, intact: int | None) -> Path:
+        """The path of a copy, or for one; what is not the `intact` folder is looked at again."""
+        target = next(self._paths(key))
+        if target.is_dir() and target.stat().st_ino != intact:
+            try:
+                open_stored_copy(target)
+            except StoreDamaged:
+                shutil.rmtree(target, ignore_errors=True)
         return target
 
     def _make_room(self, size: int, max_bytes: int) -> list[Path]:
