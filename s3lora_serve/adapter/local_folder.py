@@ -29,7 +29,11 @@ CHUNK_BYTES = 4 * 2**20
 
 Opened = TypeVar("Opened")
 
+MAX_FILES = 10_000
+"""Files and folders of one adapter. Ours: checkpoints hold some twenty."""
+
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK, opening a named pipe can wait for a writer forever.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -141,14 +145,35 @@ class LocalFolder:
 
         Raises:
             FilesUnsigned: a folder cannot be read, or is a link to one.
+            OverLimit: files and folders are more than MAX_FILES.
         """
-        tree = os.fwalk(".", dir_fd=self._descriptor, onerror=_unreadable)
-        for here, folders, names, descriptor in tree:
-            place = Path(here)
-            for name in folders:
-                if stat.S_ISLNK(os.lstat(name, dir_fd=descriptor).st_mode):
-                    raise FilesUnsigned(f"{place / name} is a link to a folder")
-            yield from (str(place / name) for name in names)
+        folders, count = ["."], 0
+        while folders:
+            place = folders.pop()
+            for name, is_folder in self._entries(place):
+                count += 1
+                if count > MAX_FILES:
+                    raise OverLimit(f"{self.path} holds more than {MAX_FILES} files")
+                if is_folder:
+                    folders.append(f"{place}/{name}")
+                else:
+                    yield f"{place}/{name}".removeprefix("./")
+
+    def _entries(self, place: str) -> Iterator[tuple[str, bool]]:
+        """The names in a folder within this one, and whether each is a folder's."""
+        try:
+            descriptor = os.open(place, _LIST, dir_fd=self._descriptor)
+            try:
+                with os.scandir(descriptor) as entries:
+                    for entry in entries:
+                        if entry.is_symlink() and entry.is_dir():
+                            link = f"{place}/{entry.name}".removeprefix("./")
+                            raise FilesUnsigned(f"{link[:200]!r} is a link to a folder")
+                        yield entry.name, entry.is_dir(follow_symlinks=False)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise FilesUnsigned(f"{place[:200]!r}: {error.strerror}") from None
 
 
 @contextmanager
@@ -236,7 +261,3 @@ def _check_unchanged(before: os.stat_result, after: os.stat_result, copied: int)
     same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
     if copied != before.st_size or not same:
         raise ChangedWhileCopying(f"the file changed while it was copied ({copied} bytes in)")
-
-
-def _unreadable(error: OSError) -> None:
-    raise FilesUnsigned(f"{error.filename}: {error.strerror}")

@@ -2,12 +2,9 @@
 
 from collections.abc import Iterator
 
-from s3lora_serve.adapter.local_folder import LocalFolder
+from s3lora_serve.adapter.local_folder import MAX_FILES, LocalFolder
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.errors import FilesUnsigned, OverLimit
-
-MAX_FILES = 10_000
-"""Files of one folder. Ours: checkpoints hold some twenty."""
 
 
 def file_names(folder: LocalFolder | RemoteFolder) -> Iterator[str]:

@@ -4,8 +4,11 @@ import base64
 import hashlib
 import json
 import os
+import resource
 import shutil
+import subprocess
 import tracemalloc
+from pathlib import Path
 
 import model_signing.hashing
 import model_signing.signing
@@ -137,6 +140,30 @@ def test_file_beside_the_signed_ones_is_refused_by_name(signed, acme, name):
 def test_link_to_a_folder_is_refused(signed, acme, tmp_path):
     (signed / "link").symlink_to(tmp_path)
     assert code(scan_adapter(signed, policy(acme))) == "S3LORA-215"
+
+
+def test_folder_of_too_many_files_or_folders_is_refused(signed, acme):
+    for number in range(10_001):
+        (signed / f"empty{number}").mkdir()
+    assert code(scan_adapter(signed, policy(acme))) == "S3LORA-201"
+
+
+def test_folders_nested_without_end_are_refused_and_take_no_descriptors(signed, acme):
+    here = os.open(signed, os.O_RDONLY)
+    for _ in range(2500):
+        os.mkdir("d", dir_fd=here)
+        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, before[1]))
+    try:
+        verdict = scan_adapter(signed, policy(acme))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        subprocess.run(["rm", "-r", str(signed / "d")], check=True)  # Python's own recurses
+    assert code(verdict) == "S3LORA-215"
 
 
 def test_files_of_git_that_model_signing_leaves_out_are_left_out(trained, acme, tmp_path):
