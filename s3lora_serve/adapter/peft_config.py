@@ -1,12 +1,12 @@
 """Parse adapter_config.json and check the fields that the gate needs, as PEFT defines them."""
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from s3lora_serve.adapter.bounded_json import parse_json
 from s3lora_serve.adapter.rank_alpha_patterns import ModulePatterns
 from s3lora_serve.errors import ConfigInvalid, Unscorable
 from s3lora_serve.policy.canonical import canonical_digest
@@ -16,6 +16,10 @@ MAX_ALPHA = 1e30
 
 MAX_RANK_CLAIMED = 2**16
 """No projection is wider. The bound keeps a hostile integer out of the arithmetic."""
+
+MAX_CONFIG_VALUES = 6 * 2**15
+"""rank_pattern, alpha_pattern and target_modules of the largest number of modules have five for
+each."""
 
 T = TypeVar("T", int, float)
 
@@ -75,7 +79,7 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
         Unscorable: it uses parts that the index is not defined for, and the policy refuses them.
     """
     try:
-        raw = json.loads(text)
+        raw = parse_json(text, MAX_CONFIG_VALUES)
         digest = canonical_digest(raw)
         fields = PeftConfig.model_validate(raw)
     except ValidationError as error:
@@ -86,7 +90,7 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
         shown = "" if whole else f" (got {str(problem['input'])[:40]!r})"
         raise ConfigInvalid(f"{where}: {problem['msg']}{shown}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigInvalid(f"adapter_config.json is not JSON: {error}") from None
+        raise ConfigInvalid(f"adapter_config.json cannot be parsed: {error}") from None
     if fields.peft_type != "LORA":
         raise ConfigInvalid(f"peft_type is {fields.peft_type[:40]!r}, expected 'LORA'")
     _check_scorable(fields, on_unscorable)

@@ -50,6 +50,11 @@ class RemoteFolder:
         return self.url
 
     @property
+    def real_path(self) -> str:
+        """What the policy's rules match: the URL."""
+        return self.url
+
+    @property
     def name(self) -> str:
         """The folder's name."""
         return self.url.rstrip("/").rpartition("/")[2]
@@ -88,6 +93,15 @@ class RemoteFolder:
         found = self._streamed(*self._opened(), name, most, _deadline(limits))
         return None if found is None else bytes(found[0])
 
+    def chunks(self, name: str, most: int, limits: Limits) -> Iterator[bytes]:
+        """The contents of another object in the folder, in parts.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            NotAnAdapter, OverLimit, ChangedWhileCopying, DeadlinePassed: as `copy`.
+        """
+        yield from self._object(*self._opened(), name, most, _deadline(limits))[1]
+
     def names(self) -> Iterator[str]:
         """The objects under the folder, as relative paths."""
         fs, folder = self._opened()
@@ -101,29 +115,43 @@ class RemoteFolder:
         self, fs: Any, folder: str, name: str, most: int, check_deadline: Callable[[], None]
     ) -> tuple[memoryview, str] | None:
         """The bytes of an object and their digest, or None if the object does not exist."""
-        path = f"{folder}/{name}"
         try:
-            before = fs.info(path)
+            size, blocks = self._object(fs, folder, name, most, check_deadline)
         except FileNotFoundError:
             return None
+        target, digest, position = memoryview(bytearray(size)), hashlib.sha256(), 0
+        for block in blocks:
+            target[position : position + len(block)] = block
+            digest.update(block)
+            position += len(block)
+        return target, "sha256:" + digest.hexdigest()
+
+    def _object(
+        self, fs: Any, folder: str, name: str, most: int, check_deadline: Callable[[], None]
+    ) -> tuple[int, Iterator[bytes]]:
+        """The size of an object of at most `most` bytes, and its contents in blocks."""
+        path = f"{folder}/{name}"
+        before = fs.info(path)
         size = before.get("size")
         if before.get("type") != "file" or not isinstance(size, int):
             raise NotAnAdapter(f"{self.url}/{name} is no object of a known size")
         if size > most:
             raise OverLimit(f"{name} has {size} bytes, over the limit of {most}")
-        target, digest, position = memoryview(bytearray(size)), hashlib.sha256(), 0
-        with fs.open(path, "rb", block_size=BLOCK_BYTES) as source:
-            while position < size:
-                check_deadline()
-                block = source.read(min(BLOCK_BYTES, size - position))
-                if not block:
-                    break
-                target[position : position + len(block)] = block
-                digest.update(block)
-                position += len(block)
-        if position != size or _version(before) != _version(fs.info(path)):
-            raise ChangedWhileCopying(f"{self.url}/{name} changed while it was read")
-        return target, "sha256:" + digest.hexdigest()
+
+        def blocks() -> Iterator[bytes]:
+            position = 0
+            with fs.open(path, "rb", block_size=BLOCK_BYTES) as source:
+                while position < size:
+                    check_deadline()
+                    block = source.read(min(BLOCK_BYTES, size - position))
+                    if not block:
+                        break
+                    position += len(block)
+                    yield block
+            if position != size or _version(before) != _version(fs.info(path)):
+                raise ChangedWhileCopying(f"{self.url}/{name} changed while it was read")
+
+        return size, blocks()
 
 
 def _deadline(limits: Limits) -> Callable[[], None]:

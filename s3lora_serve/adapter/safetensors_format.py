@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s3lora_serve.adapter.bounded_json import parse_json
 from s3lora_serve.errors import WeightsUnreadable
 
 MAX_HEADER_BYTES = 16 * 2**20
 """An entry takes about 150 bytes, so this allows 100 000 tensors. The format allows 100 MB, which
 take seconds to parse, and no other thread of the process runs meanwhile."""
+
+MAX_HEADER_VALUES = 13 * 2**16
+"""An entry has twelve keys and values, and the largest number of modules has 2^16 factors. The rest
+is for metadata."""
 
 MAX_DIMENSIONS = 8
 """No tensor of an adapter has more. The product of a long, hostile shape would take hours."""
@@ -126,9 +131,9 @@ def write_header(entries: Iterator[tuple[Entry, int]], metadata: Mapping[str, st
 
 def _parse_json(text: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise WeightsUnreadable(f"the header is not JSON: {error}") from None
+        fields = parse_json(text, MAX_HEADER_VALUES, _no_duplicates)
+    except ValueError as error:
+        raise WeightsUnreadable(f"the header cannot be parsed: {error}") from None
     if not isinstance(fields, dict):
         raise WeightsUnreadable("the header is not a JSON object")
     return fields

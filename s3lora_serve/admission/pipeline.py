@@ -3,12 +3,14 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from s3lora_serve.adapter.changed_weights import ChangedWeights
-from s3lora_serve.adapter.private_copy import PrivateCopy, check_roots, copy_adapter
+from s3lora_serve.adapter.local_folder import LocalFolder, check_roots
+from s3lora_serve.adapter.private_copy import PrivateCopy, copy_adapter
 from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.admission.decision import Outcome, decide, settle
@@ -64,7 +66,7 @@ class Admission:
 
 
 def admit(
-    folder: Path | RemoteFolder,
+    folder: Path | LocalFolder | RemoteFolder,
     name: str,
     policy: Policy,
     *,
@@ -79,7 +81,7 @@ def admit(
     """Take a private copy of an adapter and decide on it. A bad adapter gets a rejected verdict.
 
     Args:
-        folder: the adapter's folder.
+        folder: the adapter's folder; one that the caller has opened stays open.
         name: the adapter's name, which the policy's rules match.
         policy: the server's policy; its rules are applied here.
         base_model: the served model, which the policy's rules match.
@@ -92,8 +94,9 @@ def admit(
             None: the folder's signature and attestation are verified.
     """
     started = time.perf_counter()
-    source = origin or folder
-    real_path = _real_path(source) if isinstance(source, Path) else str(source)
+    resources = ExitStack()
+    opened = resources.enter_context(LocalFolder(folder)) if isinstance(folder, Path) else folder
+    real_path = opened.real_path if origin is None else _real_path(origin)
     effective = policy.for_adapter(name, real_path, base_model)
     deadline = started + effective.limits.seconds
     copy: PrivateCopy | None = None
@@ -107,16 +110,16 @@ def admit(
     try:
         limits = effective.limits
         if origin is not None:
-            check_roots(Path(real_path), limits.roots)
+            check_roots(real_path, limits.roots)
             limits = limits.model_copy(update={"roots": ()})
-        if isinstance(folder, RemoteFolder):
-            copy = folder.copy(limits)
+        if isinstance(opened, RemoteFolder):
+            copy = opened.copy(limits)
             deadline = time.perf_counter() + limits.seconds  # downloads have their own deadline
         else:
-            copy = copy_adapter(folder, limits, into() if into else None)
+            copy = copy_adapter(opened, limits, into() if into else None)
         check_deadline = partial(_check_deadline, deadline, effective)
         check_deadline()
-        vouched = vouch(folder, copy, effective, into, check_deadline, vouchers)
+        vouched = vouch(opened, copy, effective, into, check_deadline, vouchers)
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check_deadline)
         check_model(adapter)
         read = time.perf_counter()
@@ -138,13 +141,15 @@ def admit(
         outcome = Outcome(Decision.REJECTED, refusal)
     except Exception as error:  # noqa: BLE001 - fail closed: nothing unscored is admitted
         outcome = Outcome(Decision.REJECTED, GateFailed(f"{type(error).__name__}: {error}"))
+    finally:
+        resources.close()
     if outcome.decision is Decision.REJECTED:
         weights = None
     served = _served_digest(copy, weights, outcome, policy.mode) if scores else None
     ended = time.perf_counter()
     unscorable = adapter.unscorable if adapter else ()
     verdict = Verdict(
-        path=str(source),
+        path=str(origin or folder),
         name=name,
         digest=copy.digest if copy else None,
         config_digest=adapter.config.digest if adapter else None,

@@ -1,7 +1,9 @@
 """The verdict: the frozen record of one decision, with the policy and scorer used for it."""
 
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Literal
 
 from s3lora_serve.errors import Reason
@@ -110,6 +112,10 @@ class Verdict:
         """PEFT names of the stripped modules."""
         return tuple(module.name for module in self.modules if module.stripped)
 
+    def without_spectra(self) -> "Verdict":
+        """The verdict as a server keeps it: no spectra, and names shared with other verdicts."""
+        return replace(self, modules=tuple(map(_compact, self.modules)))
+
     def as_json(self, *, spectra: bool = True) -> dict[str, Any]:
         """The verdict as JSON values. Its keys are part of the product's contract.
 
@@ -210,6 +216,21 @@ def unread_verdict(name: str, path: str, policy: Policy) -> Verdict:
         scorer=policy.scorer.as_json(),
         policy_digest=policy.digest,
     )
+
+
+def _compact(module: ModuleVerdict) -> ModuleVerdict:
+    return replace(
+        module,
+        name=sys.intern(module.name),
+        projection=sys.intern(module.projection),
+        shape=_shared_shape(*module.shape),
+        spectrum=(),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _shared_shape(m: int, n: int) -> tuple[int, int]:
+    return m, n
 
 
 def _module_from_json(data: dict[str, Any]) -> ModuleVerdict:

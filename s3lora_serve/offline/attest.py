@@ -1,12 +1,12 @@
 """Attest the verdict on an adapter: a signed in-toto statement that a gate can require."""
 
-import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3lora_serve.adapter.local_folder import opened_folder
 from s3lora_serve.adapter.private_copy import PrivateCopy
 from s3lora_serve.adapter.remote_storage import RemoteFolder, folder_name
 from s3lora_serve.admission.pipeline import Admission, admit
@@ -45,10 +45,10 @@ def attest_adapter(
         ValueError: the key cannot sign.
     """
     name = name or folder_name(folder)
-    path = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
-    effective = policy.for_adapter(name, path, base_model)
-    own = effective.model_copy(update={"attestations": Attestations(), "rules": ()})
-    admission = admit(folder, name, own, base_model=base_model, device=device)
+    with opened_folder(folder) as opened:
+        effective = policy.for_adapter(name, opened.real_path, base_model)
+        own = effective.model_copy(update={"attestations": Attestations(), "rules": ()})
+        admission = admit(opened, name, own, base_model=base_model, device=device)
     if admission.adapter is None or admission.verdict.decision == "rejected":
         return admission.verdict, None
     statement = _statement(admission.adapter.copy, admission, effective)

@@ -1,9 +1,10 @@
 """Pages of a running server: the list of adapters, and one adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from typing import Protocol, TypeVar
 from urllib.parse import urlencode
 
 from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
@@ -32,23 +33,38 @@ class Row:
     projected: int = 0
 
 
+class Named(Protocol):
+    """One adapter that has a name."""
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+
+
+T = TypeVar("T", bound=Named)
+
+
 def adapters_page(
-    served: Sequence[Row],
+    served: Sequence[T],
     refused: Sequence[Row],
+    row: Callable[[T], Row],
     *,
     query: str,
     number: int,
     mode: str,
     policy_digest: str,
 ) -> Page:
-    """The served and the recently refused adapters whose name contains `query`, in any case."""
-    found = [row for row in served if query.lower() in row.name.lower()]
+    """The served and the recently refused adapters whose name contains `query`, in any case.
+
+    `row` is called for those served adapters that the page shows.
+    """
+    found = [adapter for adapter in served if query.lower() in adapter.name.lower()]
     pages = max(1, -(-len(found) // ROWS))
     number = min(max(number, 1), pages)
     return page_of(
         "adapters.html",
-        rows=found[(number - 1) * ROWS : number * ROWS],
-        refused=[row for row in refused if query.lower() in row.name.lower()][:ROWS],
+        rows=[row(adapter) for adapter in found[(number - 1) * ROWS : number * ROWS]],
+        refused=[one for one in refused if query.lower() in one.name.lower()][:ROWS],
         found=len(found),
         total=len(served),
         query=query,

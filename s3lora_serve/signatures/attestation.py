@@ -5,12 +5,11 @@ Source: in-toto Attestation Framework, Statement v1.
 
 import hashlib
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from s3lora_serve.adapter.other_files import small_file
+from s3lora_serve.adapter.local_folder import LocalFolder
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME, PrivateCopy
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.errors import (
@@ -102,7 +101,7 @@ def subject(copy: PrivateCopy) -> tuple[Resource, ...]:
 
 
 def attestation(
-    folder: Path | RemoteFolder, copy: PrivateCopy, policy: Policy
+    folder: LocalFolder | RemoteFolder, copy: PrivateCopy, policy: Policy
 ) -> Attestation | None:
     """The trusted attestation in an adapter's folder; None if there is none, nor needs to be.
 
@@ -115,7 +114,7 @@ def attestation(
     if not wanted.keys:
         return None
     try:
-        data = small_file(folder, wanted.file, MAX_ATTESTATION_BYTES, policy.limits)
+        data = folder.file(wanted.file, MAX_ATTESTATION_BYTES, policy.limits)
         if data is None:
             raise AttestationMissing(f"{folder} has no {wanted.file}")
         found = _trusted(data, policy)

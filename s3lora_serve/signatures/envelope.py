@@ -1,10 +1,10 @@
 """Signed statements: in-toto payloads in DSSE envelopes, by securesystemslib."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3lora_serve.adapter.bounded_json import parse_json
 from s3lora_serve.signatures.trust import key_id, public_key
 
 if TYPE_CHECKING:
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 """Source: in-toto Attestation Framework, Envelope."""
+
+MAX_ENVELOPE_VALUES = 1000
+"""An envelope has seven, and four for each further signature; its payload is one. Ours."""
 
 
 def signed(payload: bytes, key: "PrivateKeyTypes") -> dict[str, Any]:
@@ -49,7 +52,7 @@ def verified(data: bytes, keys: Sequence[Path]) -> tuple[bytes, str]:
         public = public_key(file)
         trusted.append(SSlibKey.from_crypto(public, keyid=key_id(public)))
     try:
-        envelope = Envelope.from_dict(json.loads(data))
+        envelope = Envelope.from_dict(parse_json(data, MAX_ENVELOPE_VALUES))
         accepted = envelope.verify(trusted, threshold=1)
     except Error:
         raise ValueError(f"it is signed by none of the {len(keys)} keys") from None

@@ -1,23 +1,20 @@
 """Verify the signature on an adapter's folder (OpenSSF Model Signing) on the private copy.
 
-model-signing verifies a folder. It is given one that holds the private copy's two files and copies
-of the others, so what it verifies cannot change afterwards.
+The signature is verified first, then the names of the files are compared with those that it covers.
+Only then the files are read, each once and in parts: nothing is kept of them but digests.
 """
 
-import base64
-import binascii
-import json
-import os
 import re
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from s3lora_serve.adapter.other_files import other_files, small_file
+from s3lora_serve.adapter.local_folder import CHUNK_BYTES, LocalFolder
+from s3lora_serve.adapter.other_files import file_names
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME, PrivateCopy
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.errors import (
@@ -27,29 +24,24 @@ from s3lora_serve.errors import (
     SignerUntrusted,
     Unsigned,
 )
-from s3lora_serve.policy.schema import Policy
+from s3lora_serve.policy.schema import Limits, Policy
+from s3lora_serve.signatures.bundle import MAX_SIGNATURE_BYTES, Bundle, Coverage
 from s3lora_serve.signatures.records import Signer
-from s3lora_serve.signatures.trust import anchors
+from s3lora_serve.signatures.trust import Anchor, anchors
 
-MAX_SIGNATURE_BYTES = 4 * 2**20
-"""A signature has some 150 bytes for each file of the folder, and a few kilobytes besides."""
-
-MISMATCH = "Signature mismatch"
-"""How model-signing begins its message where the signature holds and the files do not fit it."""
+if TYPE_CHECKING:
+    from model_signing.hashing import Config as Hashing
+    from model_signing.verifying import Config as Verifier
 
 CHANGED = re.compile(r"Hash mismatch for \\?'(.*?)\\?': Expected")
-"""How its message, a list's repr, names a changed file. The digests beside the name are not shown:
-a link may lead to a file of others."""
-
-BUNDLE_KEYS = {"mediaType", "verificationMaterial", "dsseEnvelope"}
-ENVELOPE_KEYS = {"payload", "payloadType", "signatures"}
-"""Other keys are refused: protobuf's JSON has two spellings, and the gate reads the payload too."""
+"""How model-signing's message, a list's repr, names a changed file. The digests beside the name are
+not shown: a link may lead to a file of others."""
 
 _printing = threading.Lock()
 
 
 def signer(
-    folder: Path | RemoteFolder,
+    folder: LocalFolder | RemoteFolder,
     copy: PrivateCopy,
     policy: Policy,
     into: Callable[[], Path] | None,
@@ -74,18 +66,21 @@ def signer(
     trusted = policy.signatures
     if not trusted.anyone:
         return None
-    signature = small_file(folder, trusted.file, MAX_SIGNATURE_BYTES, policy.limits)
+    signature = folder.file(trusted.file, MAX_SIGNATURE_BYTES, policy.limits)
     if signature is None:
         if trusted.require:
             raise Unsigned(f"{folder} has no {trusted.file}")
         return None
     try:
-        bundle = _bundle(signature)
-        with _signed_folder(
-            folder, copy, policy, into() if into else None, check_deadline
-        ) as place:
-            (place / "signature").write_bytes(signature)
-            return _verified(place / "files", place / "signature", bundle, copy.digest, policy)
+        bundle = Bundle.of(signature)
+        with tempfile.NamedTemporaryFile(dir=into() if into else None) as file:
+            file.write(signature)
+            file.flush()
+            anchor, verifier = _trusted_signer(Path(file.name), policy)
+            coverage = bundle.coverage()
+            digests = _digests(folder, copy, coverage, policy, check_deadline)
+            _compare(verifier, Path(file.name), digests)
+        return Signer(anchor.kind, anchor.id, bundle.subject())
     except SignerUntrusted:
         if trusted.require:
             raise
@@ -94,123 +89,105 @@ def signer(
         raise GateFailed(f"the signature cannot be verified: {error.strerror}") from None
 
 
-def _verified(
-    files: Path, signature: Path, bundle: dict[str, Any], weights_digest: str, policy: Policy
-) -> Signer:
-    from s3lora_serve.signatures.folder_hashing import SERIALIZATION, FolderHashing
+def _trusted_signer(signature: Path, policy: Policy) -> "tuple[Anchor, Verifier]":
+    """Whose signature it is; nothing of the folder is read."""
+    from s3lora_serve.signatures.folder_hashing import SignatureHolds, Unread
 
-    predicate = _predicate(bundle)
-    own, signed = {CONFIG_NAME, WEIGHTS_NAME}, _signed_names(predicate)
-    usual = own <= signed and SERIALIZATION.items() <= _serialization(predicate).items()
     trusted = list(anchors(policy.signatures))
     for anchor in trusted:
         try:
             verifier = anchor.verifier()
-            if usual:
-                verifier.set_hashing_config(FolderHashing(weights_digest))
-            with _printing, redirect_stdout(sys.stderr):  # it prints warnings
-                verifier.verify(files, signature)
-        except Exception as error:  # noqa: BLE001 - its libraries' own, on a tenant's bytes
-            if str(error).startswith(MISMATCH):
-                raise _mismatch(files, signed, str(error)) from None
+            _verify(verifier, signature, Unread())
+        except SignatureHolds:
+            return anchor, verifier
+        except Exception:  # noqa: BLE001, S112 - its libraries' own, on a tenant's bytes
             continue
-        if missing := own - signed:
-            raise SignedOtherwise(f"the signature does not cover {min(missing)}")
-        return Signer(anchor.kind, anchor.id, _subject(bundle))
     raise SignerUntrusted(
         f"{policy.signatures.file} is of none of the {len(trusted)} signers that the policy names"
     )
 
 
-def _mismatch(files: Path, signed: set[str], text: str) -> SignedOtherwise | FilesUnsigned:
-    found = {str(f.relative_to(files)) for f in files.rglob("*") if f.is_file()}
-    if extra := sorted(found - signed):
-        return FilesUnsigned(f"the signature does not cover {_names(extra)}")
-    if missing := sorted(signed - found):
-        return SignedOtherwise(f"the folder lacks {_names(missing)}, which the signature covers")
-    return SignedOtherwise(f"{_names(CHANGED.findall(text))} changed after it was signed")
+def _verify(verifier: "Verifier", signature: Path, digests: "Hashing") -> None:
+    verifier.set_hashing_config(digests)
+    with _printing, redirect_stdout(sys.stderr):  # it prints warnings
+        verifier.verify("", signature)
+
+
+def _compare(verifier: "Verifier", signature: Path, digests: "Hashing") -> None:
+    """Have model-signing compare the digests with the signed ones."""
+    try:
+        _verify(verifier, signature, digests)
+    except Exception as error:  # noqa: BLE001 - its libraries' own, on a tenant's bytes
+        changed = CHANGED.findall(str(error))
+        raise SignedOtherwise(f"{_names(changed)} changed after it was signed") from None
+
+
+def _digests(
+    folder: LocalFolder | RemoteFolder,
+    copy: PrivateCopy,
+    coverage: Coverage,
+    policy: Policy,
+    check_deadline: Callable[[], None],
+) -> "Hashing":
+    """The digests of what a verified signature covers, which is all that the folder holds."""
+    from s3lora_serve.signatures.folder_hashing import FolderManifest
+
+    others = _covered_files(folder, coverage, policy)
+    digests = FolderManifest(coverage.serialization, coverage.parts)
+    digests.add(CONFIG_NAME, [copy.config])
+    digests.add(WEIGHTS_NAME, _chunks(copy.weights), sha256=copy.digest)
+    for name, chunks in _streamed(folder, others, policy.limits):
+        digests.add(name, _checked(chunks, check_deadline))
+    return digests
+
+
+def _covered_files(
+    folder: LocalFolder | RemoteFolder, coverage: Coverage, policy: Policy
+) -> list[str]:
+    """The other files of the folder, after a comparison of their names with the signed ones."""
+    own = {CONFIG_NAME, WEIGHTS_NAME}
+    if missing := sorted(own - coverage.names):
+        raise SignedOtherwise(f"the signature does not cover {missing[0]}")
+    beside = own | {policy.signatures.file, policy.attestations.file}
+    others = [name for name in file_names(folder) if name not in beside]
+    others = [name for name in others if not coverage.ignores(name)]
+    if extra := sorted(set(others) - coverage.names):
+        raise FilesUnsigned(f"the signature does not cover {_names(extra)}")
+    if gone := sorted(coverage.names - own - set(others)):
+        raise SignedOtherwise(f"the folder lacks {_names(gone)}, which the signature covers")
+    return others
+
+
+def _streamed(
+    folder: LocalFolder | RemoteFolder, names: Sequence[str], limits: Limits
+) -> Iterator[tuple[str, Iterator[Any]]]:
+    """Each file with its contents in parts; together they have at most limits.max_bytes."""
+    left = limits.max_bytes
+
+    def counted(name: str) -> Iterator[Any]:
+        nonlocal left
+        try:
+            for chunk in folder.chunks(name, left, limits):
+                left -= len(chunk)
+                yield chunk
+        except FileNotFoundError:
+            raise SignedOtherwise(f"the folder lacks {_names([name])}, which is signed") from None
+
+    for name in names:
+        yield name, counted(name)
+
+
+def _checked(chunks: Iterator[Any], check_deadline: Callable[[], None]) -> Iterator[Any]:
+    check_deadline()
+    for chunk in chunks:
+        yield chunk
+        check_deadline()
+
+
+def _chunks(data: memoryview) -> Iterator[memoryview]:
+    return (data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES))
 
 
 def _names(files: Sequence[str]) -> str:
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     return f"{files[0][:200]!r}{more}" if files else "a file"
-
-
-@contextmanager
-def _signed_folder(
-    folder: Path | RemoteFolder,
-    copy: PrivateCopy,
-    policy: Policy,
-    into: Path | None,
-    check_deadline: Callable[[], None],
-) -> Iterator[Path]:
-    """A temporary folder whose `files` are those that a signature has to cover."""
-    with tempfile.TemporaryDirectory(prefix="signed-", dir=into) as temporary:
-        files = Path(temporary) / "files"
-        files.mkdir()
-        if into is None:
-            (files / CONFIG_NAME).write_bytes(copy.config)
-            (files / WEIGHTS_NAME).write_bytes(copy.weights)
-        else:
-            for name in (CONFIG_NAME, WEIGHTS_NAME):
-                os.link(into / name, files / name)
-        own = {CONFIG_NAME, WEIGHTS_NAME, policy.signatures.file, policy.attestations.file}
-        for name, data in other_files(folder, own, policy.limits):
-            check_deadline()
-            target = files / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("xb") as file:
-                file.write(data)
-        yield Path(temporary)
-
-
-def _bundle(signature: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(signature)
-    except (ValueError, RecursionError):
-        found = None
-    envelope = found.get("dsseEnvelope") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not isinstance(envelope, dict):
-        raise SignerUntrusted("the signature is not a bundle of model-signing")
-    if surplus := (found.keys() - BUNDLE_KEYS) | (envelope.keys() - ENVELOPE_KEYS):
-        raise SignerUntrusted(f"the signature has a key {min(surplus)[:80]!r}, which no bundle has")
-    return found
-
-
-def _signed_names(predicate: dict[str, Any]) -> set[str]:
-    """The files that a bundle names."""
-    try:
-        return {resource["name"] for resource in predicate["resources"]}
-    except (KeyError, TypeError):
-        return set()  # nothing is covered
-
-
-def _serialization(predicate: dict[str, Any]) -> dict[str, Any]:
-    """How the signed digests were made, as a bundle says before its signature is verified.
-
-    If it lies, other digests are compared with the signed ones, and differ.
-    """
-    found = predicate.get("serialization")
-    return found if isinstance(found, dict) else {}
-
-
-def _predicate(bundle: dict[str, Any]) -> dict[str, Any]:
-    """What a bundle says of the files; empty if it cannot be read."""
-    try:
-        payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True))
-        found = payload["predicate"]
-    except (KeyError, TypeError, ValueError, RecursionError, binascii.Error):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _subject(bundle: dict[str, Any]) -> str | None:
-    """The subject of the signing certificate, if a certificate signed."""
-    from cryptography import x509
-
-    try:
-        chain = bundle["verificationMaterial"]["x509CertificateChain"]["certificates"]
-        certificate = x509.load_der_x509_certificate(base64.b64decode(chain[0]["rawBytes"]))
-    except (KeyError, TypeError, ValueError, IndexError):
-        return None
-    return certificate.subject.rfc4514_string()[:300]

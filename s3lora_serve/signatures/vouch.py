@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from s3lora_serve.adapter.local_folder import LocalFolder
 from s3lora_serve.adapter.private_copy import PrivateCopy
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.errors import (
@@ -30,7 +31,7 @@ class Vouched:
 
 
 def vouch(
-    folder: Path | RemoteFolder,
+    folder: LocalFolder | RemoteFolder,
     copy: PrivateCopy,
     policy: Policy,
     into: Callable[[], Path] | None,

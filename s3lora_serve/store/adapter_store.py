@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -19,6 +20,7 @@ from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import GateFailed, StoreDamaged
 from s3lora_serve.store.eviction import Candidate, choose_evicted, folder_size, move_aside
 from s3lora_serve.store.process_pins import ProcessPins
+from s3lora_serve.store.size_index import SizeIndex
 from s3lora_serve.store.stored_copy import (
     VERDICT_NAME,
     is_servable,
@@ -36,6 +38,7 @@ class AdapterStore:
     def __init__(self, state_dir: Path) -> None:
         self.root = state_dir / f"s3lora-{os.getuid()}"
         self._pins = ProcessPins(self.root)
+        self._sizes = SizeIndex(self.root / "sizes", lambda name: folder_size(self.root / name))
 
     def prepare(self) -> None:
         """Create the folder, or check that it belongs to this user alone and can be locked.
@@ -112,12 +115,15 @@ class AdapterStore:
                 (folder / WEIGHTS_NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder / OWN_FOLDER, ignore_errors=True)
             (folder / VERDICT_NAME).write_text(json.dumps(verdict.as_json()))
+            size, key = folder_size(folder), store_key(verdict)
+            intact = self._intact(key)  # reads the whole copy, so not under the lock
             with self._pins.store_lock():
-                target = self._free_or_intact_path(store_key(verdict))
+                target = self._free_or_intact_path(key, intact)
                 if target.is_dir():
                     os.utime(target)
                 else:
-                    evicted = self._make_room(folder_size(folder), max_bytes)
+                    evicted = self._make_room(size, max_bytes)
+                    self._sizes.record(target.name, size)
                     folder.rename(target)
                 self._pins.pin(target.name)
         except OSError as error:
@@ -131,28 +137,50 @@ class AdapterStore:
         """Drop one pin of this process; other processes may still hold theirs."""
         self._pins.unpin(path.name)
 
-    def _free_or_intact_path(self, name: str) -> Path:
-        """The path for content of this name. A quarantined path is never used again."""
-        for generation in count():
-            target = self.root / (f"{name}-{generation}" if generation else name)
-            if self.is_quarantined(target):
-                continue
-            if target.is_dir():
-                try:
-                    open_stored_copy(target)
-                except StoreDamaged:
-                    shutil.rmtree(target, ignore_errors=True)
-            break
+    def _paths(self, key: str) -> Iterator[Path]:
+        """The paths for content of this key. A quarantined path is never used again."""
+        names = (f"{key}-{generation}" if generation else key for generation in count())
+        return (path for name in names if not self.is_quarantined(path := self.root / name))
+
+    def _intact(self, key: str) -> int | None:
+        """Which folder holds an intact copy of this key, by its inode; None if none does."""
+        target = next(self._paths(key))
+        try:
+            folder = target.stat().st_ino
+            open_stored_copy(target)
+        except (OSError, StoreDamaged):
+            return None
+        return folder
+
+    def _free_or_intact_path(self, key: str, intact: int | None) -> Path:
+        """The path of a copy, or for one; what is not the `intact` folder is looked at again."""
+        target = next(self._paths(key))
+        if target.is_dir() and target.stat().st_ino != intact:
+            try:
+                open_stored_copy(target)
+            except StoreDamaged:
+                shutil.rmtree(target, ignore_errors=True)
         return target
 
     def _make_room(self, size: int, max_bytes: int) -> list[Path]:
-        """Move least recently used copies aside until `size` more bytes fit; return them."""
+        """Move least recently used copies aside until `size` more bytes fit; return them.
+
+        The copies themselves are looked at only if some have to go.
+        """
+        names = os.listdir(self.root)  # noqa: PTH208 - names alone, of thousands of copies
+        marks = [name for name in names if name.endswith(_QUARANTINED)]
+        sizes = self._sizes.sizes([name for name in names if _NAME.fullmatch(name)])
+        full = sum(sizes.values()) + size > max_bytes
+        if not marks and not full:
+            self._pins.living_processes()  # removes what dead ones left
+            return []
         served = self._pins.pinned()
-        for mark in self.root.glob(f"*{_QUARANTINED}"):
-            if mark.name.removesuffix(_QUARANTINED) not in served:
-                mark.unlink(missing_ok=True)
-        stored = [path for path in self.root.iterdir() if _NAME.fullmatch(path.name)]
-        candidates = [Candidate.of(path) for path in stored]
+        for mark in marks:
+            if mark.removesuffix(_QUARANTINED) not in served:
+                (self.root / mark).unlink(missing_ok=True)
+        if not full:
+            return []
+        candidates = [Candidate.of(self.root / name, size) for name, size in sizes.items()]
         evicted = choose_evicted(candidates, served, size, max_bytes)
         return move_aside(evicted, self._pins.folder())
 

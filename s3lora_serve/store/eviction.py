@@ -17,9 +17,9 @@ class Candidate:
     last_used: int  # nanoseconds since 1970
 
     @classmethod
-    def of(cls, path: Path) -> "Candidate":
-        """Size and time of a stored copy; the time is set whenever the copy is opened."""
-        return cls(path, folder_size(path), path.stat().st_mtime_ns)
+    def of(cls, path: Path, size: int) -> "Candidate":
+        """A stored copy of known size, and its time, which is set whenever the copy is opened."""
+        return cls(path, size, path.stat().st_mtime_ns)
 
 
 def choose_evicted(

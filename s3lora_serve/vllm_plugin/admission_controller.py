@@ -3,13 +3,13 @@
 The API server, `LLM.generate` and the workers each have one.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from s3lora_serve.adapter.local_folder import LocalFolder
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
@@ -105,14 +105,13 @@ class AdmissionController:
         policy = self.reload_policy()
         self.events.require_audit(policy)
         check_name(policy, name, is_experiment=experiment is not None)
-        plan = None
-        if experiment is not None:
-            plan = experiment.plan
-            own = policy.for_adapter(name, os.path.realpath(folder), base_model)
-            policy = experiment_policy(own, experiment.settings, with_plan=plan is not None)
-        with self.store.new_private_folder() as private:
+        plan = experiment.plan if experiment else None
+        with LocalFolder(folder) as opened, self.store.new_private_folder() as private:
+            if experiment is not None:
+                own = policy.for_adapter(name, opened.real_path, base_model)
+                policy = experiment_policy(own, experiment.settings, with_plan=plan is not None)
             verdict = admit(
-                folder,
+                opened,
                 name,
                 policy,
                 base_model=base_model,
@@ -157,7 +156,7 @@ class AdmissionController:
         if read not in (None, before.digest) or config not in (None, before.config_digest):
             changed = StoreDamaged(f"{own} does not hold what was registered")
             return _damaged(before, policy, changed)
-        return now
+        return now.without_spectra()
 
 
 def _check_files(policy: Policy) -> None:

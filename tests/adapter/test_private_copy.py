@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from s3lora_serve.adapter import private_copy
+from s3lora_serve.adapter import local_folder
 from s3lora_serve.adapter.private_copy import PrivateFolder, copy_adapter
 from s3lora_serve.errors import ChangedWhileCopying, GateFailed
 from s3lora_serve.policy.schema import Limits
@@ -46,7 +46,7 @@ def test_writing_to_the_copy_changes_no_file(folder, into):
 
 @pytest.mark.parametrize("change", ["grows", "shrinks", "is written in place"])
 def test_a_file_that_changes_while_it_is_copied_is_refused(folder, into, monkeypatch, change):
-    monkeypatch.setattr(private_copy, "CHUNK_BYTES", 64 * 1024)
+    monkeypatch.setattr(local_folder, "CHUNK_BYTES", 64 * 1024)
     preadv, changed = os.preadv, []
 
     def preadv_and_change(descriptor, buffers, offset):

@@ -121,7 +121,7 @@ import os, pathlib
 from s3lora_serve.adapter import private_copy
 taken = private_copy.copy_adapter
 def copy_adapter(folder, *more):
-    if folder.name == "v2" and folder.parent.name == "globex":
+    if folder.path.name == "v2" and folder.path.parent.name == "globex":
         os.kill(os.getpid(), 9)
     return taken(folder, *more)
 private_copy.copy_adapter = copy_adapter

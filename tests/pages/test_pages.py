@@ -57,9 +57,22 @@ def row(name, **changes):
 
 def listing(served, refused=(), query="", number=1):
     page = adapters_page(
-        served, refused, query=query, number=number, mode="enforce", policy_digest="sha256:0"
-    )
+        served, refused, lambda one: one, query=query, number=number, mode="enforce",
+        policy_digest="sha256:0",
+    )  # fmt: skip
     return ParsedPage(page.html)
+
+
+def test_rows_are_made_for_the_shown_adapters_alone():
+    made = []
+
+    def counted(one):
+        made.append(one.name)
+        return one
+
+    served = [row(f"acme/{number}") for number in range(3 * ROWS)]
+    adapters_page(served, (), counted, query="", number=2, mode="enforce", policy_digest="sha256:0")
+    assert made == [f"acme/{number}" for number in range(ROWS, 2 * ROWS)]
 
 
 def verdict_of(*modules, name="acme"):

@@ -3,7 +3,12 @@
 import base64
 import hashlib
 import json
+import os
+import resource
 import shutil
+import subprocess
+import tracemalloc
+from pathlib import Path
 
 import model_signing.hashing
 import model_signing.signing
@@ -11,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.adapter.private_copy import copy_adapter, read_file
+from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.signatures.trust import check_trusted, key_id
@@ -137,6 +142,30 @@ def test_link_to_a_folder_is_refused(signed, acme, tmp_path):
     assert code(scan_adapter(signed, policy(acme))) == "S3LORA-215"
 
 
+def test_folder_of_too_many_files_or_folders_is_refused(signed, acme):
+    for number in range(10_001):
+        (signed / f"empty{number}").mkdir()
+    assert code(scan_adapter(signed, policy(acme))) == "S3LORA-201"
+
+
+def test_folders_nested_without_end_are_refused_and_take_no_descriptors(signed, acme):
+    here = os.open(signed, os.O_RDONLY)
+    for _ in range(2500):
+        os.mkdir("d", dir_fd=here)
+        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, before[1]))
+    try:
+        verdict = scan_adapter(signed, policy(acme))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        subprocess.run(["rm", "-r", str(signed / "d")], check=True)  # Python's own recurses
+    assert code(verdict) == "S3LORA-215"
+
+
 def test_files_of_git_that_model_signing_leaves_out_are_left_out(trained, acme, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "adapter")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
@@ -210,8 +239,8 @@ def test_object_whose_name_leads_out_of_its_folder_is_refused(signed, acme, name
         def names(self):
             yield name
 
-        def file(self, asked, most, _limits):
-            return read_file(signed / SIGNATURE, (), most) if asked == SIGNATURE else b"bent"
+        def file(self, asked, *_most):
+            return (signed / SIGNATURE).read_bytes() if asked == SIGNATURE else b"bent"
 
         def copy(self, limits):
             return copy_adapter(signed, limits)
@@ -306,3 +335,81 @@ def test_adapter_in_remote_storage_is_verified_too(signed, acme):
         assert code(scan_adapter("memory://signed/adapter", policy(acme))) == "S3LORA-212"
     finally:
         memory.rm("/signed", recursive=True)
+
+
+LARGE = 48 * 2**20
+
+
+@pytest.fixture(scope="module")
+def with_optimizer(trained, acme, tmp_path_factory):
+    """A signed checkpoint with a file that is much larger than the adapter."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("large") / "adapter")
+    with (folder / "optimizer.pt").open("wb") as file:
+        file.truncate(LARGE)
+    sign(folder, acme)
+    return folder
+
+
+def test_signed_files_are_streamed_and_none_is_kept_in_memory(with_optimizer, acme):
+    scan_adapter(with_optimizer, policy(acme))  # imports its libraries
+    tracemalloc.start()
+    try:
+        verdict = scan_adapter(with_optimizer, policy(acme))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (code(verdict), bool(verdict.signed_by)) == (None, True)
+    assert most < LARGE // 2
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """How many bytes of each size of file the gate has read."""
+    read, preadv = {}, os.preadv
+
+    def counted(descriptor, buffers, offset):
+        count = preadv(descriptor, buffers, offset)
+        size = os.fstat(descriptor).st_size
+        read[size] = read.get(size, 0) + count
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    return read
+
+
+def test_files_are_read_once_and_only_after_the_signature_holds(
+    with_optimizer, acme, other, bytes_read
+):
+    assert code(scan_adapter(with_optimizer, policy(other))) == "S3LORA-213"
+    assert LARGE not in bytes_read
+    assert code(scan_adapter(with_optimizer, policy(acme))) is None
+    assert bytes_read[LARGE] == LARGE
+
+
+def test_unsigned_file_is_refused_before_any_signed_one_is_read(
+    with_optimizer, acme, bytes_read, tmp_path
+):
+    folder = shutil.copytree(with_optimizer, tmp_path / "adapter")
+    (folder / "more.txt").write_text("not signed")
+    assert code(scan_adapter(folder, policy(acme))) == "S3LORA-215"
+    assert LARGE not in bytes_read
+
+
+@pytest.mark.parametrize("size", [1000, 10_000_000])
+def test_signature_over_parts_of_files_is_accepted_and_holds_each_file(
+    trained, acme, tmp_path, size
+):
+    folder = shutil.copytree(trained, tmp_path / "adapter")
+    (folder / "card.txt").write_text("x" * 2500)
+    hashing = model_signing.hashing.Config().use_shard_serialization(shard_size=size)
+    hashing.set_ignored_paths(paths=[SIGNATURE])
+    config = model_signing.signing.Config().use_elliptic_key_signer(private_key=acme.private)
+    config.set_hashing_config(hashing).sign(folder, folder / SIGNATURE)
+    assert code(scan_adapter(folder, policy(acme))) is None
+    for name in ("card.txt", WEIGHTS):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        verdict = scan_adapter(folder, policy(acme))
+        (folder / name).write_bytes(data)
+        assert code(verdict) == "S3LORA-214"
+        assert name in verdict.reason.message

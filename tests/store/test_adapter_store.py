@@ -1,5 +1,6 @@
 """The store of admitted adapters: a stored copy is trusted only if it matches its digest."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import GateFailed, StoreDamaged, StoreFull
 from s3lora_serve.policy.schema import Limits, Policy, Strip
+from s3lora_serve.store import adapter_store
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.stored_copy import VERDICT_NAME, open_stored_copy
 
@@ -149,6 +151,21 @@ def test_a_store_that_is_a_link_is_not_used(store, tmp_path):
 def test_verdicts_survive_json(trained):
     verdict = admit(trained, "tenant", THREE, device="cpu").verdict
     assert Verdict.from_json(json.loads(json.dumps(verdict.as_json()))) == verdict
+
+
+def test_a_stored_copy_is_not_read_while_the_store_is_locked(store, trained, monkeypatch):
+    path, _ = store_adapter(store, trained)
+    unlocked = []
+
+    def noted(target):
+        with (store.root / "lock").open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the store holds it
+        unlocked.append(target)
+        return open_stored_copy(target)
+
+    monkeypatch.setattr(adapter_store, "open_stored_copy", noted)
+    assert store_adapter(store, trained)[0] == path
+    assert unlocked == [path]
 
 
 def test_a_quarantined_path_is_never_used_again_and_the_content_gets_another(store, trained):
@@ -288,4 +305,4 @@ def test_a_full_disk_is_a_refusal_and_leaves_nothing_behind(store, trained, byte
     assert stored_names(store) == set()
     store_adapter(store, trained)
     left = {entry.name.partition("-")[0] for entry in store.root.iterdir()} - stored_names(store)
-    assert left == {"lock", "process"}
+    assert left == {"lock", "process", "sizes"}

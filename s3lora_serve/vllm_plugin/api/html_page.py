@@ -1,40 +1,49 @@
 """`GET /s3lora/`: the page with the adapters that this server serves and refused."""
 
+from collections.abc import Sequence
+from functools import partial
+
 from fastapi.responses import HTMLResponse
 
 from s3lora_serve.admission.verdict import served_stripped_count
 from s3lora_serve.pages.html import Page
 from s3lora_serve.pages.server_pages import Row, adapter_page, adapters_page
-from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
+from s3lora_serve.store.stored_spectra import with_spectra
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecision
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 
 
-def overview(registration: AdapterRegistration, query: str, number: int) -> HTMLResponse:
+def overview(
+    controller: AdmissionController,
+    served: Sequence[ServedAdapter],
+    refused: Sequence[RecentDecision],
+    query: str,
+    number: int,
+) -> HTMLResponse:
     """The served adapters, latest first, and the recently refused ones."""
     page = adapters_page(
-        [_served(registration, adapter) for adapter in reversed(registration.served.all())],
-        [_refused(decided) for decided in registration.recent_decisions.refusals()],
+        served[::-1],
+        [_refused(decided) for decided in refused],
+        partial(_served, controller),
         query=query,
         number=number,
-        mode=registration.controller.policy.mode,
-        policy_digest=registration.controller.policy.digest,
+        mode=controller.policy.mode,
+        policy_digest=controller.policy.digest,
     )
     return _response(page)
 
 
 def one_adapter(
-    registration: AdapterRegistration, name: str, module: str | None
-) -> HTMLResponse | None:
-    """The page of one served adapter; None if no adapter of this name is served."""
-    found = registration.served.get(name)
-    if found is None:
-        return None
-    quarantined = registration.controller.store.is_quarantined(found.path)
-    return _response(adapter_page(found.verdict, module, quarantined=quarantined))
+    controller: AdmissionController, adapter: ServedAdapter, module: str | None
+) -> HTMLResponse:
+    """The page of one served adapter."""
+    quarantined = controller.store.is_quarantined(adapter.path)
+    verdict = with_spectra(adapter.verdict, adapter.path)
+    return _response(adapter_page(verdict, module, quarantined=quarantined))
 
 
-def _served(registration: AdapterRegistration, adapter: ServedAdapter) -> Row:
+def _served(controller: AdmissionController, adapter: ServedAdapter) -> Row:
     verdict = adapter.verdict
     return Row(
         name=verdict.name,
@@ -43,7 +52,7 @@ def _served(registration: AdapterRegistration, adapter: ServedAdapter) -> Row:
         modules=len(verdict.modules),
         seconds=verdict.seconds.total,
         time=adapter.time,
-        quarantined=registration.controller.store.is_quarantined(adapter.path),
+        quarantined=controller.store.is_quarantined(adapter.path),
         by_plan=verdict.selected_by == "plan",
         transformed=len(verdict.transformed) if verdict.mode == "enforce" else 0,
         projected=len(verdict.projected) if verdict.mode == "enforce" else 0,

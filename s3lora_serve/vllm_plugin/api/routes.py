@@ -1,13 +1,15 @@
 """HTTP routes in vLLM's API server: status, served adapters, policy, scan, load."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from s3lora_serve.admission.verdict import differs
+from s3lora_serve.admission.verdict import Verdict, differs
 from s3lora_serve.errors import LoadPostponed
+from s3lora_serve.store.stored_spectra import with_spectra
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
@@ -15,7 +17,9 @@ from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, turned_awa
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
+from s3lora_serve.vllm_plugin.api.rendering import Rendering, dumps, verdict_json
 from s3lora_serve.vllm_plugin.api.requester import RequesterNote
+from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
 
 DECISION_HEADER = "X-S3LoRA-Decision"
@@ -33,6 +37,7 @@ class GateRoutes:
         """Take what returns the registration of this process, None while the mode is off."""
         self._registration = registration
         self._engine: Any | None = None
+        self._rendering = Rendering()
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the gate's routes; those that read folders only if run-time loading is enabled."""
@@ -89,10 +94,14 @@ class GateRoutes:
         registration = self._registration()
         if registration is None:
             return gate_off()
+        controller, served = registration.controller, registration.served
         if adapter is None:
-            return overview(registration, q, page)
-        found = one_adapter(registration, adapter, module)
-        return found or not_found(f"no adapter {adapter!r} is served")
+            refused = registration.recent_decisions.refusals()
+            return await self._rendering.run(overview, controller, served.all(), refused, q, page)
+        found = served.get(adapter)
+        if found is None:
+            return not_found(f"no adapter {adapter!r} is served")
+        return await self._rendering.run(one_adapter, controller, found, module)
 
     async def policy(self) -> JSONResponse:
         """The policy in force, and its digest."""
@@ -106,16 +115,17 @@ class GateRoutes:
         self,
         offset: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=1, le=1000)] = PAGE,
-    ) -> JSONResponse:
+    ) -> Response:
         """Verdicts on the served adapters in the order of registration, without spectra."""
         registration = self._registration()
         if registration is None:
             return gate_off()
         served = registration.served.all()
-        page = [one.verdict.as_json(spectra=False) for one in served[offset : offset + limit]]
-        return JSONResponse({"adapters": page, "offset": offset, "total": len(served)})
+        page = [one.verdict for one in served[offset : offset + limit]]
+        fields = {"offset": offset, "total": len(served)}
+        return self._rendering.stream(fields, partial(verdict_json, spectra=False), page)
 
-    async def adapter(self, name: str) -> JSONResponse:
+    async def adapter(self, name: str) -> Response:
         """The verdict on one served adapter."""
         registration = self._registration()
         if registration is None:
@@ -123,9 +133,9 @@ class GateRoutes:
         found = registration.served.get(name)
         if found is None:
             return not_found(f"no adapter {name!r} is served")
-        return JSONResponse(found.verdict.as_json())
+        return await self._rendering.json(_whole_verdict, found)
 
-    async def recheck(self) -> JSONResponse:
+    async def recheck(self) -> Response:
         """Which served adapters would be decided otherwise under the policy in force now."""
         registration = self._registration()
         if registration is None:
@@ -134,24 +144,14 @@ class GateRoutes:
             pairs = await registration.recheck(self._engine)
         except LoadPostponed as postponed:
             return turned_away(postponed)
-        found = [
-            {
-                "name": before.name,
-                "differs": differs(before, after),
-                "before": before.as_json(spectra=False),
-                "after": after.as_json(spectra=False),
-            }
-            for before, after in pairs
-        ]
-        return JSONResponse(
-            {"policy_digest": registration.controller.policy.digest, "adapters": found}
-        )
+        fields = {"policy_digest": registration.controller.policy.digest}
+        return self._rendering.stream(fields, _rechecked, pairs)
 
     async def scan(
         self,
         lora_name: Annotated[str, Body(min_length=1)],
         lora_path: Annotated[str, Body(min_length=1)],
-    ) -> JSONResponse:
+    ) -> Response:
         """The verdict that registering an adapter would get; nothing is registered."""
         registration = self._registration()
         if registration is None:
@@ -163,7 +163,7 @@ class GateRoutes:
         except LoadPostponed as postponed:
             return turned_away(postponed)
         await registration.report_scan(verdict)
-        return JSONResponse(verdict.as_json())
+        return await self._rendering.json(verdict_json, verdict)
 
     def _load_route(self) -> Any:
         request_model = compat.load_request_model()
@@ -186,6 +186,17 @@ def _add(
     app: FastAPI, method: str, path: str, handler: Any, answers: openapi.Answers, **more: Any
 ) -> None:
     app.add_api_route(path, handler, methods=[method], responses=answers, tags=["s3lora"], **more)
+
+
+def _whole_verdict(adapter: ServedAdapter) -> str:
+    return verdict_json(with_spectra(adapter.verdict, adapter.path))
+
+
+def _rechecked(verdicts: tuple[Verdict, Verdict]) -> str:
+    before, after = verdicts
+    fields = dumps({"name": before.name, "differs": differs(before, after)})
+    texts = (verdict_json(verdict, spectra=False) for verdict in verdicts)
+    return '{},"before":{},"after":{}}}'.format(fields[:-1], *texts)
 
 
 def _decision(registration: AdapterRegistration | None, name: str) -> dict[str, str] | None:

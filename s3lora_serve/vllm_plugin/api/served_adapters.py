@@ -3,13 +3,14 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 from s3lora_serve.telemetry.audit_event import Copy
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
@@ -22,6 +23,13 @@ POLL_SECONDS = 1.0
 the server has just received is in the engine after one interval."""
 
 
+@dataclass(frozen=True)
+class SharedModules:
+    """The modules of the verdicts on one stored copy, for as long as an adapter refers to them."""
+
+    modules: tuple[ModuleVerdict, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
     """One registered adapter."""
@@ -32,6 +40,12 @@ class ServedAdapter:
     verdict: Verdict
     is_experiment: bool = False
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    shared: SharedModules | None = None  # those of the verdict
+
+    @property
+    def name(self) -> str:
+        """The name that requests use."""
+        return self.verdict.name
 
 
 class ServedAdapters:
@@ -42,6 +56,7 @@ class ServedAdapters:
         self._controller = controller
         self._audit = audit
         self._adapters: OrderedDict[str, ServedAdapter] = OrderedDict()
+        self._modules: WeakValueDictionary[Path, SharedModules] = WeakValueDictionary()
         self._unloading: set[asyncio.Task[None]] = set()
 
     def get(self, name: str) -> ServedAdapter | None:
@@ -58,8 +73,14 @@ class ServedAdapters:
         return list(self._adapters.values())
 
     def add(self, engine: Any, adapter: ServedAdapter) -> None:
-        """Serve an adapter; it replaces the one that had its name."""
+        """Serve an adapter; it replaces the one that had its name.
+
+        Its verdict is kept without spectra, and its modules once for all names of one stored copy.
+        """
         name = adapter.verdict.name
+        shared = self._shared(adapter)
+        verdict = replace(adapter.verdict, modules=shared.modules)
+        adapter = replace(adapter, verdict=verdict, shared=shared)
         before = self._adapters.pop(name, None)
         self._adapters[name] = adapter
         if not adapter.is_experiment:
@@ -69,6 +90,14 @@ class ServedAdapters:
                 now = Copy(adapter.verdict.digest, adapter.path.name)
                 self._report(self._controller.events.replaced, before, now)
             self._unload(engine, before)
+
+    def _shared(self, adapter: ServedAdapter) -> SharedModules:
+        own, shared = adapter.verdict.modules, self._modules.get(adapter.path)
+        # In audit mode workers may object to an adapter under one name: nothing changes there.
+        if shared is None or [m.changed for m in shared.modules] != [m.changed for m in own]:
+            shared = SharedModules(adapter.verdict.without_spectra().modules)
+            self._modules[adapter.path] = shared
+        return shared
 
     def remove(self, engine: Any, name: str) -> None:
         """Stop serving an adapter: remove it from metrics and engine, and unpin its copy."""
