@@ -248,6 +248,13 @@ class AttestationOutdated(AdapterRejected):
     remedy = "Attest the adapter again under the policy in force."
 
 
+class TooLong(AdapterRejected):
+    """The adapter's name has over 256 characters, or its path over 4096."""
+
+    code = "S3LORA-221"
+    remedy = "Register the adapter under a shorter name, from a shorter path."
+
+
 class DoesNotFitModel(AdapterRejected):
     """A module is not one of the served model's, or has another shape or scaling there."""
 

@@ -18,7 +18,13 @@ from s3lora_serve.admission.scoring import (
     attested_scores,
     score_adapter,
 )
-from s3lora_serve.admission.verdict import Decision, Seconds, Verdict
+from s3lora_serve.admission.verdict import (
+    Decision,
+    Seconds,
+    Verdict,
+    unread_verdict,
+    with_rejection,
+)
 from s3lora_serve.alignment.project import projected_weights
 from s3lora_serve.errors import (
     AdapterRejected,
@@ -26,10 +32,12 @@ from s3lora_serve.errors import (
     DoesNotFitModel,
     GateFailed,
     Reason,
+    TooLong,
 )
 from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.plans.file import check_fits, find_plan
 from s3lora_serve.plans.schema import Plan
+from s3lora_serve.policy.lengths import MAX_NAME, MAX_PATH
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.signatures.records import Vouchers
 from s3lora_serve.signatures.vouch import Vouched, vouch
@@ -96,7 +104,11 @@ def admit(
     started = time.perf_counter()
     source = origin or folder
     real_path = _real_path(source) if isinstance(source, Path) else str(source)
-    effective = policy.for_adapter(name, real_path, base_model)
+    try:
+        effective = policy.for_adapter(name, real_path, base_model)
+    except TooLong as refusal:
+        unread = unread_verdict(name[:MAX_NAME], str(source)[:MAX_PATH], policy)
+        return Admission(with_rejection(unread, Reason.of(refusal)), None)
     deadline = started + effective.limits.seconds
     copy: PrivateCopy | None = None
     adapter: Adapter | None = None

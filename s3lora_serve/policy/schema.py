@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.canonical import canonical_digest
-from s3lora_serve.policy.globs import glob_matches, selects
+from s3lora_serve.policy.globs import GlobText, glob_matches, selects
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.section import Section
 from s3lora_serve.policy.signatures import Attestations, Signatures
 from s3lora_serve.settings import Mode
@@ -110,7 +111,7 @@ class Store(Section):
 class Experiments(Section):
     """Registrations with settings of their own, which `s3lora evaluate` asks for."""
 
-    names: str = "eval/*"  # ours; * does not cross /
+    names: GlobText = "eval/*"  # ours; * does not cross /
     allow: frozenset[Literal["strip", "scorer", "action", "plan"]] = frozenset()
 
     def claims(self, name: str) -> bool:
@@ -121,9 +122,9 @@ class Experiments(Section):
 class Match(Section):
     """Globs that an adapter must match for a rule to apply. An unset glob matches everything."""
 
-    adapter: str | None = None
-    path: str | None = None
-    base_model: str | None = None
+    adapter: GlobText | None = None
+    path: GlobText | None = None
+    base_model: GlobText | None = None
 
 
 class Rule(BaseModel):
@@ -145,7 +146,7 @@ class Policy(Section):
 
     mode: Mode = "enforce"
     scorer: ScorerChoice = ScorerChoice()
-    modules: tuple[str, ...] = ("*",)
+    modules: tuple[GlobText, ...] = ("*",)
     action: Action = "strip"  # what happens to the modules that `strip` picks
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
     # Share of Σ‖ΔW‖_F². Rounding factors to float16 changes 9e-8 of it:
@@ -221,7 +222,11 @@ class Policy(Section):
         """The policy with the first matching rule applied.
 
         The rule's `strip` replaces the policy's as a whole; other mappings are merged.
+
+        Raises:
+            TooLong: name or path are longer than any may be.
         """
+        check_lengths(name, path)
         facts = {"adapter": name, "path": path, "base_model": base_model or ""}
         for rule in self.rules:
             globs = rule.match.model_dump(exclude_none=True)

@@ -18,6 +18,7 @@ from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.experiment import Settings as ExperimentSettings
 from s3lora_serve.policy.experiment import check_name, experiment_policy
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import Settings
@@ -97,10 +98,12 @@ class AdmissionController:
         of its own, as far as the policy allows them.
 
         Raises:
+            TooLong: name or path are longer than any may be.
             ExperimentClosed, NameReserved: see `policy/experiment.py`.
             AuditFailed: the policy requires an audit log, and it cannot be written.
             GateFailed, StoreFull: the store cannot take the copy.
         """
+        check_lengths(name, str(folder))
         policy = self.reload_policy()
         self.events.require_audit(policy)
         check_name(policy, name, is_experiment=experiment is not None)

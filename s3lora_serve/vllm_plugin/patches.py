@@ -7,7 +7,8 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from s3lora_serve.errors import refusal_in
+from s3lora_serve.errors import TooLong, refusal_in
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
     LLMEngine,
@@ -142,6 +143,8 @@ def wrap_unload(removed: Callable[[Any, str], None]) -> None:
     original = OpenAIServingModels.unload_lora_adapter
 
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        if too_long := _too_long(request.lora_name):
+            return too_long
         result = await original(self, request)
         if isinstance(result, str):
             removed(self.engine_client, request.lora_name)
@@ -169,27 +172,42 @@ def wrap_doors(door: ContextVar[str]) -> None:
     load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: Any = None) -> Any:
+        if too_long := _too_long(request.lora_name, request.lora_path):
+            return too_long
         # "experiment" is set by the gate's own route, "static" by vLLM's start.
         with setting(door, "http" if door.get() == "engine" else door.get()):
             result = await load(self, request, base_model_name)
         refusal = None if isinstance(result, str) else refusal_in(result.error.message)
-        if refusal is None:
-            return result
-        return create_error_response(
-            message=refusal, err_type="AdapterRejected", status_code=HTTPStatus.BAD_REQUEST
-        )
+        return result if refusal is None else _refused(refusal)
 
     async def init_static_loras(self: Any) -> None:
         with setting(door, "static"):
             await static(self)
 
     async def resolve_lora(self: Any, lora_name: str) -> Any:
+        if too_long := _too_long(lora_name):
+            return too_long
         with setting(door, "resolver"):
             return await resolve(self, lora_name)
 
     owner.load_lora_adapter = load_lora_adapter
     owner.init_static_loras = init_static_loras
     owner.resolve_lora = resolve_lora
+
+
+def _too_long(name: str, path: str = "") -> Any:
+    """The answer to a name or path that vLLM must not keep or log; None if it may."""
+    try:
+        check_lengths(name, path)
+    except TooLong as refusal:
+        return _refused(str(refusal))
+    return None
+
+
+def _refused(refusal: str) -> Any:
+    return create_error_response(
+        message=refusal, err_type="AdapterRejected", status_code=HTTPStatus.BAD_REQUEST
+    )
 
 
 @contextmanager

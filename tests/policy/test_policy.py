@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from s3lora_serve.errors import PolicyInvalid, SettingInvalid
 from s3lora_serve.policy.file import effective_policy, read_policy, serving_policy
-from s3lora_serve.policy.globs import glob_matches
 from s3lora_serve.policy.schema import Policy, parse_policy
 from s3lora_serve.settings import load_settings
 
@@ -174,19 +173,6 @@ def test_first_matching_rule_replaces_strip_whole_and_merges_the_rest():
     assert tenant.on_uninformative == "admit"
     assert policy.for_adapter("other", "/tenants/a/b", None).on_uninformative == "reject"
     assert policy.for_adapter("acme/eu/vip", "/x", None).strip.rule == ("top_k", 10)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "text", "matches"),
-    [
-        ("*", "q_proj", True), ("q_*", "q_proj", True), ("*q_proj", "model.0.q_proj", True),
-        ("a/*", "a/b", True), ("a/*", "a/b/c", False), ("a/**", "a/b/c", True),
-        ("a?c", "abc", True), ("a?c", "a/c", False), ("[ab]", "a", False), ("[ab]", "[ab]", True),
-        ("a.c", "abc", False), ("", "", True), ("", "a", False), ("*", "a\nb", True),
-    ],
-)  # fmt: skip
-def test_globs(pattern, text, matches):
-    assert glob_matches(pattern, text) is matches
 
 
 def test_modules_are_selected_by_projection_or_full_name():

@@ -22,6 +22,7 @@ from s3lora_serve.errors import (
     Reason,
     Refused,
 )
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
@@ -81,6 +82,7 @@ class AdapterRegistration:
         Raises:
             AdapterRejected: the adapter is refused; the engine serves nothing of it.
         """
+        check_lengths(request.lora_name, request.lora_path)
         await self._learn_model(engine)
         origin = request.lora_path
         verdict, path = await self._admit(engine, request)

@@ -7,10 +7,12 @@ from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from s3lora_serve.admission.verdict import differs
+from s3lora_serve.errors import TooLong
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
-from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found
+from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, refused
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
@@ -153,9 +155,12 @@ class GateRoutes:
         if registration is None:
             return gate_off()
         try:
+            check_lengths(lora_name, lora_path)
             verdict = await registration.dry_run(self._engine, lora_name, lora_path)
         except compat.LoRAAdapterNotFoundError as error:
             return not_found(str(error))
+        except TooLong as error:
+            return refused(error, 400)
         return JSONResponse(verdict.as_json())
 
     def _load_route(self) -> Any:
