@@ -255,6 +255,13 @@ class TooLong(AdapterRejected):
     remedy = "Register the adapter under a shorter name, from a shorter path."
 
 
+class NotTheOwner(AdapterRejected):
+    """The name has an owner in the policy, and path, signer or API key are not the owner's."""
+
+    code = "S3LORA-222"
+    remedy = "Take another name, or have the policy's owners list the path, signer or key."
+
+
 class DoesNotFitModel(AdapterRejected):
     """A module is not one of the served model's, or has another shape or scaling there."""
 

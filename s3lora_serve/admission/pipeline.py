@@ -38,6 +38,7 @@ from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.plans.file import check_fits, find_plan
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.lengths import MAX_NAME, MAX_PATH
+from s3lora_serve.policy.owners import foreign_load
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.signatures.records import Vouchers
 from s3lora_serve.signatures.vouch import Vouched, vouch
@@ -84,6 +85,7 @@ def admit(
     origin: Path | None = None,
     plan: Plan | None = None,
     vouchers: Vouchers | None = None,
+    asked_with: str | None = None,
 ) -> Admission:
     """Take a private copy of an adapter and decide on it. A bad adapter gets a rejected verdict.
 
@@ -100,6 +102,8 @@ def admit(
         plan: the adapter's plan, in the place of one in the policy's folder of plans.
         vouchers: who vouched for the adapter when it was admitted, for a look at a stored copy.
             None: the folder's signature and attestation are verified.
+        asked_with: the digest of the API key that asks, "" for a client without a key; None: the
+            operator asks. The owners of names may list keys.
     """
     started = time.perf_counter()
     source = origin or folder
@@ -131,6 +135,10 @@ def admit(
         check_deadline = partial(_check_deadline, deadline, effective)
         check_deadline()
         vouched = vouch(folder, copy, effective, into, check_deadline, vouchers)
+        signer = vouched.by.signed_by.id if vouched.by.signed_by else None
+        foreign = foreign_load(effective.owners, name, real_path, signer, asked_with)
+        if foreign and effective.mode == "enforce":
+            raise foreign
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check_deadline)
         _check_shapes(adapter, shapes)
         read = time.perf_counter()
@@ -142,8 +150,8 @@ def admit(
             check_fits(used, adapter)
             weights = transformed_weights(adapter, used, check_deadline)
         outcome = decide(*facts, used)
-        if vouched.objection:
-            outcome = Outcome(Decision.REJECTED, vouched.objection)
+        if objection := vouched.objection or foreign:
+            outcome = Outcome(Decision.REJECTED, objection)
         if outcome.projected and (reference := alignment_reference(effective)):
             weights = projected_weights(adapter, reference, outcome.projected, check_deadline)
         if weights is not None and into is not None and policy.mode == "enforce":

@@ -14,6 +14,8 @@ from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.canonical import canonical_digest
 from s3lora_serve.policy.globs import GlobText, glob_matches, selects
 from s3lora_serve.policy.lengths import check_lengths
+from s3lora_serve.policy.owners import Owner
+from s3lora_serve.policy.relaxing import is_fixed_folder, relaxed_keys
 from s3lora_serve.policy.section import Section
 from s3lora_serve.policy.signatures import Attestations, Signatures
 from s3lora_serve.settings import Mode
@@ -126,6 +128,11 @@ class Match(Section):
     path: GlobText | None = None
     base_model: GlobText | None = None
 
+    @property
+    def is_by_path(self) -> bool:
+        """Whether a folder has to match, which a tenant cannot choose as a name can be chosen."""
+        return self.path is not None and is_fixed_folder(self.path)
+
 
 class Rule(BaseModel):
     """A match and the policy keys that it overrides, checked against the schema of `Policy`."""
@@ -134,7 +141,9 @@ class Rule(BaseModel):
     match: Match
 
 
-_SERVERS = frozenset({"rules", "mode", "audit", "store", "required", "plans", "experiments"})
+_SERVERS = frozenset(
+    {"rules", "mode", "audit", "store", "required", "plans", "experiments", "owners"}
+)
 """Keys that no rule may set."""
 
 _NOT_DECIDING = _SERVERS | {"signatures", "attestations"}
@@ -165,6 +174,7 @@ class Policy(Section):
     signatures: Signatures = Signatures()
     attestations: Attestations = Attestations()
     experiments: Experiments | None = None  # None: there are none, and no name is kept for them
+    owners: tuple[Owner, ...] = ()  # (): names are whose registers them first
     rules: tuple[Rule, ...] = ()
 
     @model_validator(mode="after")
@@ -191,6 +201,35 @@ class Policy(Section):
                 raise ValueError(f"rules.{place}: {_explain(error.errors())}") from None
             except ValueError as error:
                 raise ValueError(f"rules.{place}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _names_relax_nothing(self) -> Self:
+        whole = self.as_json()
+        variants = [variant.as_json() for variant in self.variants()]
+        for place, (rule, variant) in enumerate(zip(self.rules, variants, strict=True)):
+            if rule.match.is_by_path:
+                continue
+            if relaxed := relaxed_keys(whole, variant):
+                raise ValueError(
+                    f"rules.{place} relaxes {', '.join(relaxed)} for a name, which tenants choose:"
+                    " add path to its match, with a folder first, as in /adapters/acme/**"
+                )
+            for other in range(place + 1, len(self.rules)):
+                match = self.rules[other].match
+                by_path = match.is_by_path and match.adapter is None
+                if by_path and (relaxed := relaxed_keys(variants[other], variant)):
+                    raise ValueError(
+                        f"rules.{place} matches names, which tenants choose, and takes adapters out"
+                        f" of rules.{other}, which is stricter in {', '.join(relaxed)}: put it"
+                        f" after rules.{other}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _owners_signers_are_verified(self) -> Self:
+        if not self.signatures.anyone and any(owner.signers for owner in self.owners):
+            raise ValueError("owners.signers needs signatures with keys, certificates, identities")
         return self
 
     @property

@@ -91,11 +91,13 @@ class AdmissionController:
         *,
         store_refused: bool,
         experiment: Experiment | None = None,
+        asked_with: str | None = None,
     ) -> tuple[Verdict, Path | None]:
         """The verdict on an adapter, and the path of its stored copy, pinned.
 
         Without `store_refused` the path of a refused adapter is None. An experiment has settings
-        of its own, as far as the policy allows them.
+        of its own, as far as the policy allows them. `asked_with` is the requester's API key, as
+        in `admission.pipeline.admit`.
 
         Raises:
             TooLong: name or path are longer than any may be.
@@ -122,6 +124,7 @@ class AdmissionController:
                 into=private.make,
                 shapes=shapes,
                 plan=plan,
+                asked_with=asked_with,
             ).verdict
             if is_refused(verdict) and not store_refused:
                 return verdict, None

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from s3lora_serve.errors import TooLong, refusal_in
+from s3lora_serve.errors import AdapterRejected, TooLong, refusal_in
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
@@ -138,13 +138,15 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, functools.partial(wrapper, getattr(owner, name)))
 
 
-def wrap_unload(removed: Callable[[Any, str], None]) -> None:
-    """Call `removed(engine, name)` after vLLM has unloaded an adapter."""
+def wrap_unload(check: Callable[[str], None], removed: Callable[[Any, str], None]) -> None:
+    """Call `check(name)`, which may refuse, before vLLM unloads an adapter, `removed` after it."""
     original = OpenAIServingModels.unload_lora_adapter
 
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
-        if too_long := _too_long(request.lora_name):
-            return too_long
+        try:
+            check(request.lora_name)
+        except AdapterRejected as refusal:
+            return _refused(str(refusal))
         result = await original(self, request)
         if isinstance(result, str):
             removed(self.engine_client, request.lora_name)

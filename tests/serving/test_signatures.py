@@ -29,7 +29,7 @@ def scanner(workplace):
 
 
 @pytest.fixture(scope="module")
-def policy(acme, scanner):
+def policy(acme, scanner, workplace):
     return {
         "strip": {"top_k": 3},
         "signatures": {"keys": [str(acme.public)]},
@@ -38,7 +38,7 @@ def policy(acme, scanner):
             {"match": {"adapter": "signed/*"}, "signatures": {"require": True}},
             {"match": {"adapter": "attested/*"}, "attestations": {"require": True}},
             {
-                "match": {"adapter": "scanned/*"},
+                "match": {"path": f"{workplace.resolve()}/scanned/**"},
                 "attestations": {"require": True, "trust_scores": True},
             },
         ],
@@ -144,9 +144,9 @@ def test_attested_adapter_is_served_and_one_of_another_policy_is_refused(
 
 
 def test_trusted_scores_strip_the_same_modules_as_the_gates_own(
-    server, as_served, trained, scanner, policy_file, tmp_path
+    server, as_served, trained, scanner, policy_file, workplace
 ):
-    folder = copy_with(trained, tmp_path / "scanned")
+    folder = copy_with(trained, workplace / "scanned" / "a")
     attest(folder, scanner, policy_file, "scanned/a")
     assert server.load("scanned/a", folder).status_code == 200
     assert server.get("/s3lora/adapters/scanned/a").json()["scored_by"] == "attestation"

@@ -23,9 +23,11 @@ from s3lora_serve.errors import (
     Refused,
 )
 from s3lora_serve.policy.lengths import check_lengths
+from s3lora_serve.policy.owners import foreign_unload
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
+from s3lora_serve.vllm_plugin.api.requester import asked_with
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, is_first_server
 from s3lora_serve.vllm_plugin.threads import use_cores
@@ -125,6 +127,22 @@ class AdapterRegistration:
                 verdict = with_rejection(verdict, reason)
         return verdict
 
+    def check_unload(self, name: str) -> None:
+        """Check that the client that this task serves may unload the adapter of a name.
+
+        Raises:
+            TooLong: no adapter has such a name.
+            NotTheOwner: the policy gives the name to somebody else.
+        """
+        check_lengths(name)
+        served = self.served.get(name)
+        if served is None or served.is_experiment:  # experiments have routes and names of their own
+            return
+        policy = self.controller.reload_policy()
+        foreign = foreign_unload(policy.owners, name, asked_with())
+        if foreign and policy.mode == "enforce":
+            raise foreign
+
     async def recheck(self, engine: Any) -> list[tuple[Verdict, Verdict]]:
         """For each served adapter, the verdict at its admission and the one it would get now."""
         await self._learn_model(engine)
@@ -173,7 +191,14 @@ class AdapterRegistration:
 
     async def _admit(self, engine: Any, request: Any) -> tuple[Verdict, Path | None]:
         """The verdict, and the stored copy that workers may load (None if refused)."""
-        admit = partial(self.controller.admit, store_refused=False, experiment=experiment.get())
+        # Over HTTP somebody asks, also where no middleware notes who: owners' keys are checked.
+        in_process = asked_with() is None and door.get() in ("static", "engine")
+        admit = partial(
+            self.controller.admit,
+            store_refused=False,
+            experiment=experiment.get(),
+            asked_with=None if in_process else asked_with() or "",
+        )
         base_model = compat.base_model(engine.vllm_config)
         try:
             folder = await self._folder(request)

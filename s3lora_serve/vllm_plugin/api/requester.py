@@ -27,6 +27,12 @@ requester: ContextVar[Requester | None] = ContextVar("requester", default=None)
 """The client whose request this task serves; None outside of requests (static adapters)."""
 
 
+def asked_with() -> str | None:
+    """The key of the client whose request this task serves, "" without one; None: no request."""
+    client = requester.get()
+    return None if client is None else client.key or ""
+
+
 class RequesterNote:
     """ASGI middleware: sets `requester` for each HTTP request."""
 
