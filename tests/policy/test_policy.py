@@ -47,7 +47,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_the_contract_written_out_is_the_default(tmp_path):
     assert read_policy(write(tmp_path, WHOLE)) == Policy()
-    assert read_policy(write(tmp_path, "")) == Policy()
+    assert read_policy(write(tmp_path, "{}")) == Policy()
 
 
 def test_off_is_a_mode_and_no_boolean(tmp_path):
@@ -74,6 +74,8 @@ def test_json_is_accepted_too(tmp_path):
         ("deny: [abc]", "deny"),
         ("limits: {formats: [pickle]}", "formats"),
         ("- a list", "expected a mapping"),
+        ("", "empty: write {} for the defaults"),
+        ("# a comment\n", "empty"),
         ("mode: audit\nmode: off", "given twice"),
         ("a: [1", "not YAML"),
         ("rules: [{match: {adapter: x}, strip: {}}]", r"rules\.0: strip"),
@@ -124,7 +126,7 @@ def test_plans_from_the_environment_replace_the_files_and_satisfy_require_plan(
     monkeypatch.setenv("S3LORA_PLANS", "/plans")
     assert effective_policy(file=file).plans == Path("/plans")
     assert effective_policy().plans == Path("/plans")
-    assert effective_policy(file=write(tmp_path, "")).plans == Path("/plans")
+    assert effective_policy(file=write(tmp_path, "{}")).plans == Path("/plans")
     assert effective_policy(file=write(tmp_path, "plans: /other")).plans == Path("/plans")
     with pytest.raises(PolicyInvalid, match="expected a mapping"):
         effective_policy(file=write(tmp_path, "[a list]"))

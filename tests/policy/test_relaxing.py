@@ -1,7 +1,7 @@
 """A rule that names alone have to match relaxes nothing that the policy requires."""
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -83,6 +83,7 @@ def may_admit_more(old, new):
     ) or any(digest in old.deny and digest not in new.deny for digest in DIGESTS)
 
 
+@settings(deadline=None)
 @given(KEYS, KEYS)
 def test_rule_by_name_that_is_accepted_admits_nothing_that_the_policy_refuses(base, keys):
     try:
@@ -101,6 +102,7 @@ def test_rule_by_name_that_is_accepted_admits_nothing_that_the_policy_refuses(ba
         assert variant.attestations.keys == whole.attestations.keys
 
 
+@settings(deadline=None)
 @given(KEYS)
 def test_a_rule_that_says_what_the_policy_says_relaxes_nothing(keys):
     try:
@@ -111,6 +113,7 @@ def test_a_rule_that_says_what_the_policy_says_relaxes_nothing(keys):
     assert with_rules(keys, {"match": {"adapter": "a"}} | keys)
 
 
+@settings(deadline=None)
 @given(KEYS, KEYS)
 def test_rule_by_name_does_not_lift_what_a_later_rule_by_path_demands(before, demands):
     path = {"match": {"path": "/tenants/**"}} | demands

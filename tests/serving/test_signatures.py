@@ -48,7 +48,7 @@ def policy(acme, scanner, workplace):
 @pytest.fixture(scope="module")
 def policy_file(policy, workplace):
     file = workplace / "signatures.yaml"
-    file.write_text(yaml.safe_dump(policy))
+    file.write_text(yaml.safe_dump(policy, explicit_end=True))
     return file
 
 
@@ -169,7 +169,7 @@ def test_recheck_names_a_served_adapter_whose_signer_is_trusted_no_longer(
     assert "signed/kept" not in differing()
     try:
         changed = policy | {"signatures": {"keys": [str(scanner.public)]}}
-        policy_file.write_text(yaml.safe_dump(changed))
+        policy_file.write_text(yaml.safe_dump(changed, explicit_end=True))
         assert differing()["signed/kept"]["code"] == "S3LORA-213"
     finally:
         policy_file.write_text(whole)
