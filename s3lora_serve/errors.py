@@ -262,6 +262,13 @@ class NotTheOwner(AdapterRejected):
     remedy = "Take another name, or have the policy's owners list the path, signer or key."
 
 
+class NegativeAlpha(AdapterRejected):
+    """A module's alpha is negative, which takes away what was trained, and is not allowed."""
+
+    code = "S3LORA-223"
+    remedy = "Save it with a positive alpha, list it in allow, or set limits.negative_alpha."
+
+
 class DoesNotFitModel(AdapterRejected):
     """A module is not one of the served model's, or has another shape or scaling there."""
 

@@ -59,7 +59,8 @@ class Admission:
         if self.adapter is None or not self.scores or not self.verdict.digest:
             return self.verdict
         policy = policy.model_copy(update={"require_plan": False})
-        outcome = decide(self.scores, _scalings(self.adapter), self.verdict.digest, policy)
+        facts = (self.scores, _scalings(self.adapter), self.verdict.digest, policy)
+        outcome = decide(*facts, config_digest=self.adapter.config.digest)
         return replace(
             self.verdict,
             decision=outcome.decision,
@@ -146,10 +147,13 @@ def admit(
         scores = attested or score_adapter(adapter, effective, device, check_deadline)
         scored = time.perf_counter()
         facts = (scores, _scalings(adapter), copy.digest, effective)
-        if settle(*facts) is None and (used := plan or _plan_in_folder(effective, copy.digest)):
+        config = adapter.config.digest
+        if settle(*facts, config) is None and (
+            used := plan or _plan_in_folder(effective, copy.digest)
+        ):
             check_fits(used, adapter)
             weights = transformed_weights(adapter, used, check_deadline)
-        outcome = decide(*facts, used)
+        outcome = decide(*facts, used, config)
         if objection := vouched.objection or foreign:
             outcome = Outcome(Decision.REJECTED, objection)
         if outcome.projected and (reference := alignment_reference(effective)):

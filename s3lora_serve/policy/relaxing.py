@@ -100,6 +100,7 @@ STRICTER: Mapping[str, Callable[[Any, Any], bool]] = {
     "limits.seconds": _at_most,
     "limits.download_seconds": _at_most,
     "limits.max_bytes": _at_most,
+    "limits.negative_alpha": _not_granted,
     "limits.min_rank": _at_least,
     "limits.max_rank": _at_most,
     "limits.formats": _fewer,

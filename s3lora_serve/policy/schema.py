@@ -89,10 +89,29 @@ class Limits(Section):
     seconds: Annotated[float, Field(gt=0)] = 30  # far above any measured admission
     download_seconds: Annotated[float, Field(gt=0)] = 600  # hub ids, URLs: the largest at 4 MB/s
     max_bytes: Annotated[int, Field(gt=0)] = 2 * 2**30  # r = 64 on a 70B model is 1.7 GB in bf16
+    negative_alpha: bool = False  # ours: it takes away what was trained
     min_rank: Annotated[int, Field(ge=1)] = 1  # 2 refuses rank-1 modules, which cannot be ranked
     max_rank: Annotated[int, Field(ge=1)] = 256  # the largest in common use; vLLM allows up to 512
     formats: tuple[Literal["safetensors"], ...] = ("safetensors",)  # other formats run code to load
     roots: tuple[Path, ...] = ()
+
+
+class Allowed(Section):
+    """One adapter by its contents: weights and configuration, as verdicts name them."""
+
+    digest: Digest
+    config_digest: Digest
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_and_configuration(cls, data: object) -> object:
+        if isinstance(data, str):
+            raise ValueError(
+                "a digest alone would admit the weights under any configuration, which scales"
+                " them: list {digest: sha256:…, config_digest: sha256:…}, both from the adapter's"
+                " verdict (s3lora scan --format json)"
+            )
+        return data
 
 
 class Audit(Section):
@@ -163,7 +182,7 @@ class Policy(Section):
     negligible: Annotated[float, Field(ge=0, lt=1)] = 1e-7
     limits: Limits = Limits()
     deny: frozenset[Digest] = frozenset()
-    allow: frozenset[Digest] = frozenset()
+    allow: frozenset[Allowed] = frozenset()
     on_uninformative: Literal["reject", "admit"] = "reject"
     on_unscorable: Literal["reject", "admit", "strip"] = "reject"
     audit: Audit = Audit()
@@ -252,7 +271,8 @@ class Policy(Section):
         """The effective policy as plain data. Sets are sorted: equal policies have equal JSON."""
         data = self.model_dump(mode="json", exclude={"strip"})
         data["strip"] = dict([self.strip.rule])
-        data["deny"], data["allow"] = sorted(self.deny), sorted(self.allow)
+        data["deny"] = sorted(self.deny)
+        data["allow"].sort(key=lambda listed: (listed["digest"], listed["config_digest"]))
         if self.experiments is not None:
             data["experiments"]["allow"] = sorted(self.experiments.allow)
         return data

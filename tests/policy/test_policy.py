@@ -72,6 +72,8 @@ def test_json_is_accepted_too(tmp_path):
         ("strip: {outliers: .nan}", "outliers"),
         ("mode: sometimes", "mode"),
         ("deny: [abc]", "deny"),
+        (f"allow: ['sha256:{'0' * 64}']", "list {digest: .*, config_digest: .*}"),
+        (f"allow: [{{digest: 'sha256:{'0' * 64}'}}]", "config_digest"),
         ("limits: {formats: [pickle]}", "formats"),
         ("- a list", "expected a mapping"),
         ("", "empty: write {} for the defaults"),

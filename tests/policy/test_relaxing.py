@@ -20,6 +20,7 @@ VALUES = {
         "download_seconds": st.integers(1, 9),
         "max_bytes": st.integers(1, 9),
         "min_rank": st.integers(1, 9),
+        "negative_alpha": st.booleans(),
         "max_rank": st.integers(1, 9),
         "roots": st.lists(st.sampled_from(["/a", "/a/b", "/c", "/a/../c"]), max_size=2),
     },
@@ -72,6 +73,7 @@ def may_admit_more(old, new):
         "any policy": lambda p, _: p.attestations.policy_digest == "any",
         "unsigned": lambda p, _: not p.signatures.require,
         "unattested": lambda p, _: not p.attestations.require,
+        "negative alpha": lambda p, _: p.limits.negative_alpha,
         "unplanned": lambda p, _: not p.require_plan,
         "unscored": lambda p, _: p.attestations.trust_scores,
         "unranked": lambda p, _: p.on_uninformative == "admit",
@@ -133,9 +135,11 @@ def test_rule_by_name_does_not_lift_what_a_later_rule_by_path_demands(before, de
 @pytest.mark.parametrize("keys", [
     {"signatures": {"require": False}}, {"attestations": {"require": False}},
     {"attestations": {"trust_scores": True}}, {"require_plan": False},
-    {"limits": {"max_rank": 512}}, {"limits": {"roots": []}}, {"limits": {"roots": ["/a/../b"]}},
+    {"limits": {"max_rank": 512}}, {"limits": {"negative_alpha": True}},
+    {"limits": {"roots": []}}, {"limits": {"roots": ["/a/../b"]}},
     {"on_unscorable": "strip"}, {"on_uninformative": "admit"}, {"deny": []},
-    {"allow": [DIGESTS[1]]}, {"signatures": {"keys": ["/mine"]}},
+    {"allow": [{"digest": DIGESTS[1], "config_digest": DIGESTS[1]}]},
+    {"signatures": {"keys": ["/mine"]}},
 ])  # fmt: skip
 def test_nothing_is_relaxed_unless_a_folder_has_to_match(match, keys):
     base = {
