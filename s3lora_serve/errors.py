@@ -248,6 +248,27 @@ class AttestationOutdated(AdapterRejected):
     remedy = "Attest the adapter again under the policy in force."
 
 
+class TooLong(AdapterRejected):
+    """The adapter's name has over 256 characters, or its path over 4096."""
+
+    code = "S3LORA-221"
+    remedy = "Register the adapter under a shorter name, from a shorter path."
+
+
+class NotTheOwner(AdapterRejected):
+    """The name has an owner in the policy, and path, signer or API key are not the owner's."""
+
+    code = "S3LORA-222"
+    remedy = "Take another name, or have the policy's owners list the path, signer or key."
+
+
+class NegativeAlpha(AdapterRejected):
+    """A module's alpha is negative, which takes away what was trained, and is not allowed."""
+
+    code = "S3LORA-223"
+    remedy = "Save it with a positive alpha, list it in allow, or set limits.negative_alpha."
+
+
 class DoesNotFitModel(AdapterRejected):
     """A module is not one of the served model's, or has another shape or scaling there."""
 

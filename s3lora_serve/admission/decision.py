@@ -15,6 +15,7 @@ from s3lora_serve.admission.verdict import Decision
 from s3lora_serve.errors import (
     AdapterRejected,
     Denied,
+    NegativeAlpha,
     OverLimit,
     PlanMissing,
     TooManySharp,
@@ -50,6 +51,7 @@ def decide(
     digest: str,
     policy: Policy,
     plan: "Plan | None" = None,
+    config_digest: str | None = None,
 ) -> Outcome:
     """Decide on one adapter from the scores of its selected modules.
 
@@ -59,8 +61,10 @@ def decide(
         digest: sha256 of the weights file, as the policy's deny and allow lists name it.
         policy: the policy for this adapter, rules applied.
         plan: the adapter's plan, which chooses in the place of the index.
+        config_digest: sha256 of the configuration, which the allow list names beside the weights.
+            None: no entry of the list is this adapter's.
     """
-    if settled := settle(scores, scaling, digest, policy):
+    if settled := settle(scores, scaling, digest, policy, config_digest):
         return settled
     if plan is not None:
         return _planned(plan, scores, policy)
@@ -70,15 +74,23 @@ def decide(
 
 
 def settle(
-    scores: Sequence["ModuleScore"], scaling: Mapping[str, float], digest: str, policy: Policy
+    scores: Sequence["ModuleScore"],
+    scaling: Mapping[str, float],
+    digest: str,
+    policy: Policy,
+    config_digest: str | None = None,
 ) -> Outcome | None:
     """What deny, limits and allow decide, with or without a plan; None: plan or index decide."""
     if digest in policy.deny:
         return _rejected(Denied(f"the adapter {digest} is on the policy's deny list"))
     if excess := _over_limit(scores, scaling, policy):
         return _rejected(excess)
-    if digest in policy.allow:  # the digest covers only the weights; the scaling is checked above
+    if (digest, config_digest) in {(each.digest, each.config_digest) for each in policy.allow}:
         return Outcome(Decision.ADMITTED)
+    negative = next((name for name, value in scaling.items() if value < 0), None)
+    if negative is not None and not policy.limits.negative_alpha:
+        found = f"module {negative} has scaling {scaling[negative]:g}"
+        return _rejected(NegativeAlpha(f"{found}: its alpha is negative"))
     return None
 
 

@@ -20,17 +20,26 @@ from s3lora_serve.admission.scoring import (
     attested_scores,
     score_adapter,
 )
-from s3lora_serve.admission.verdict import Decision, Seconds, Verdict
+from s3lora_serve.admission.verdict import (
+    Decision,
+    Seconds,
+    Verdict,
+    unread_verdict,
+    with_rejection,
+)
 from s3lora_serve.alignment.project import projected_weights
 from s3lora_serve.errors import (
     AdapterRejected,
     DeadlinePassed,
     GateFailed,
     Reason,
+    TooLong,
 )
 from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.plans.file import check_fits, find_plan
 from s3lora_serve.plans.schema import Plan
+from s3lora_serve.policy.lengths import MAX_NAME, MAX_PATH
+from s3lora_serve.policy.owners import foreign_load
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.signatures.records import Vouchers
 from s3lora_serve.signatures.vouch import Vouched, vouch
@@ -51,7 +60,8 @@ class Admission:
         if self.adapter is None or not self.scores or not self.verdict.digest:
             return self.verdict
         policy = policy.model_copy(update={"require_plan": False})
-        outcome = decide(self.scores, _scalings(self.adapter), self.verdict.digest, policy)
+        facts = (self.scores, _scalings(self.adapter), self.verdict.digest, policy)
+        outcome = decide(*facts, config_digest=self.adapter.config.digest)
         return replace(
             self.verdict,
             decision=outcome.decision,
@@ -77,6 +87,7 @@ def admit(
     origin: Path | None = None,
     plan: Plan | None = None,
     vouchers: Vouchers | None = None,
+    asked_with: str | None = None,
 ) -> Admission:
     """Take a private copy of an adapter and decide on it. A bad adapter gets a rejected verdict.
 
@@ -92,12 +103,19 @@ def admit(
         plan: the adapter's plan, in the place of one in the policy's folder of plans.
         vouchers: who vouched for the adapter when it was admitted, for a look at a stored copy.
             None: the folder's signature and attestation are verified.
+        asked_with: the digest of the API key that asks, "" for a client without a key; None: the
+            operator asks. The owners of names may list keys.
     """
     started = time.perf_counter()
     resources = ExitStack()
     opened = resources.enter_context(LocalFolder(folder)) if isinstance(folder, Path) else folder
     real_path = opened.real_path if origin is None else _real_path(origin)
-    effective = policy.for_adapter(name, real_path, base_model)
+    try:
+        effective = policy.for_adapter(name, real_path, base_model)
+    except TooLong as refusal:
+        resources.close()
+        unread = unread_verdict(name[:MAX_NAME], str(origin or folder)[:MAX_PATH], policy)
+        return Admission(with_rejection(unread, Reason.of(refusal)), None)
     deadline = started + effective.limits.seconds
     copy: PrivateCopy | None = None
     adapter: Adapter | None = None
@@ -120,6 +138,10 @@ def admit(
         check_deadline = partial(_check_deadline, deadline, effective)
         check_deadline()
         vouched = vouch(opened, copy, effective, into, check_deadline, vouchers)
+        signer = vouched.by.signed_by.id if vouched.by.signed_by else None
+        foreign = foreign_load(effective.owners, name, real_path, signer, asked_with)
+        if foreign and effective.mode == "enforce":
+            raise foreign
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check_deadline)
         check_model(adapter)
         read = time.perf_counter()
@@ -127,12 +149,15 @@ def admit(
         scores = attested or score_adapter(adapter, effective, device, check_deadline)
         scored = time.perf_counter()
         facts = (scores, _scalings(adapter), copy.digest, effective)
-        if settle(*facts) is None and (used := plan or _plan_in_folder(effective, copy.digest)):
+        config = adapter.config.digest
+        if settle(*facts, config) is None and (
+            used := plan or _plan_in_folder(effective, copy.digest)
+        ):
             check_fits(used, adapter)
             weights = transformed_weights(adapter, used, check_deadline)
-        outcome = decide(*facts, used)
-        if vouched.objection:
-            outcome = Outcome(Decision.REJECTED, vouched.objection)
+        outcome = decide(*facts, used, config)
+        if objection := vouched.objection or foreign:
+            outcome = Outcome(Decision.REJECTED, objection)
         if outcome.projected and (reference := alignment_reference(effective)):
             weights = projected_weights(adapter, reference, outcome.projected, check_deadline)
         if weights is not None and into is not None and policy.mode == "enforce":

@@ -9,7 +9,7 @@ import yaml
 from s3lora_serve.cli.options import stop
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.plans.folder import check_plans
-from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.file import effective_policy, policy_bytes, says_its_end
 from s3lora_serve.signatures.trust import check_trusted
 
 policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
@@ -36,3 +36,5 @@ def policy_check(file: Annotated[Path, typer.Argument(help="YAML or JSON policy.
         stop(str(error))
     typer.echo(yaml.safe_dump(checked.as_json(), sort_keys=False), nl=False)
     typer.echo(f"# digest: {checked.digest}")
+    if not says_its_end(policy_bytes(file)):
+        typer.echo("no running server takes this file up: its last line is not `...`", err=True)

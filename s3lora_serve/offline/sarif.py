@@ -92,7 +92,7 @@ def _rules() -> Iterator[dict[str, Any]]:
         "The policy's strip rule picks modules whose updates concentrate in few directions (high"
         " Spectral Sharpness Index); the adapter is served without them.",
         "Look at the modules with `s3lora scan`, or `s3lora report` for their spectra. If they are"
-        " wanted, change strip in the policy or add the adapter's digest to allow.",
+        " wanted, change strip in the policy or list the adapter in allow.",
     )
     yield _rule(
         UNALIGNED,
@@ -102,7 +102,7 @@ def _rules() -> Iterator[dict[str, Any]]:
         "The policy's strip rule picks modules whose updates agree least with what alignment"
         " changed in the base model; they are stripped or projected.",
         "Look at the modules with `s3lora scan`. If they are wanted, change strip in the policy or"
-        " add the adapter's digest to allow.",
+        " list the adapter in allow.",
     )
     yield _rule(
         PLANNED,

@@ -17,10 +17,13 @@ MAX_POLICY_BYTES = 2**20
 """A policy is written by hand. A larger file is the wrong file."""
 
 
-def effective_policy(settings: Settings | None = None, file: Path | None = None) -> Policy:
+def effective_policy(
+    settings: Settings | None = None, file: Path | None = None, text: bytes | None = None
+) -> Policy:
     """The policy in force, from `file`, else `S3LORA_POLICY`, else the default.
 
-    Environment variables override the mode, the audit path and the plans folder.
+    Environment variables override the mode, the audit path and the plans folder. `text` is what
+    the file holds, if it has been read already.
 
     Raises:
         PolicyInvalid: the file cannot be read or is not a valid policy.
@@ -28,7 +31,7 @@ def effective_policy(settings: Settings | None = None, file: Path | None = None)
     """
     settings = settings or load_settings()
     chosen = file or settings.policy
-    policy = read_policy(chosen, settings.plans) if chosen else Policy(plans=settings.plans)
+    policy = read_policy(chosen, settings.plans, text) if chosen else Policy(plans=settings.plans)
     changes: dict[str, Any] = {}
     if settings.mode:
         changes["mode"] = settings.mode
@@ -57,13 +60,15 @@ def with_options(
     return with_reference_digest(parse_policy(policy.as_json() | changes, "policy"))
 
 
-def serving_policy(settings: Settings | None = None) -> Policy:
+def serving_policy(settings: Settings | None = None, text: bytes | None = None) -> Policy:
     """The effective policy of a server. Slow scorers, which are for offline use only, are refused.
+
+    `text` is what its file holds, if it has been read already.
 
     Raises:
         PolicyInvalid, SettingInvalid: as `effective_policy`, or a scorer is for offline use only.
     """
-    policy = effective_policy(settings)
+    policy = effective_policy(settings, text=text)
     used = {policy.scorer.name, *(each.scorer.name for each in policy.variants())}
     if slow := sorted(used - SERVING):
         raise PolicyInvalid(
@@ -73,19 +78,23 @@ def serving_policy(settings: Settings | None = None) -> Policy:
     return policy
 
 
-def read_policy(file: Path, plans: Path | None = None) -> Policy:
+def read_policy(file: Path, plans: Path | None = None, text: bytes | None = None) -> Policy:
     """Read one policy file (JSON is a subset of YAML). `plans` replaces the file's own.
 
+    `text` is what the file holds, if it has been read already.
+
     Raises:
-        PolicyInvalid: the file cannot be read, is not YAML, or breaks the schema.
+        PolicyInvalid: the file cannot be read, is empty, is not YAML, or breaks the schema.
     """
-    text = policy_bytes(file)
+    text = policy_bytes(file) if text is None else text
     try:
         data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise PolicyInvalid(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if plans is not None and (data is None or isinstance(data, dict)):
-        data = (data or {}) | {"plans": plans}  # before the check of require_plan
+    if data is None:  # nobody writes that; a file that is being written begins so
+        raise PolicyInvalid(f"{file}: empty: write {{}} for the defaults")
+    if plans is not None and isinstance(data, dict):
+        data |= {"plans": plans}  # before the check of require_plan
     return parse_policy(data, str(file))
 
 
@@ -103,6 +112,16 @@ def policy_bytes(file: Path) -> bytes:
     if len(text) > MAX_POLICY_BYTES:
         raise PolicyInvalid(f"{file}: larger than {MAX_POLICY_BYTES} bytes")
     return text
+
+
+def says_its_end(text: bytes) -> bool:
+    """Whether a policy's text shows that nothing of it is missing.
+
+    YAML's end of a document, a line `...`, stands last, or the whole is one mapping in braces, as
+    in JSON. No other part of a policy shows that: YAML that is cut off is YAML, with fewer keys.
+    """
+    whole = text.strip()
+    return whole.endswith(b"\n...") or (whole.startswith(b"{") and whole.endswith(b"}"))
 
 
 class _StrictLoader(yaml.SafeLoader):

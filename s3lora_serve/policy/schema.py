@@ -12,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.canonical import canonical_digest
-from s3lora_serve.policy.globs import glob_matches, selects
+from s3lora_serve.policy.globs import GlobText, glob_matches, selects
+from s3lora_serve.policy.lengths import check_lengths
+from s3lora_serve.policy.owners import Owner
+from s3lora_serve.policy.relaxing import is_fixed_folder, relaxed_keys
 from s3lora_serve.policy.section import Section
 from s3lora_serve.policy.signatures import Attestations, Signatures
 from s3lora_serve.settings import Mode
@@ -87,10 +90,29 @@ class Limits(Section):
     download_seconds: Annotated[float, Field(gt=0)] = 600  # hub ids, URLs: the largest at 4 MB/s
     load_seconds: Annotated[float, Field(gt=0)] = 120  # in workers; ours: max_bytes at 20 MB/s
     max_bytes: Annotated[int, Field(gt=0)] = 2 * 2**30  # r = 64 on a 70B model is 1.7 GB in bf16
+    negative_alpha: bool = False  # ours: it takes away what was trained
     min_rank: Annotated[int, Field(ge=1)] = 1  # 2 refuses rank-1 modules, which cannot be ranked
     max_rank: Annotated[int, Field(ge=1)] = 256  # the largest in common use; vLLM allows up to 512
     formats: tuple[Literal["safetensors"], ...] = ("safetensors",)  # other formats run code to load
     roots: tuple[Path, ...] = ()
+
+
+class Allowed(Section):
+    """One adapter by its contents: weights and configuration, as verdicts name them."""
+
+    digest: Digest
+    config_digest: Digest
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_and_configuration(cls, data: object) -> object:
+        if isinstance(data, str):
+            raise ValueError(
+                "a digest alone would admit the weights under any configuration, which scales"
+                " them: list {digest: sha256:…, config_digest: sha256:…}, both from the adapter's"
+                " verdict (s3lora scan --format json)"
+            )
+        return data
 
 
 class Audit(Section):
@@ -118,7 +140,7 @@ class Rates(Section):
 class Experiments(Section):
     """Registrations with settings of their own, which `s3lora evaluate` asks for."""
 
-    names: str = "eval/*"  # ours; * does not cross /
+    names: GlobText = "eval/*"  # ours; * does not cross /
     allow: frozenset[Literal["strip", "scorer", "action", "plan"]] = frozenset()
 
     def claims(self, name: str) -> bool:
@@ -129,9 +151,14 @@ class Experiments(Section):
 class Match(Section):
     """Globs that an adapter must match for a rule to apply. An unset glob matches everything."""
 
-    adapter: str | None = None
-    path: str | None = None
-    base_model: str | None = None
+    adapter: GlobText | None = None
+    path: GlobText | None = None
+    base_model: GlobText | None = None
+
+    @property
+    def is_by_path(self) -> bool:
+        """Whether a folder has to match, which a tenant cannot choose as a name can be chosen."""
+        return self.path is not None and is_fixed_folder(self.path)
 
 
 class Rule(BaseModel):
@@ -142,7 +169,10 @@ class Rule(BaseModel):
 
 
 _SERVERS = frozenset(
-    {"rules", "mode", "audit", "store", "required", "plans", "experiments", "rates"}
+    {
+        *("rules", "mode", "audit", "store", "required", "plans", "experiments"),
+        *("rates", "owners"),
+    }
 )
 """Keys that no rule may set."""
 
@@ -155,7 +185,7 @@ class Policy(Section):
 
     mode: Mode = "enforce"
     scorer: ScorerChoice = ScorerChoice()
-    modules: tuple[str, ...] = ("*",)
+    modules: tuple[GlobText, ...] = ("*",)
     action: Action = "strip"  # what happens to the modules that `strip` picks
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
     # Share of Σ‖ΔW‖_F². Rounding factors to float16 changes 9e-8 of it:
@@ -163,7 +193,7 @@ class Policy(Section):
     negligible: Annotated[float, Field(ge=0, lt=1)] = 1e-7
     limits: Limits = Limits()
     deny: frozenset[Digest] = frozenset()
-    allow: frozenset[Digest] = frozenset()
+    allow: frozenset[Allowed] = frozenset()
     on_uninformative: Literal["reject", "admit"] = "reject"
     on_unscorable: Literal["reject", "admit", "strip"] = "reject"
     audit: Audit = Audit()
@@ -175,6 +205,7 @@ class Policy(Section):
     signatures: Signatures = Signatures()
     attestations: Attestations = Attestations()
     experiments: Experiments | None = None  # None: there are none, and no name is kept for them
+    owners: tuple[Owner, ...] = ()  # (): names are whose registers them first
     rules: tuple[Rule, ...] = ()
 
     @model_validator(mode="after")
@@ -203,6 +234,35 @@ class Policy(Section):
                 raise ValueError(f"rules.{place}: {error}") from None
         return self
 
+    @model_validator(mode="after")
+    def _names_relax_nothing(self) -> Self:
+        whole = self.as_json()
+        variants = [variant.as_json() for variant in self.variants()]
+        for place, (rule, variant) in enumerate(zip(self.rules, variants, strict=True)):
+            if rule.match.is_by_path:
+                continue
+            if relaxed := relaxed_keys(whole, variant):
+                raise ValueError(
+                    f"rules.{place} relaxes {', '.join(relaxed)} for a name, which tenants choose:"
+                    " add path to its match, with a folder first, as in /adapters/acme/**"
+                )
+            for other in range(place + 1, len(self.rules)):
+                match = self.rules[other].match
+                by_path = match.is_by_path and match.adapter is None
+                if by_path and (relaxed := relaxed_keys(variants[other], variant)):
+                    raise ValueError(
+                        f"rules.{place} matches names, which tenants choose, and takes adapters out"
+                        f" of rules.{other}, which is stricter in {', '.join(relaxed)}: put it"
+                        f" after rules.{other}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _owners_signers_are_verified(self) -> Self:
+        if not self.signatures.anyone and any(owner.signers for owner in self.owners):
+            raise ValueError("owners.signers needs signatures with keys, certificates, identities")
+        return self
+
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
@@ -223,7 +283,8 @@ class Policy(Section):
         """The effective policy as plain data. Sets are sorted: equal policies have equal JSON."""
         data = self.model_dump(mode="json", exclude={"strip"})
         data["strip"] = dict([self.strip.rule])
-        data["deny"], data["allow"] = sorted(self.deny), sorted(self.allow)
+        data["deny"] = sorted(self.deny)
+        data["allow"].sort(key=lambda listed: (listed["digest"], listed["config_digest"]))
         if self.experiments is not None:
             data["experiments"]["allow"] = sorted(self.experiments.allow)
         return data
@@ -232,7 +293,11 @@ class Policy(Section):
         """The policy with the first matching rule applied.
 
         The rule's `strip` replaces the policy's as a whole; other mappings are merged.
+
+        Raises:
+            TooLong: name or path are longer than any may be.
         """
+        check_lengths(name, path)
         facts = {"adapter": name, "path": path, "base_model": base_model or ""}
         for rule in self.rules:
             globs = rule.match.model_dump(exclude_none=True)

@@ -18,6 +18,7 @@ from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.experiment import Settings as ExperimentSettings
 from s3lora_serve.policy.experiment import check_name, experiment_policy
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import Settings
@@ -91,17 +92,21 @@ class AdmissionController:
         *,
         store_refused: bool,
         experiment: Experiment | None = None,
+        asked_with: str | None = None,
     ) -> tuple[Verdict, Path | None]:
         """The verdict on an adapter, and the path of its stored copy, pinned.
 
         Without `store_refused` the path of a refused adapter is None. An experiment has settings
-        of its own, as far as the policy allows them.
+        of its own, as far as the policy allows them. `asked_with` is the requester's API key, as
+        in `admission.pipeline.admit`.
 
         Raises:
+            TooLong: name or path are longer than any may be.
             ExperimentClosed, NameReserved: see `policy/experiment.py`.
             AuditFailed: the policy requires an audit log, and it cannot be written.
             GateFailed, StoreFull: the store cannot take the copy.
         """
+        check_lengths(name, str(folder))
         policy = self.reload_policy()
         self.events.require_audit(policy)
         check_name(policy, name, is_experiment=experiment is not None)
@@ -119,6 +124,7 @@ class AdmissionController:
                 into=private.make,
                 check_model=modules.check,
                 plan=plan,
+                asked_with=asked_with,
             ).verdict
             if is_refused(verdict) and not store_refused:
                 return verdict, None

@@ -51,7 +51,7 @@ def install() -> None:
         patches.wrap_add_request(LLMEngineAdmission(controller).admitted_request)
         patches.wrap_doors(door)
         patches.wrap_model_list(_registration.served.origin)
-        patches.wrap_unload(_registration.served.remove)
+        patches.wrap_unload(_registration.check_unload, _registration.served.remove)
         patches.separate_quarantined_blocks(loader.is_quarantined)
     _installed = True
 

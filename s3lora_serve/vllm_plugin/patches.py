@@ -7,7 +7,8 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from s3lora_serve.errors import is_postponed, refusal_in
+from s3lora_serve.errors import AdapterRejected, TooLong, is_postponed, refusal_in
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
     LLMEngine,
@@ -137,11 +138,15 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, functools.partial(wrapper, getattr(owner, name)))
 
 
-def wrap_unload(removed: Callable[[Any, str], None]) -> None:
-    """Call `removed(engine, name)` after vLLM has unloaded an adapter."""
+def wrap_unload(check: Callable[[str], None], removed: Callable[[Any, str], None]) -> None:
+    """Call `check(name)`, which may refuse, before vLLM unloads an adapter, `removed` after it."""
     original = OpenAIServingModels.unload_lora_adapter
 
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        try:
+            check(request.lora_name)
+        except AdapterRejected as refusal:
+            return _refused(str(refusal))
         result = await original(self, request)
         if isinstance(result, str):
             removed(self.engine_client, request.lora_name)
@@ -169,28 +174,43 @@ def wrap_doors(door: ContextVar[str]) -> None:
     load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: Any = None) -> Any:
+        if too_long := _too_long(request.lora_name, request.lora_path):
+            return too_long
         # "experiment" is set by the gate's own route, "static" by vLLM's start.
         with setting(door, "http" if door.get() == "engine" else door.get()):
             result = await load(self, request, base_model_name)
         refusal = None if isinstance(result, str) else refusal_in(result.error.message)
-        if refusal is None:
-            return result
-        status, kind = HTTPStatus.BAD_REQUEST, "AdapterRejected"
-        if is_postponed(refusal):
-            status, kind = HTTPStatus.TOO_MANY_REQUESTS, "LoadPostponed"
-        return create_error_response(message=refusal, err_type=kind, status_code=status)
+        return result if refusal is None else _refused(refusal)
 
     async def init_static_loras(self: Any) -> None:
         with setting(door, "static"):
             await static(self)
 
     async def resolve_lora(self: Any, lora_name: str) -> Any:
+        if too_long := _too_long(lora_name):
+            return too_long
         with setting(door, "resolver"):
             return await resolve(self, lora_name)
 
     owner.load_lora_adapter = load_lora_adapter
     owner.init_static_loras = init_static_loras
     owner.resolve_lora = resolve_lora
+
+
+def _too_long(name: str, path: str = "") -> Any:
+    """The answer to a name or path that vLLM must not keep or log; None if it may."""
+    try:
+        check_lengths(name, path)
+    except TooLong as refusal:
+        return _refused(str(refusal))
+    return None
+
+
+def _refused(refusal: str) -> Any:
+    status, kind = HTTPStatus.BAD_REQUEST, "AdapterRejected"
+    if is_postponed(refusal):
+        status, kind = HTTPStatus.TOO_MANY_REQUESTS, "LoadPostponed"
+    return create_error_response(message=refusal, err_type=kind, status_code=status)
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def test_changed_policy_with_a_bad_reference_leaves_the_one_in_force(reference, 
     before = policy.current
     other = small_reference(tmp_path / "other", rank=3)
     other.chmod(0o666)
-    file.write_text(f"scorer: {{name: safe-lora, reference: {other}}}\n")
+    file.write_text(f"scorer: {{name: safe-lora, reference: {other}}}\n...\n")
     with pytest.raises(PolicyInvalid, match="can be written by others"):
         policy.reload()
     assert policy.current is before

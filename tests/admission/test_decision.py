@@ -6,11 +6,20 @@ from hypothesis import strategies as st
 
 from s3lora_serve.admission.decision import decide
 from s3lora_serve.admission.verdict import Decision
-from s3lora_serve.errors import Denied, OverLimit, TooManySharp, Uninformative, Unrankable
+from s3lora_serve.errors import (
+    Denied,
+    NegativeAlpha,
+    OverLimit,
+    TooManySharp,
+    Uninformative,
+    Unrankable,
+)
 from s3lora_serve.policy.schema import Limits, Policy, Strip
 from s3lora_serve.spectral import ModuleScore
 
 DIGEST = "sha256:" + "0" * 64
+CONFIG = "sha256:" + "1" * 64
+LISTED = {"digest": DIGEST, "config_digest": CONFIG}
 
 
 def score(name, relative, ssi=None, norm=1.0):
@@ -23,7 +32,7 @@ def scores(*relatives):
 
 
 def decide_by(found, scaling=None, **policy):
-    return decide(found, scaling or {}, DIGEST, Policy(**policy))
+    return decide(found, scaling or {}, DIGEST, Policy(**policy), config_digest=CONFIG)
 
 
 def strip(found, half=1.0, **choice):
@@ -105,16 +114,32 @@ def test_modules_without_relative_index_are_never_ranked():
     assert strip(found, top_k=5).stripped == {"m00", "m01", "m02"}
 
 
-def test_denied_digest_is_refused_and_allowed_one_is_admitted_whole():
+def test_denied_digest_is_refused_and_allowed_adapter_is_admitted_whole():
     found = scores(0.1, 0.9)
-    assert isinstance(decide_by(found, deny=[DIGEST], allow=[DIGEST]).refusal, Denied)
-    allowed = decide_by(found, allow=[DIGEST])
+    assert isinstance(decide_by(found, deny=[DIGEST], allow=[LISTED]).refusal, Denied)
+    allowed = decide_by(found, allow=[LISTED])
     assert (allowed.decision, allowed.stripped) == (Decision.ADMITTED, frozenset())
 
 
-def test_allowed_weights_are_still_bound_by_the_scaling_limit():
-    outcome = decide(scores(0.1, 0.9), {"m00": 1e9}, DIGEST, Policy(allow=[DIGEST]))
+@pytest.mark.parametrize("other", [{"digest": CONFIG}, {"config_digest": DIGEST}])
+def test_allowed_weights_with_another_configuration_are_decided_as_any_others(other):
+    found = scores(0.1, 0.9)
+    assert decide_by(found, allow=[LISTED | other]) == decide_by(found)
+
+
+def test_allowed_adapter_is_still_bound_by_the_scaling_limit():
+    outcome = decide_by(scores(0.1, 0.9), {"m00": 1e9}, allow=[LISTED])
     assert isinstance(outcome.refusal, OverLimit)
+
+
+def test_negative_alpha_is_refused_unless_the_adapter_or_the_limit_is_allowed():
+    found, scaling = scores(0.1, 0.9), {"m00": 2.0, "m01": -2.0}
+    refusal = decide_by(found, scaling).refusal
+    assert isinstance(refusal, NegativeAlpha)
+    assert "m01 has scaling -2" in str(refusal)
+    assert decide_by(found, scaling, allow=[LISTED]).refusal is None
+    assert decide_by(found, scaling, limits=Limits(negative_alpha=True)).refusal is None
+    assert decide_by(found, {"m00": 0.0, "m01": -0.0}).refusal is None
 
 
 @pytest.mark.parametrize("value", [65.0, -65.0, float("nan"), float("inf")])

@@ -104,7 +104,7 @@ def test_a_hostile_file_is_refused_before_any_plan_is_read(trained, plans, tmp_p
 
 
 def test_an_allowed_digest_is_admitted_unstripped_whatever_its_plan(folder, plans, plan):
-    allow = [plan.adapter_digest]
+    allow = [{"digest": plan.adapter_digest, "config_digest": plan.config_digest}]
     for contents in (None, "{}"):
         if contents:
             next(plans.iterdir()).write_text(contents)

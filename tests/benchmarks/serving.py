@@ -42,10 +42,11 @@ SHAPES = {
 POLICY = """
 on_uninformative: admit
 strip: {threshold: 1.0}
+limits: {max_stripped_fraction: 1.0}
 rules:
   - {match: {adapter: ten}, strip: {top_k: 10}}
   - {match: {adapter: half}, strip: {fraction: 0.5}}
-  - {match: {adapter: all}, strip: {fraction: 1.0}, limits: {max_stripped_fraction: 1.0}}
+  - {match: {adapter: all}, strip: {fraction: 1.0}}
 """
 STRIPPED = {"whole": 0, "ten": 10, "half": 14, "all": 28}
 BESIDE = ("base", "whole")

@@ -71,14 +71,19 @@ def main() -> None:
 
 def _policy(file: Path, signer: KeyPair, scanner: KeyPair) -> Path:
     signatures, attestations = {"require": True}, {"require": True}
+    everything = f"{file.parent.resolve()}/**"  # a rule relaxes for folders, never for names alone
     rules = [
         {"match": {"adapter": "checked/*"}, "signatures": signatures, "attestations": attestations},
         {
-            "match": {"adapter": "trusted/*"},
+            "match": {"adapter": "trusted/*", "path": everything},
             "signatures": signatures,
             "attestations": attestations | {"trust_scores": True},
         },
-        {"match": {"adapter": "*/*"}, "signatures": {"keys": []}, "attestations": {"keys": []}},
+        {
+            "match": {"adapter": "*/*", "path": everything},
+            "signatures": {"keys": []},
+            "attestations": {"keys": []},
+        },
     ]
     policy = {
         "on_uninformative": "admit",  # random factors have nearly equal SSI

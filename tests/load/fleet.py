@@ -158,7 +158,7 @@ def write_policy(file: Path, number: int) -> None:
     """Replace the policy by another; every fifth is invalid and changes nothing."""
     invalid = {"no key": "of a policy"} if number % 5 == 4 else {}
     part = file.with_suffix(".part")
-    part.write_text(yaml.safe_dump(policy_data(number) | invalid))
+    part.write_text(yaml.safe_dump(policy_data(number) | invalid, explicit_end=True))
     part.replace(file)
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.serving
 POLICY = """
 experiments: {names: "eval/*", allow: [strip, scorer, plan]}
 limits: {max_stripped_fraction: 1.0}
+...
 """
 ONLY_PLANS = 'experiments: {names: "eval/*", allow: [plan]}'
 KEY = "evaluation-key"
@@ -241,7 +242,7 @@ def test_unguarded_server_and_one_without_experiments_are_said(
     assert "not guarded" in done.stderr
     policy = server.folder / "policy.yaml"
     for text, said in (("mode: enforce", "no experiments"), (ONLY_PLANS, "not strip")):
-        policy.write_text(text)
+        policy.write_text(f"{text}\n...\n")
         try:
             done = run(server, chat, probes, tmp_path / "sweep.json")
         finally:

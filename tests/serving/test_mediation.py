@@ -112,3 +112,35 @@ def test_adapters_for_other_modalities_come_by_the_door_of_static_ones():
         [sys.executable, "-c", program], env=base_environment(), capture_output=True, text=True
     )
     assert "[('audio', '/a'), ('image', '/b')]" in done.stdout, done.stderr[-2000:]
+
+
+def experiment(server, name, folder):
+    return server.post("/s3lora/experiments", lora_name=name, lora_path=str(folder))
+
+
+def dry_scan(server, name, folder):
+    return server.post("/s3lora/scan", lora_name=name, lora_path=str(folder))
+
+
+def unload(server, name, folder):
+    return server.unload(name)
+
+
+READING = {request.__name__: request for request in (http, sagemaker, dry_scan, experiment)}
+NAMING = {request.__name__: request for request in (resolver, unload)}
+
+
+@pytest.mark.parametrize("door", READING | NAMING)
+def test_a_name_or_path_that_is_too_long_is_refused_at_once_and_logged_nowhere(gate, cases, door):
+    """Rules would match it, and the log, the page and vLLM's tables would keep it."""
+    too_long = [("y" * 257, cases["sharp"])]
+    if door in READING:
+        too_long.append(("short", "/" + "z" * 4096))
+    for name, path in too_long:
+        response = (READING | NAMING)[door](gate, name, path)
+        assert response.status_code == 400
+        assert "S3LORA-221: " in response.text or '"S3LORA-221"' in response.text
+        assert len(response.text) < 400
+    log = gate.log.read_text()
+    assert "y" * 50 not in log
+    assert "z" * 50 not in log

@@ -24,10 +24,11 @@ llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, enable_
           max_lora_rank=16, max_num_seqs=8, max_loras=1, max_cpu_loras=1)
 params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
 
-def ask(number, folder):
+def ask(number, folder, name=None):
     answers = []
     for prompt in prompts:  # one at a time, as on the server
-        [out] = llm.generate(prompt, params, lora_request=LoRARequest(f"a{number}", number, folder))
+        adapter = LoRARequest(name or f"a{number}", number, folder)
+        [out] = llm.generate(prompt, params, lora_request=adapter)
         answers.append([{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p])
     return answers
 """
@@ -60,6 +61,7 @@ found.append([first(1, folder), first(1, folder, load_inplace=True)])
 found[-1] += [first(1, folder), first(3, other)]
 shutil.rmtree(folder)
 found[-1].append(first(1, folder))
+found.append(ask(4, other, "y" * 257))
 print("ANSWERS", json.dumps(found))
 """
 )
@@ -96,6 +98,8 @@ def test_adapters_first_used_offline_are_stripped_quarantined_and_reloaded_as_ad
     assert before != pytest.approx(of_new_content, abs=1e-3)
     for answer in (replaced, after, deleted):
         assert answer == pytest.approx(of_new_content, abs=1e-4)
+    assert_alike(found[4], expected["base"])  # its name is too long
+    assert f"'{'y' * 256}' is quarantined, it answers as the base: S3LORA-221" in log
 
 
 def test_a_restarted_engine_serves_what_was_admitted_though_its_folder_is_gone(

@@ -1,5 +1,6 @@
-"""Policy options that need a real engine to test: unscorable weights, deadline, audit log."""
+"""Policy options that need a real engine to test: unscorable weights, deadline, audit, owners."""
 
+import hashlib
 import json
 import shutil
 
@@ -14,13 +15,16 @@ from tests.support.tiny_model import PROJECTIONS
 pytestmark = pytest.mark.serving
 
 POLICY = """
-strip: {top_k: 0}
-audit: {required: true}
+strip: {{top_k: 0}}
+audit: {{required: true}}
+owners:
+  - {{names: "owned/*", paths: ["{folder}/owned/**"], keys: ["{key}"]}}
 rules:
-  - {match: {adapter: "slow*"}, limits: {seconds: 0.000001}}
-  - {match: {adapter: "admit*"}, on_unscorable: admit}
-  - {match: {adapter: "strip*"}, on_unscorable: strip}
+  - {{match: {{adapter: "slow*"}}, limits: {{seconds: 0.000001}}}}
+  - {{match: {{adapter: "admit*", path: "{folder}/**"}}, on_unscorable: admit}}
+  - {{match: {{adapter: "strip*", path: "{folder}/**"}}, on_unscorable: strip}}
 """
+KEY, OTHER_KEY = "the owner's key", "another tenant's key"
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +55,13 @@ def served(stock, embedding, linear_only):
 @pytest.fixture(scope="module")
 def unscorable(model, workplace):
     policy = workplace / "unscorable.yaml"
-    policy.write_text(POLICY)
+    key = hashlib.sha256(KEY.encode()).hexdigest()[:16]
+    policy.write_text(POLICY.format(folder=workplace.resolve(), key=key))
     log = workplace / "unscorable" / "audit.jsonl"
     log.parent.mkdir()
     environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy), "S3LORA_AUDIT_LOG": str(log)}
-    with Server(model, workplace / "unscorable.log", (), environment) as server:
+    keys = ("--api-key", KEY, OTHER_KEY)
+    with Server(model, workplace / "unscorable.log", keys, environment, key=KEY) as server:
         yield server
 
 
@@ -116,3 +122,36 @@ def test_repeated_refusals_are_one_line_and_a_count_when_the_server_ends(unscora
     assert burst() == [("burst-0", "S3LORA-101", 1)]
     unscorable.stop()
     assert burst()[1:] == [("burst-19", "S3LORA-101", 19)]
+
+
+def test_owned_name_is_loaded_replaced_and_unloaded_by_its_owner_alone(
+    unscorable, trained, workplace
+):
+    other = {"Authorization": f"Bearer {OTHER_KEY}"}
+
+    def ask(route, headers=None, **body):
+        more = {"headers": headers} if headers else {}
+        response = unscorable.request("POST", route, json=body, **more)
+        if response.status_code != 200:
+            assert response.status_code == 400
+            assert response.json()["error"]["message"].startswith("S3LORA-222: ")
+        return response.status_code == 200
+
+    owned = copy_with(trained, workplace / "owned" / "a")
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    own = {"lora_name": "owned/a", "lora_path": str(owned)}
+    foreign = own | {"lora_path": str(trained)}
+    assert not ask(load, **foreign)  # from elsewhere
+    assert not ask(load, other, **own)  # by another key
+    assert not ask("/adapters", other, name="owned/a", src=str(owned))
+    assert ask(load, **own)
+    before = answers(unscorable, "owned/a")
+    assert not ask(load, **foreign, load_inplace=True)
+    assert not ask(load, other, **own, load_inplace=True)
+    assert not ask(unload, other, lora_name="owned/a")
+    deleted = unscorable.request("DELETE", "/adapters/owned/a", headers=other)
+    assert deleted.status_code in (400, 404)
+    assert answers(unscorable, "owned/a") == before
+    assert ask(unload, lora_name="owned/a")
+    assert ask(load, other, lora_name="anybody", lora_path=str(trained))
+    assert ask(unload, other, lora_name="anybody")

@@ -35,7 +35,7 @@ def state(workplace) -> Path:
 @pytest.fixture(scope="module")
 def changing_policy(workplace) -> Path:
     file = workplace / "replacement-policy.yaml"
-    file.write_text("strip: {top_k: 3}\n")
+    file.write_text("strip: {top_k: 3}\n...\n")
     return file
 
 
@@ -129,7 +129,7 @@ def test_a_changed_policy_applies_to_the_next_registration_which_uses_no_old_blo
     assert gate.load("by-policy", spiked).status_code == 200
     stripped = first_token(gate, "by-policy")
     try:
-        policy.write_text("strip: {top_k: 0}\n")
+        policy.write_text("strip: {top_k: 0}\n...\n")
         assert answers(gate, "by-policy") == expected["by-hand"], "registered under the old policy"
         assert gate.load("by-policy", spiked, load_inplace=True).status_code == 200
         assert answers(gate, "by-policy") == expected["whole"]
@@ -146,7 +146,7 @@ def test_a_changed_policy_that_is_not_valid_is_reported_and_the_old_one_stays(
     metric = 's3lora_failures_total{reason="policy"}'
     assert gate.load("takes up the valid one", spiked).status_code == 200
     counted = gate.metrics()[metric]
-    policy.write_text("strip: {top_k: many}\n")
+    policy.write_text("strip: {top_k: many}\n...\n")
     assert gate.load("after-bad-policy", spiked).status_code == 200
     assert answers(gate, "after-bad-policy") == expected["by-hand"]
     assert gate.metrics()[metric] == counted + 1
@@ -213,7 +213,7 @@ def test_recheck_names_what_the_policy_in_force_would_decide_otherwise(
     text = policy.read_text()
     assert recheck() == (0, set())
     digest = gate.get("/s3lora/adapters/rechecked").json()["digest"]
-    policy.write_text(text + f"deny: ['{digest}']\n")
+    policy.write_text(f"deny: ['{digest}']\n{text}")
     code, names = recheck()
     assert code == 1
     assert "rechecked" in names

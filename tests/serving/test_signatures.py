@@ -29,7 +29,7 @@ def scanner(workplace):
 
 
 @pytest.fixture(scope="module")
-def policy(acme, scanner):
+def policy(acme, scanner, workplace):
     return {
         "strip": {"top_k": 3},
         "signatures": {"keys": [str(acme.public)]},
@@ -38,7 +38,7 @@ def policy(acme, scanner):
             {"match": {"adapter": "signed/*"}, "signatures": {"require": True}},
             {"match": {"adapter": "attested/*"}, "attestations": {"require": True}},
             {
-                "match": {"adapter": "scanned/*"},
+                "match": {"path": f"{workplace.resolve()}/scanned/**"},
                 "attestations": {"require": True, "trust_scores": True},
             },
         ],
@@ -48,7 +48,7 @@ def policy(acme, scanner):
 @pytest.fixture(scope="module")
 def policy_file(policy, workplace):
     file = workplace / "signatures.yaml"
-    file.write_text(yaml.safe_dump(policy))
+    file.write_text(yaml.safe_dump(policy, explicit_end=True))
     return file
 
 
@@ -144,9 +144,9 @@ def test_attested_adapter_is_served_and_one_of_another_policy_is_refused(
 
 
 def test_trusted_scores_strip_the_same_modules_as_the_gates_own(
-    server, as_served, trained, scanner, policy_file, tmp_path
+    server, as_served, trained, scanner, policy_file, workplace
 ):
-    folder = copy_with(trained, tmp_path / "scanned")
+    folder = copy_with(trained, workplace / "scanned" / "a")
     attest(folder, scanner, policy_file, "scanned/a")
     assert server.load("scanned/a", folder).status_code == 200
     assert server.get("/s3lora/adapters/scanned/a").json()["scored_by"] == "attestation"
@@ -169,7 +169,7 @@ def test_recheck_names_a_served_adapter_whose_signer_is_trusted_no_longer(
     assert "signed/kept" not in differing()
     try:
         changed = policy | {"signatures": {"keys": [str(scanner.public)]}}
-        policy_file.write_text(yaml.safe_dump(changed))
+        policy_file.write_text(yaml.safe_dump(changed, explicit_end=True))
         assert differing()["signed/kept"]["code"] == "S3LORA-213"
     finally:
         policy_file.write_text(whole)

@@ -171,7 +171,8 @@ def test_attestation_under_another_policy_is_refused_unless_any_will_do(adapter,
 
 def test_policy_whose_rule_requires_an_attestation_attests_all_the_same(adapter, scanner, tmp_path):
     demands = {"require": True, "trust_scores": True, "keys": [str(scanner.public)]}
-    rule = {"match": {"adapter": "acme/*"}, "strip": {"top_k": 1}, "attestations": demands}
+    match = {"adapter": "acme/*", "path": str(adapter.resolve())}
+    rule = {"match": match, "strip": {"top_k": 1}, "attestations": demands}
     rules = RULES | {"rules": [rule]}
     attest(adapter, scanner, tmp_path / "policy.json", "--name", "acme/a", rules=rules)
     ours = policy(scanner).model_copy(update={"strip": Policy(strip={"top_k": 1}).strip})

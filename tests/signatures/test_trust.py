@@ -59,7 +59,7 @@ def test_keys_and_certificates_of_a_policy_are_checked(tmp_path, pair):
 
 
 def test_key_of_a_rule_is_checked_too(tmp_path):
-    rule = {"match": {"adapter": "a"}, "signatures": {"keys": [str(tmp_path / "nowhere")]}}
+    rule = {"match": {"path": "/a"}, "signatures": {"keys": [str(tmp_path / "nowhere")]}}
     with pytest.raises(PolicyInvalid, match="No such file"):
         check_trusted(Policy.model_validate({"rules": [rule]}))
 

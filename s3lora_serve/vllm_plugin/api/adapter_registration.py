@@ -21,12 +21,14 @@ from s3lora_serve.errors import (
     Reason,
     Refused,
 )
+from s3lora_serve.policy.lengths import check_lengths
+from s3lora_serve.policy.owners import foreign_unload
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 from s3lora_serve.vllm_plugin.api.engine_load import EngineLoad
 from s3lora_serve.vllm_plugin.api.rates import TenantRates, tenant_of
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
-from s3lora_serve.vllm_plugin.api.requester import note_retry, requester
+from s3lora_serve.vllm_plugin.api.requester import asked_with, note_retry, requester
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads, load_places
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, is_first_server
@@ -101,9 +103,11 @@ class AdapterRegistration:
         loads and prefix-cache blocks belong to this content and verdict.
 
         Raises:
+            TooLong: its name or path is longer than any may be.
             AdapterRejected: the adapter is refused; the engine serves nothing of it.
             LoadPostponed: too many loads are asked for; the adapter was not looked at.
         """
+        check_lengths(request.lora_name, request.lora_path)
         tenant = tenant_of(request.lora_name)
         try:
             attempt = await self._begun(engine, request, original, tenant)
@@ -157,6 +161,22 @@ class AdapterRegistration:
         work = self._spawn(self._try(attempt))
         work.add_done_callback(lambda _: self._inspections.queue.leave(tenant))
         return await asyncio.shield(work)
+
+    def check_unload(self, name: str) -> None:
+        """Check that the client whose request this task serves may unload an adapter.
+
+        Raises:
+            TooLong: the name is longer than any may be.
+            NotTheOwner: the policy gives the name to others.
+        """
+        check_lengths(name)
+        served = self.served.get(name)
+        if served is None or served.is_experiment:  # experiments have routes and names of their own
+            return
+        policy = self.controller.reload_policy()
+        foreign = foreign_unload(policy.owners, name, asked_with())
+        if foreign and policy.mode == "enforce":
+            raise foreign
 
     async def recheck(self, engine: Any) -> list[tuple[Verdict, Verdict]]:
         """For each served adapter, the verdict at its admission and the one it would get now.
@@ -237,14 +257,17 @@ class AdapterRegistration:
     async def _admit(self, attempt: _Attempt, threads: WorkThreads) -> tuple[Verdict, Path | None]:
         """The verdict, and the stored copy that workers may load (None if refused), pinned."""
         try:
-            admitted = await threads.run(self._decide, attempt, experiment.get())
+            # Over HTTP somebody asks, also where no middleware notes who: owners' keys are checked.
+            in_process = asked_with() is None and door.get() in ("static", "engine")
+            asks = None if in_process else asked_with() or ""
+            admitted = await threads.run(self._decide, attempt, experiment.get(), asks)
         except AdapterRejected as refusal:
             return self._unread(attempt.request, refusal), None
         await self._send_policy(attempt.engine)
         return admitted
 
     def _decide(
-        self, attempt: _Attempt, settings: Experiment | None
+        self, attempt: _Attempt, settings: Experiment | None, asks: str | None
     ) -> tuple[Verdict, Path | None]:
         """Runs on a thread: finding the folder may take as long as reading it."""
         folder = attempt.downloaded or compat.local_folder(attempt.request)
@@ -257,6 +280,7 @@ class AdapterRegistration:
             attempt.modules,
             store_refused=False,
             experiment=settings,
+            asked_with=asks,
         )
 
     async def _downloaded(self, request: Any, tenant: str) -> Path | None:

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from s3lora_serve.errors import ExperimentClosed, S3LoRAError
 from s3lora_serve.plans.schema import parse_plan
 from s3lora_serve.policy.experiment import Settings, check_name, experiment_policy
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
@@ -55,6 +56,7 @@ class ExperimentRoutes:
             return gate_off()
         wanted = settings or Settings()
         try:
+            check_lengths(lora_name, lora_path)
             policy = registration.controller.reload_policy()
             check_name(policy, lora_name, is_experiment=True)
             experiment_policy(policy, wanted, with_plan=plan is not None)

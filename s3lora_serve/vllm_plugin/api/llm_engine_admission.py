@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.errors import AdapterRejected
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.engine_load import FIRST_REPLACEMENT_ID
@@ -69,6 +70,7 @@ class LLMEngineAdmission:
         return admitted
 
     def _admit(self, engine: Any, request: Any) -> Path | None:
+        check_lengths(request.lora_name, request.lora_path)
         folder = compat.adapter_folder(request, download=not self._controller.policy.limits.roots)
         if folder is None:
             return None

@@ -41,6 +41,12 @@ def note_retry(seconds: int) -> None:
         again.seconds = seconds
 
 
+def asked_with() -> str | None:
+    """The key of the client whose request this task serves, "" without one; None: no request."""
+    client = requester.get()
+    return None if client is None else client.key or ""
+
+
 class RequesterNote:
     """ASGI middleware: sets `requester` for each HTTP request, and adds Retry-After to a 429."""
 

@@ -8,12 +8,13 @@ from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from s3lora_serve.admission.verdict import Verdict, differs
-from s3lora_serve.errors import LoadPostponed
+from s3lora_serve.errors import LoadPostponed, TooLong
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.store.stored_spectra import with_spectra
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
-from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, turned_away
+from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, refused, turned_away
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
@@ -157,9 +158,12 @@ class GateRoutes:
         if registration is None:
             return gate_off()
         try:
+            check_lengths(lora_name, lora_path)
             verdict = await registration.dry_run(self._engine, lora_name, lora_path)
         except compat.LoRAAdapterNotFoundError as error:
             return not_found(str(error))
+        except TooLong as error:
+            return refused(error, 400)
         except LoadPostponed as postponed:
             return turned_away(postponed)
         await registration.report_scan(verdict)

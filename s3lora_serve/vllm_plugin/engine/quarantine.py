@@ -6,6 +6,7 @@ from typing import Any
 
 from s3lora_serve.admission.verdict import Verdict, unread_verdict
 from s3lora_serve.errors import GateFailed, Reason
+from s3lora_serve.policy.lengths import MAX_NAME, MAX_PATH
 from s3lora_serve.store.stored_copy import is_servable
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
@@ -33,6 +34,6 @@ def quarantine(
         except GateFailed as error:  # other ranks cannot learn of it
             compat.logger.error("s3lora: %s", error)
     if compat.is_first_rank():
-        name, path = request.lora_name, request.lora_path
+        name, path = request.lora_name[:MAX_NAME], request.lora_path[:MAX_PATH]
         known = verdict or unread_verdict(name, path, controller.policy)
         controller.events.quarantined(replace(known, name=name), reason)

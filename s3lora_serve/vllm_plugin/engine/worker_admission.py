@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.errors import NotAnAdapter, PlanInvalid, Refused
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.bounded_map import remember
@@ -38,6 +39,7 @@ class WorkerAdmission:
         return path
 
     def _admit(self, request: Any, model: WorkerModel) -> Path:
+        check_lengths(request.lora_name, request.lora_path)
         folder = compat.adapter_folder(request, download=not self._controller.policy.limits.roots)
         if folder is None:
             raise NotAnAdapter(f"{request.lora_path} does not exist")
