@@ -84,6 +84,7 @@ class Verdict:
     signed_by: Signer | None = None  # of the policy's signers; None: of none
     attested_by: Attester | None = None  # of the policy's keys for attestations; None: of none
     scored_by: Literal["gate", "attestation"] = "gate"  # where the scores are from
+    config_file_digest: str | None = None  # sha256 of adapter_config.json, byte for byte
 
     @property
     def vouchers(self) -> Vouchers:
@@ -140,6 +141,7 @@ class Verdict:
             "signed_by": self.signed_by and asdict(self.signed_by),
             "attested_by": self.attested_by and asdict(self.attested_by),
             "scored_by": self.scored_by,
+            "config_file_digest": self.config_file_digest,
         }
 
     @classmethod

@@ -24,6 +24,7 @@ from s3lora_serve.store.stored_copy import (
     is_servable,
     open_stored_copy,
     store_key,
+    stored_json,
 )
 
 _NAME = re.compile(r"([0-9a-f]{64})(-\d{1,9})?")
@@ -111,7 +112,7 @@ class AdapterStore:
             if not is_servable(verdict):
                 (folder / WEIGHTS_NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder / OWN_FOLDER, ignore_errors=True)
-            (folder / VERDICT_NAME).write_text(json.dumps(verdict.as_json()))
+            (folder / VERDICT_NAME).write_text(json.dumps(stored_json(verdict)))
             with self._pins.store_lock():
                 target = self._free_or_intact_path(store_key(verdict))
                 if target.is_dir():

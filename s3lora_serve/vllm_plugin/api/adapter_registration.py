@@ -154,6 +154,8 @@ class AdapterRegistration:
         request.load_inplace = False
         loaded = False
         try:
+            own = request.lora_int_id, request.lora_name, str(path), verdict.path
+            await call_workers(engine, "s3lora_registered", own)
             if not unchanged:
                 await self._preload(engine, (request.lora_name, str(path), request.lora_int_id))
             added = await original(engine, request)

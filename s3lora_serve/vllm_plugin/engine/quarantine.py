@@ -17,6 +17,7 @@ def quarantine(
     stored_path: Path | None,
     reason: Reason,
     verdict: Verdict | None,
+    path: str,
 ) -> None:
     """Mark the stored copy for all ranks, and report the quarantine once.
 
@@ -26,6 +27,7 @@ def quarantine(
         stored_path: the stored copy, if there is one.
         reason: why the adapter is not served.
         verdict: the stored verdict; None if it could not be read.
+        path: the path that the adapter was registered with.
     """
     if stored_path is not None and (verdict is None or is_servable(verdict)):
         try:
@@ -33,6 +35,6 @@ def quarantine(
         except GateFailed as error:  # other ranks cannot learn of it
             compat.logger.error("s3lora: %s", error)
     if compat.is_first_rank():
-        name, path = request.lora_name, request.lora_path
+        name = request.lora_name
         known = verdict or unread_verdict(name, path, controller.policy)
-        controller.events.quarantined(replace(known, name=name), reason)
+        controller.events.quarantined(replace(known, name=name, path=path), reason)
