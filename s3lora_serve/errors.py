@@ -186,10 +186,10 @@ class NameReserved(AdapterRejected):
 
 
 class ExperimentClosed(AdapterRejected):
-    """The policy allows no experiments, or none with this setting."""
+    """The policy allows no experiments, none with this setting, or none for longer."""
 
     code = "S3LORA-211"
-    remedy = "Open experiments in the policy of this server: names, and what they may set."
+    remedy = "Open experiments in the policy of this server: names, what they may set, ttl."
 
 
 class Unsigned(AdapterRejected):

@@ -13,13 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.canonical import canonical_digest
 from s3lora_serve.policy.globs import glob_matches, selects
+from s3lora_serve.policy.section import Digest as Digest
 from s3lora_serve.policy.section import Section
 from s3lora_serve.policy.signatures import Attestations, Signatures
 from s3lora_serve.settings import Mode
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-
 
 Normalization = Literal["two_sided", "row", "column", "equilibrated"]
 Action = Literal["strip", "project"]
@@ -112,6 +111,7 @@ class Experiments(Section):
 
     names: str = "eval/*"  # ours; * does not cross /
     allow: frozenset[Literal["strip", "scorer", "action", "plan"]] = frozenset()
+    ttl: Annotated[float, Field(gt=0)] | None = None  # seconds; None: until they are ended
 
     def claims(self, name: str) -> bool:
         """Whether a name is kept for experiments."""

@@ -3,6 +3,7 @@
 No event changes a decision, except that `audit.required` refuses what cannot be written.
 """
 
+from dataclasses import replace
 from logging import Logger
 
 from s3lora_serve.admission.verdict import Decision, Verdict, with_rejection
@@ -21,6 +22,9 @@ from s3lora_serve.telemetry.metrics import Metrics
 
 EXPERIMENT = "experiment"
 """The door of registrations with settings of their own. They count in a metric of their own."""
+
+EXPERIMENT_ENDED = "experiment-ended"
+"""What the audit log has as the door where the gate itself ends an experiment."""
 
 _FAILURES = {
     GateFailed.code: "score",
@@ -77,6 +81,11 @@ class AdmissionEvents:
         self.metrics.reloads.labels(source).inc()
         if source == "store":
             self._write(verdict, "reload")
+
+    def experiment_ended(self, verdict: Verdict, reason: Reason) -> None:
+        """Report an experiment that the gate ends because the policy no longer allows it."""
+        self._logger.warning("s3lora: experiment %r is unloaded: %s", verdict.name, reason)
+        self._write(replace(verdict, reason=reason), EXPERIMENT_ENDED)
 
     def policy_kept(self, problem: str, policy: Policy) -> None:
         """Report a changed policy file that is invalid; `policy` stays in force."""

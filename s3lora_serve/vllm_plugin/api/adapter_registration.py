@@ -98,9 +98,8 @@ class AdapterRegistration:
             await engine.remove_lora(request.lora_int_id)
             self.controller.store.unpin(path)
             raise Refused(str(AuditFailed("the decision could not be written down")))
-        is_experiment = experiment.get() is not None
-        adapter = ServedAdapter(request.lora_int_id, path, origin, verdict, is_experiment)
-        self.served.add(engine, adapter)
+        own = experiment.get()
+        self.served.add(engine, ServedAdapter(request.lora_int_id, path, origin, verdict, own))
         return added
 
     async def dry_run(self, engine: Any, name: str, path: str) -> Verdict:
@@ -123,15 +122,14 @@ class AdapterRegistration:
                 verdict = with_rejection(verdict, reason)
         return verdict
 
-    async def recheck(self, engine: Any) -> list[tuple[Verdict, Verdict]]:
-        """For each served adapter, the verdict at its admission and the one it would get now."""
+    async def recheck(self, engine: Any) -> list[tuple[ServedAdapter, Verdict]]:
+        """Each served adapter, and the verdict that it would get now."""
         await self._learn_model(engine)
         base_model = compat.base_model(engine.vllm_config)
         recheck = partial(self.controller.recheck, base_model=base_model, shapes=self._shapes or ())
         return [
-            (adapter.verdict, await self._in_thread(recheck, adapter.verdict, adapter.path))
-            for adapter in self.served.all()
-            if not adapter.is_experiment  # their settings are not the policy's
+            (one, await self._in_thread(recheck, one.verdict, one.path, one.experiment))
+            for one in self.served.all()
         ]
 
     async def _load(

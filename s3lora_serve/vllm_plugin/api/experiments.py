@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from fastapi import Body, Request
 from fastapi.responses import JSONResponse
 
-from s3lora_serve.errors import ExperimentClosed, S3LoRAError
+from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.errors import ExperimentClosed, NameReserved, PolicyInvalid, S3LoRAError
 from s3lora_serve.plans.schema import parse_plan
 from s3lora_serve.policy.experiment import Settings, check_name, experiment_policy
 from s3lora_serve.telemetry.events import EXPERIMENT
@@ -14,6 +15,7 @@ from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door, experiment
 from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, refused
+from s3lora_serve.vllm_plugin.api.experiment_ends import ExperimentEnds
 from s3lora_serve.vllm_plugin.patches import setting
 
 
@@ -22,6 +24,7 @@ class ExperimentRoutes:
 
     def __init__(self, registration: Callable[[], AdapterRegistration | None]) -> None:
         self._registration = registration
+        self._ends = ExperimentEnds()
 
     async def show(self) -> JSONResponse:
         """The names kept for experiments, what they may set, and those that are registered."""
@@ -29,11 +32,12 @@ class ExperimentRoutes:
         if registration is None:
             return gate_off()
         kept = registration.controller.reload_policy().experiments
-        served = [one.verdict.name for one in registration.served.all() if one.is_experiment]
+        served = [one.verdict.name for one in registration.served.all() if one.experiment]
         return JSONResponse(
             {
                 "names": kept.names if kept else None,
                 "allow": sorted(kept.allow) if kept else [],
+                "ttl": kept.ttl if kept else None,
                 "registered": served,
             }
         )
@@ -64,8 +68,12 @@ class ExperimentRoutes:
         except S3LoRAError as error:
             return refused(error, 400)
         load = compat.load_request_model()(lora_name=lora_name, lora_path=lora_path)
-        with setting(experiment, Experiment(wanted, parsed)), setting(door, EXPERIMENT):
-            result = await compat.served_models(raw_request).load_lora_adapter(load)
+        models = compat.served_models(raw_request)
+        try:
+            with setting(experiment, Experiment(wanted, parsed)), setting(door, EXPERIMENT):
+                result = await models.load_lora_adapter(load)
+        finally:
+            self._ends.watch(registration, models)
         if not isinstance(result, str):
             return JSONResponse(result.model_dump(), result.error.code)
         found = registration.served.get(lora_name)
@@ -77,10 +85,27 @@ class ExperimentRoutes:
         if registration is None:
             return gate_off()
         found = registration.served.get(name)
-        if found is None or not found.is_experiment:
+        if found is None or found.experiment is None:
             return not_found(f"no experiment {name!r} is registered")
         unload = compat.unload_request_model()(lora_name=name)
         result = await compat.served_models(raw_request).unload_lora_adapter(unload)
         if not isinstance(result, str):
             return JSONResponse(result.model_dump(), result.error.code)
         return JSONResponse({"ended": name})
+
+
+_CLOSED = {ExperimentClosed.code, NameReserved.code, PolicyInvalid.code}
+
+
+def described(experiment: Experiment | None, now: Verdict) -> dict[str, Any] | None:
+    """What an experiment sets, and whether the policy in force still allows it; None: it is none.
+
+    `now` is its verdict under that policy.
+    """
+    if experiment is None:
+        return None
+    return {
+        "settings": experiment.settings.model_dump(mode="json", exclude_none=True),
+        "plan_digest": experiment.plan and experiment.plan.digest,
+        "closed": bool(now.reason and now.reason.code in _CLOSED),
+    }

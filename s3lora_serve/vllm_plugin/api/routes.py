@@ -12,7 +12,7 @@ from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
-from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
+from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes, described
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
 from s3lora_serve.vllm_plugin.api.requester import RequesterNote
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
@@ -132,12 +132,13 @@ class GateRoutes:
         pairs = await registration.recheck(self._engine)
         found = [
             {
-                "name": before.name,
-                "differs": differs(before, after),
-                "before": before.as_json(spectra=False),
+                "name": one.verdict.name,
+                "differs": differs(one.verdict, after),
+                "experiment": described(one.experiment, after),
+                "before": one.verdict.as_json(spectra=False),
                 "after": after.as_json(spectra=False),
             }
-            for before, after in pairs
+            for one, after in pairs
         ]
         return JSONResponse(
             {"policy_digest": registration.controller.policy.digest, "adapters": found}

@@ -5,11 +5,12 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 
 POLL_SECONDS = 1.0
 """Interval between checks for running requests of an adapter that is to be unloaded. A request that
@@ -24,8 +25,9 @@ class ServedAdapter:
     path: Path  # of the stored copy
     origin: str  # the path that it was registered with
     verdict: Verdict
-    is_experiment: bool = False
+    experiment: Experiment | None = None  # the settings of its own, if it has any
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started: float = field(default_factory=monotonic)  # seconds
 
 
 class ServedAdapters:
@@ -54,7 +56,7 @@ class ServedAdapters:
         name = adapter.verdict.name
         before = self._adapters.pop(name, None)
         self._adapters[name] = adapter
-        if not adapter.is_experiment:
+        if adapter.experiment is None:
             self._controller.events.metrics.serve(adapter.verdict)
         if before is not None:
             self._unload(engine, before)
