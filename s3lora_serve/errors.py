@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from s3lora_serve.printable import printable
+
 _MARK = re.compile(r"S3LORA-\d{3}: .*", re.DOTALL)
 
 
@@ -18,7 +20,7 @@ class S3LoRAError(Exception):
     remedy: ClassVar[str]
 
     def __init__(self, problem: str) -> None:
-        self.problem = problem
+        self.problem = printable(problem)  # it may quote what a tenant chose
         super().__init__(f"{self.code}: {self.message}")
 
     @property
@@ -246,6 +248,13 @@ class AttestationOutdated(AdapterRejected):
 
     code = "S3LORA-219"
     remedy = "Attest the adapter again under the policy in force."
+
+
+class NotText(AdapterRejected):
+    """The adapter's name or path holds lone surrogates, which are no text."""
+
+    code = "S3LORA-224"
+    remedy = "Take a name and a path that UTF-8 can encode: vLLM's engine gets no others."
 
 
 class DoesNotFitModel(AdapterRejected):

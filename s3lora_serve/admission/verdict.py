@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from s3lora_serve.errors import Reason
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.printable import printable
 from s3lora_serve.signatures.records import Attester, Signer, Vouchers
 
 
@@ -201,8 +202,8 @@ def with_rejection(verdict: Verdict, reason: Reason) -> Verdict:
 def unread_verdict(name: str, path: str, policy: Policy) -> Verdict:
     """The verdict on an adapter that could not be read, without a reason yet."""
     return Verdict(
-        path=path,
-        name=name,
+        path=printable(path),
+        name=printable(name),
         digest=None,
         config_digest=None,
         decision=Decision.REJECTED,

@@ -26,6 +26,7 @@ from s3lora_serve.policy.experiment import Settings as ExperimentSettings
 from s3lora_serve.policy.experiment import check_name, experiment_policy
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.policy.text import check_text
 from s3lora_serve.settings import Settings
 from s3lora_serve.signatures.trust import check_trusted
 from s3lora_serve.store.adapter_store import AdapterStore
@@ -109,10 +110,12 @@ class AdmissionController:
         of its own, as far as the policy allows them.
 
         Raises:
+            NotText: name or path are no text.
             ExperimentClosed, NameReserved: see `policy/experiment.py`.
             AuditFailed: the policy requires an audit log, and it cannot be written.
             GateFailed, StoreFull: the store cannot take the copy.
         """
+        check_text(name, str(folder))
         policy = self.reload_policy()
         self.events.require_audit(policy)
         policy = policy_for(policy, name, folder, base_model, experiment)

@@ -22,6 +22,7 @@ from s3lora_serve.errors import (
     Reason,
     Refused,
 )
+from s3lora_serve.policy.text import check_text
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
@@ -174,6 +175,7 @@ class AdapterRegistration:
         admit = partial(self.controller.admit, store_refused=False, experiment=experiment.get())
         base_model = compat.base_model(engine.vllm_config)
         try:
+            check_text(request.lora_name, request.lora_path)
             folder = await self._folder(request)
             admitted: tuple[Verdict, Path | None] = await self._in_thread(
                 admit, folder, request.lora_name, base_model, self._shapes or ()

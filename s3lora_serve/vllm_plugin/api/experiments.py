@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import Body, Request
-from fastapi.responses import JSONResponse
 
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import ExperimentClosed, NameReserved, PolicyInvalid, S3LoRAError
@@ -14,7 +13,7 @@ from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door, experiment
-from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, refused
+from s3lora_serve.vllm_plugin.api.answers import JSONResponse, gate_off, not_found, refused
 from s3lora_serve.vllm_plugin.api.experiment_ends import ExperimentEnds
 from s3lora_serve.vllm_plugin.patches import setting
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 
 from s3lora_serve.admission.verdict import differs
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
-from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found
+from s3lora_serve.vllm_plugin.api.answers import JSONResponse, gate_off, not_found
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes, described
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
