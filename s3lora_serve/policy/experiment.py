@@ -42,6 +42,16 @@ def check_name(policy: Policy, name: str, *, is_experiment: bool) -> None:
         raise NameReserved(f"{name!r} {'is not one of' if is_experiment else 'is one of'} {kept}")
 
 
+def check_open(policy: Policy, name: str, settings: Settings, *, with_plan: bool) -> None:
+    """Check that the policy allows an experiment of this name with these settings.
+
+    Raises:
+        ExperimentClosed, NameReserved, PolicyInvalid: as `check_name` and `experiment_policy`.
+    """
+    check_name(policy, name, is_experiment=True)
+    experiment_policy(policy, settings, with_plan=with_plan)
+
+
 def experiment_policy(policy: Policy, settings: Settings, *, with_plan: bool) -> Policy:
     """The policy with an experiment's settings in the place of its own.
 

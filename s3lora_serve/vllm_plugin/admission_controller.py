@@ -118,7 +118,7 @@ class AdmissionController:
         check_text(name, str(folder))
         policy = self.reload_policy()
         self.events.require_audit(policy)
-        policy = policy_for(policy, name, folder, base_model, experiment)
+        policy = _policy_for(policy, name, folder, base_model, experiment)
         with self.store.new_private_folder() as private:
             verdict = admit(
                 folder,
@@ -150,7 +150,7 @@ class AdmissionController:
         """
         policy = self.reload_policy()
         try:
-            policy = policy_for(policy, before.name, Path(before.path), base_model, experiment)
+            policy = _policy_for(policy, before.name, Path(before.path), base_model, experiment)
             open_stored_copy(stored)
         except (AdapterRejected, PolicyInvalid) as obstacle:
             return _rejected_now(before, policy, obstacle)
@@ -174,7 +174,7 @@ class AdmissionController:
         return now
 
 
-def policy_for(
+def _policy_for(
     policy: Policy,
     name: str,
     folder: Path,

@@ -277,8 +277,8 @@ def test_a_lone_surrogate_in_a_refused_load_breaks_no_page_route_or_log(
     elif where == "path":
         folder += f"/{LONE}"
     else:
-        folder = str(copy_with(spiked, tmp_path / "bad", rank_pattern={LONE: "x"}))
-    code = "103" if where == "adapter_config.json" else "224"
+        folder = str(copy_with(spiked, tmp_path / "bad", bias=LONE))
+    code = "110" if where == "adapter_config.json" else "224"
     for _ in range(2):  # the refusal is remembered
         response = enforcing.load(name, folder)
         assert response.status_code == 400

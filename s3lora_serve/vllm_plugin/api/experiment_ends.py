@@ -2,14 +2,13 @@
 
 import asyncio
 from contextlib import suppress
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from s3lora_serve.errors import ExperimentClosed, Reason, S3LoRAError
+from s3lora_serve.policy.experiment import check_open
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.admission_controller import policy_for
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 
@@ -45,7 +44,7 @@ class ExperimentEnds:
             self._look.clear()
             policy = registration.controller.policy
             for one in _experiments(registration):
-                if reason := await _reason_to_end(policy, one, models, allowed):
+                if reason := await _reason_to_end(policy, one, allowed):
                     await _end(registration, models, one, reason)
             left = {
                 one.adapter_id: _seconds_left(policy, one) for one in _experiments(registration)
@@ -64,14 +63,14 @@ def _experiments(registration: AdapterRegistration) -> list[ServedAdapter]:
 
 
 async def _reason_to_end(
-    policy: Policy, one: ServedAdapter, models: Any, allowed: dict[int, Policy]
+    policy: Policy, one: ServedAdapter, allowed: dict[int, Policy]
 ) -> Reason | None:
     """Why the policy no longer allows an experiment; None if it does."""
-    if allowed.get(one.adapter_id) is not policy:
-        base_model = compat.base_model(models.engine_client.vllm_config)
-        asked = one.verdict.name, Path(one.verdict.path), base_model, one.experiment
+    own = one.experiment
+    if own is not None and allowed.get(one.adapter_id) is not policy:
+        asked = policy, one.verdict.name, own.settings
         try:
-            await asyncio.to_thread(policy_for, policy, *asked)
+            await asyncio.to_thread(check_open, *asked, with_plan=own.plan is not None)
         except S3LoRAError as closed:
             return Reason.of(closed)
         allowed[one.adapter_id] = policy

@@ -5,16 +5,17 @@ from typing import Annotated, Any
 
 from fastapi import Body, Request
 
-from s3lora_serve.admission.verdict import Verdict
-from s3lora_serve.errors import ExperimentClosed, NameReserved, PolicyInvalid, S3LoRAError
+from s3lora_serve.errors import ExperimentClosed, S3LoRAError
 from s3lora_serve.plans.schema import parse_plan
-from s3lora_serve.policy.experiment import Settings, check_name, experiment_policy
+from s3lora_serve.policy.experiment import Settings, check_open
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door, experiment
 from s3lora_serve.vllm_plugin.api.answers import JSONResponse, gate_off, not_found, refused
 from s3lora_serve.vllm_plugin.api.experiment_ends import ExperimentEnds
+from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 from s3lora_serve.vllm_plugin.patches import setting
 
 
@@ -59,8 +60,7 @@ class ExperimentRoutes:
         wanted = settings or Settings()
         try:
             policy = registration.controller.reload_policy()
-            check_name(policy, lora_name, is_experiment=True)
-            experiment_policy(policy, wanted, with_plan=plan is not None)
+            check_open(policy, lora_name, wanted, with_plan=plan is not None)
             parsed = None if plan is None else parse_plan(plan, "the experiment's plan")
         except ExperimentClosed as closed:
             return refused(closed, 403)
@@ -93,18 +93,17 @@ class ExperimentRoutes:
         return JSONResponse({"ended": name})
 
 
-_CLOSED = {ExperimentClosed.code, NameReserved.code, PolicyInvalid.code}
-
-
-def described(experiment: Experiment | None, now: Verdict) -> dict[str, Any] | None:
-    """What an experiment sets, and whether the policy in force still allows it; None: it is none.
-
-    `now` is its verdict under that policy.
-    """
-    if experiment is None:
+def described(one: ServedAdapter, policy: Policy) -> dict[str, Any] | None:
+    """What an experiment sets, and whether this policy closes it; None: it is no experiment."""
+    if (own := one.experiment) is None:
         return None
+    try:
+        check_open(policy, one.verdict.name, own.settings, with_plan=own.plan is not None)
+        closed = False
+    except S3LoRAError:
+        closed = True
     return {
-        "settings": experiment.settings.model_dump(mode="json", exclude_none=True),
-        "plan_digest": experiment.plan and experiment.plan.digest,
-        "closed": bool(now.reason and now.reason.code in _CLOSED),
+        "settings": own.settings.model_dump(mode="json", exclude_none=True),
+        "plan_digest": own.plan and own.plan.digest,
+        "closed": closed,
     }

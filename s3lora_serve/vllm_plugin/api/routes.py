@@ -130,19 +130,18 @@ class GateRoutes:
         if registration is None:
             return gate_off()
         pairs = await registration.recheck(self._engine)
+        policy = registration.controller.policy
         found = [
             {
                 "name": one.verdict.name,
                 "differs": differs(one.verdict, after),
-                "experiment": described(one.experiment, after),
+                "experiment": described(one, policy),
                 "before": one.verdict.as_json(spectra=False),
                 "after": after.as_json(spectra=False),
             }
             for one, after in pairs
         ]
-        return JSONResponse(
-            {"policy_digest": registration.controller.policy.digest, "adapters": found}
-        )
+        return JSONResponse({"policy_digest": policy.digest, "adapters": found})
 
     async def scan(
         self,
