@@ -30,6 +30,7 @@ class Row:
     by_plan: bool = False
     transformed: int = 0
     projected: int = 0
+    experiment: bool = False
 
 
 def adapters_page(

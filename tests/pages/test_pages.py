@@ -97,6 +97,12 @@ def test_a_modules_share_of_the_update_is_a_percentage_without_exponent(share, s
     assert f", {shown} of the adapter's" in page.text
 
 
+def test_the_list_says_which_adapters_are_experiments():
+    text = listing([row("eval/acme", experiment=True), row("acme")]).text
+    assert text.count("experiment") == 1
+    assert "eval/acme experiment" in text
+
+
 def test_the_page_shows_the_reason_of_a_refusal_in_words():
     reason = Reason("S3LORA-109", "module q_proj holds NaN or Inf. Use an earlier checkpoint.")
     verdict = with_rejection(verdict_of(), reason)

@@ -12,6 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from s3lora_serve.cli import app
+from s3lora_serve.errors import EvaluationFailed
+from s3lora_serve.evaluation.server import GuardedServer
+from s3lora_serve.evaluation.trials import Trial
 from tests.serving.conftest import answers, evicting_server
 from tests.serving.test_offline import ONCE, generate
 from tests.support.adapters import WEIGHTS, copy_with, key
@@ -224,6 +227,11 @@ def test_an_experiment_obeys_an_adapters_plan_unless_the_policy_opens_plans(
 ):
     made = experiment(server, "eval/planned", trained, top_k=1).json()
     assert (made["selected_by"], made["plan_digest"]) == ("plan", plan.digest)
+    evaluated = GuardedServer(server.url("")).experiment(
+        "eval/compared", str(trained), Trial("top_k=1", {"strip": {"top_k": 1}})
+    )
+    with pytest.raises(EvaluationFailed, match="add plan to experiments"), evaluated:
+        pass
     policy.write_text(POLICY.replace("[strip]", "[strip, plan]"))
     opened = experiment(server, "eval/opened", trained, top_k=1).json()
     assert opened["selected_by"] == "index"
