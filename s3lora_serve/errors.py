@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from s3lora_serve.printable import printable
+
 _MARK = re.compile(r"S3LORA-\d{3}: .*", re.DOTALL)
 
 
@@ -18,7 +20,7 @@ class S3LoRAError(Exception):
     remedy: ClassVar[str]
 
     def __init__(self, problem: str) -> None:
-        self.problem = problem
+        self.problem = printable(problem)  # it may quote what a tenant chose
         super().__init__(f"{self.code}: {self.message}")
 
     @property
@@ -186,10 +188,10 @@ class NameReserved(AdapterRejected):
 
 
 class ExperimentClosed(AdapterRejected):
-    """The policy allows no experiments, or none with this setting."""
+    """The policy allows no experiments, none with this setting, or none for longer."""
 
     code = "S3LORA-211"
-    remedy = "Open experiments in the policy of this server: names, and what they may set."
+    remedy = "Open experiments in the policy of this server: names, what they may set, ttl."
 
 
 class Unsigned(AdapterRejected):
@@ -267,6 +269,13 @@ class NegativeAlpha(AdapterRejected):
 
     code = "S3LORA-223"
     remedy = "Save it with a positive alpha, list it in allow, or set limits.negative_alpha."
+
+
+class NotText(AdapterRejected):
+    """The adapter's name or path holds lone surrogates, which are no text."""
+
+    code = "S3LORA-224"
+    remedy = "Take a name and a path that UTF-8 can encode: vLLM's engine gets no others."
 
 
 class DoesNotFitModel(AdapterRejected):

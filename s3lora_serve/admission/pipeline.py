@@ -1,5 +1,6 @@
 """The admission of every adapter: private copy, read, score, decide by plan or index, verdict."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -194,8 +195,13 @@ def admit(
         signed_by=vouched.by.signed_by,
         attested_by=vouched.by.attested_by,
         scored_by="attestation" if attested else "gate",
+        config_file_digest=_sha256(copy.config) if copy else None,
     )
     return Admission(verdict, adapter, tuple(scores), weights)
+
+
+def _sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def _plan_in_folder(policy: Policy, digest: str) -> Plan | None:

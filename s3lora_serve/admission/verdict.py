@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from s3lora_serve.errors import Reason
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.printable import printable
 from s3lora_serve.signatures.records import Attester, Signer, Vouchers
 
 
@@ -86,6 +87,7 @@ class Verdict:
     signed_by: Signer | None = None  # of the policy's signers; None: of none
     attested_by: Attester | None = None  # of the policy's keys for attestations; None: of none
     scored_by: Literal["gate", "attestation"] = "gate"  # where the scores are from
+    config_file_digest: str | None = None  # sha256 of adapter_config.json, byte for byte
 
     @property
     def vouchers(self) -> Vouchers:
@@ -146,6 +148,7 @@ class Verdict:
             "signed_by": self.signed_by and asdict(self.signed_by),
             "attested_by": self.attested_by and asdict(self.attested_by),
             "scored_by": self.scored_by,
+            "config_file_digest": self.config_file_digest,
         }
 
     @classmethod
@@ -205,8 +208,8 @@ def with_rejection(verdict: Verdict, reason: Reason) -> Verdict:
 def unread_verdict(name: str, path: str, policy: Policy) -> Verdict:
     """The verdict on an adapter that could not be read, without a reason yet."""
     return Verdict(
-        path=path,
-        name=name,
+        path=printable(path),
+        name=printable(name),
         digest=None,
         config_digest=None,
         decision=Decision.REJECTED,

@@ -1,5 +1,6 @@
 """Tables on the terminal. Names are chosen by adapters' owners and are never markup."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,8 +99,11 @@ def _plan(verdict: Verdict) -> str:
 def print_recheck(adapters: Sequence[dict[str, Any]]) -> None:
     """One line for each served adapter that the policy in force would decide otherwise."""
     changed = [each for each in adapters if each["differs"]]
+    experiments = [each for each in adapters if each.get("experiment")]
     console = Console()
     console.print(f"{len(adapters)} served, {len(changed)} would be decided otherwise now")
+    if experiments:
+        console.print(_experiments(experiments))
     if not changed:
         return
     table = Table("adapter", "served as", "would be now", "why")
@@ -111,6 +115,21 @@ def print_recheck(adapters: Sequence[dict[str, Any]]) -> None:
             plain(_change(each["before"], each["after"])),
         )
     console.print(table)
+
+
+def _experiments(adapters: Sequence[dict[str, Any]]) -> Table:
+    """One line for each served experiment, with its settings."""
+    table = Table("experiment", "its settings", "served as", "would be now")
+    for each in adapters:
+        own = each["experiment"]
+        plan = {"plan": own["plan_digest"]} if own["plan_digest"] else {}
+        table.add_row(
+            plain(each["name"]),
+            plain(json.dumps(own["settings"] | plan)),
+            plain(_outcome(each["before"])),
+            "closed" if own["closed"] else plain(_outcome(each["after"])),
+        )
+    return table
 
 
 def _outcome(verdict: dict[str, Any]) -> str:

@@ -70,6 +70,11 @@ class GuardedServer:
                     f"{self.url} is in mode {verdict.get('mode')}: it serves"
                     " adapters whole, so all settings are equal"
                 )
+            if trial.plan is None and verdict.get("selected_by") == "plan":
+                raise EvaluationFailed(
+                    f"{self.url} has a plan for the adapter, which decides whatever is set: add"
+                    " plan to experiments.allow in its policy"
+                )
             yield verdict
         except EvaluationFailed as error:
             attempts = LATE_ATTEMPTS if isinstance(error, NoAnswer) else 1

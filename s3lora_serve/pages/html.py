@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.filters import do_urlencode
 from markupsafe import Markup
 
 from s3lora_serve.pages.heat_map import SHADES
+from s3lora_serve.printable import encodable
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,18 @@ def _hash(text: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("s3lora_serve.pages"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_encodable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["urlencode"] = lambda text: do_urlencode(encodable(text))
+    return environment
+
+
+def _encodable(value: object) -> object:
+    """A value of a page; UTF-8 cannot encode lone surrogates, which names and paths may hold."""
+    return type(value)(encodable(value)) if isinstance(value, str) else value

@@ -31,6 +31,7 @@ class Row:
     by_plan: bool = False
     transformed: int = 0
     projected: int = 0
+    experiment: bool = False
 
 
 class Named(Protocol):
@@ -90,7 +91,8 @@ def adapter_page(verdict: Verdict, chosen: str | None, *, quarantined: bool) -> 
 
 
 def _module_link(adapter: str, module: ModuleVerdict) -> str:
-    return "/s3lora/?" + urlencode({"adapter": adapter, "module": module.name}) + "#module"
+    asked = {"adapter": adapter, "module": module.name}
+    return "/s3lora/?" + urlencode(asked, errors="backslashreplace") + "#module"
 
 
 def _sharpest(verdict: Verdict) -> ModuleVerdict | None:

@@ -1,6 +1,6 @@
 """What one experiment changes in the policy: only what the policy allows, and no limit."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,17 +42,28 @@ def check_name(policy: Policy, name: str, *, is_experiment: bool) -> None:
         raise NameReserved(f"{name!r} {'is not one of' if is_experiment else 'is one of'} {kept}")
 
 
+def check_open(policy: Policy, name: str, settings: Settings, *, with_plan: bool) -> None:
+    """Check that the policy allows an experiment of this name with these settings.
+
+    Raises:
+        ExperimentClosed, NameReserved, PolicyInvalid: as `check_name` and `experiment_policy`.
+    """
+    check_name(policy, name, is_experiment=True)
+    experiment_policy(policy, settings, with_plan=with_plan)
+
+
 def experiment_policy(policy: Policy, settings: Settings, *, with_plan: bool) -> Policy:
     """The policy with an experiment's settings in the place of its own.
 
-    `policy` is the one for this adapter, rules applied: rules must not undo the settings. A plan
-    that is given takes the place of the folder's; without one the index chooses.
+    `policy` is the one for this adapter, rules applied: rules must not undo the settings. Plans
+    stay the policy's, unless it allows `plan`: then a plan that is given takes the place of the
+    folder's, and without one the index chooses.
 
     Raises:
         ExperimentClosed: the policy does not allow one of the settings.
         PolicyInvalid: the settings do not suit each other.
     """
-    changes = settings.model_dump(exclude_none=True)
+    changes: dict[str, Any] = settings.model_dump(exclude_none=True)
     used = {*changes, *(("plan",) if with_plan else ())}
     allowed = policy.experiments.allow if policy.experiments else frozenset[str]()
     if closed := sorted(used - allowed):
@@ -61,7 +72,11 @@ def experiment_policy(policy: Policy, settings: Settings, *, with_plan: bool) ->
         changes["strip"] = dict([settings.strip.rule])
     if "scorer" in changes:
         changes["scorer"] = policy.scorer.model_dump(mode="json") | changes["scorer"]
-    whole = policy.as_json() | {"rules": (), "plans": None, "require_plan": False} | changes
-    # Its settings are not those that a verdict was attested under, so the gate scores itself.
-    whole["attestations"] |= {"policy_digest": "any", "trust_scores": False}
+    if "plan" in allowed:
+        changes |= {"plans": None, "require_plan": False}
+    whole = policy.as_json() | {"rules": ()} | changes
+    # A verdict was attested under the policy, not under these settings: the gate scores itself.
+    whole["attestations"] |= {"trust_scores": False}
+    if policy.attestations.policy_digest == "same":
+        whole["attestations"] |= {"policy_digest": policy.deciding_digest}
     return parse_policy(whole, "the experiment")

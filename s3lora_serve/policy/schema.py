@@ -16,13 +16,12 @@ from s3lora_serve.policy.globs import GlobText, glob_matches, selects
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.owners import Owner
 from s3lora_serve.policy.relaxing import is_fixed_folder, relaxed_keys
+from s3lora_serve.policy.section import Digest as Digest
 from s3lora_serve.policy.section import Section
 from s3lora_serve.policy.signatures import Attestations, Signatures
 from s3lora_serve.settings import Mode
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-
 
 Normalization = Literal["two_sided", "row", "column", "equilibrated"]
 Action = Literal["strip", "project"]
@@ -142,6 +141,7 @@ class Experiments(Section):
 
     names: GlobText = "eval/*"  # ours; * does not cross /
     allow: frozenset[Literal["strip", "scorer", "action", "plan"]] = frozenset()
+    ttl: Annotated[float, Field(gt=0)] | None = None  # seconds; None: until they are ended
 
     def claims(self, name: str) -> bool:
         """Whether a name is kept for experiments."""

@@ -1,6 +1,10 @@
 """The base of the policy's parts: unknown keys are refused, and nothing changes after reading."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
 class Section(BaseModel):

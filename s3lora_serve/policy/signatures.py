@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from s3lora_serve.policy.section import Section
+from s3lora_serve.policy.section import Digest, Section
 
 
 def _plain_name(name: str) -> str:
@@ -55,7 +55,8 @@ class Attestations(Section):
     require: bool = False
     keys: tuple[Path, ...] = ()  # public keys, PEM: Ed25519, ECDSA or RSA
     max_age: Annotated[float, Field(gt=0)] | None = None  # seconds; None: they do not expire
-    policy_digest: Literal["same", "any"] = "same"  # any: also of other policies
+    # same: under what decides in this policy; any: also under other policies; or one's digest
+    policy_digest: Literal["same", "any"] | Digest = "same"
     trust_scores: bool = False  # True: attested scores take the place of the gate's own
     file: FileName = "s3lora-attestation.json"  # ours
 

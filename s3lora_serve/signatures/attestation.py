@@ -165,8 +165,10 @@ def check_in_force(by: Attester, policy: Policy) -> None:
         raise AttestationOutdated(
             f"{wanted.file} is of {by.time}, older than attestations.max_age {wanted.max_age:g} s"
         )
-    if wanted.policy_digest == "same" and by.policy_digest != policy.deciding_digest:
+    same = wanted.policy_digest == "same"
+    expected = policy.deciding_digest if same else wanted.policy_digest
+    if expected not in ("any", by.policy_digest):
         raise AttestationOutdated(
-            f"{wanted.file} was made under the policy {by.policy_digest}, and"
-            f" {policy.deciding_digest} is in force"
+            f"{wanted.file} was made under the policy {by.policy_digest}, and {expected}"
+            f" {'is in force' if same else 'is asked for'}"
         )

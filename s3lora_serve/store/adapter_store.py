@@ -26,6 +26,7 @@ from s3lora_serve.store.stored_copy import (
     is_servable,
     open_stored_copy,
     store_key,
+    stored_json,
 )
 
 _NAME = re.compile(r"([0-9a-f]{64})(-\d{1,9})?")
@@ -114,7 +115,7 @@ class AdapterStore:
             if not is_servable(verdict):
                 (folder / WEIGHTS_NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder / OWN_FOLDER, ignore_errors=True)
-            (folder / VERDICT_NAME).write_text(json.dumps(verdict.as_json()))
+            (folder / VERDICT_NAME).write_text(json.dumps(stored_json(verdict)))
             size, key = folder_size(folder), store_key(verdict)
             intact = self._intact(key)  # reads the whole copy, so not under the lock
             with self._pins.store_lock():

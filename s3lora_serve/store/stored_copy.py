@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from s3lora_serve.adapter.peft_config import parse_config
 from s3lora_serve.adapter.private_copy import (
     CONFIG_NAME,
     OWN_FOLDER,
@@ -15,7 +15,7 @@ from s3lora_serve.adapter.private_copy import (
     mapped,
 )
 from s3lora_serve.admission.verdict import Verdict, is_refused
-from s3lora_serve.errors import ConfigInvalid, StoreDamaged
+from s3lora_serve.errors import StoreDamaged
 
 VERDICT_NAME = "verdict.json"
 
@@ -25,8 +25,12 @@ class StoredCopy:
     """One decided adapter in the store; `copy` is None if no part of it may be served."""
 
     path: Path
-    verdict: Verdict
+    verdict: Verdict  # without name and path: registrants of equal content share the copy
     copy: PrivateCopy | None
+
+    def verdict_for(self, name: str, path: str) -> Verdict:
+        """The verdict with the name and path of one of its registrants."""
+        return replace(self.verdict, name=name, path=path)
 
 
 def own_folder(path: Path) -> Path:
@@ -40,15 +44,27 @@ def is_servable(verdict: Verdict) -> bool:
     return bool(verdict.modules) and not is_refused(verdict)
 
 
+def stored_json(verdict: Verdict) -> dict[str, Any]:
+    """The verdict as the store keeps it: without name and path, which are its registrant's."""
+    return replace(verdict, name="", path="").as_json()
+
+
 def store_key(verdict: Verdict) -> str:
-    """sha256, as hex, of the content, of all that enforcement obeys, and of who vouched for it."""
+    """sha256, as hex, of the content, of all that enforcement obeys, and of what is said of it.
+
+    The message of a refusal may name its registrant's path. It is in the key, so that a stored
+    verdict never tells it to anybody else.
+    """
     obeyed = [
         verdict.digest,
         verdict.config_digest,
+        verdict.config_file_digest,
         verdict.policy_digest,
         verdict.mode,
         verdict.decision.value,
-        verdict.reason and verdict.reason.code,
+        verdict.reason and asdict(verdict.reason),
+        verdict.scorer,
+        verdict.scored_by,
         sorted(verdict.stripped),
         sorted(verdict.removed),
         sorted(verdict.unscored),
@@ -59,7 +75,9 @@ def store_key(verdict: Verdict) -> str:
         verdict.signed_by and asdict(verdict.signed_by),
         verdict.attested_by and asdict(verdict.attested_by),
     ]
-    return hashlib.sha256(json.dumps(obeyed, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(obeyed, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def open_stored_copy(path: Path) -> StoredCopy:
@@ -74,7 +92,7 @@ def open_stored_copy(path: Path) -> StoredCopy:
         named = path.name.partition("-")[0] == store_key(verdict)
         intact = named and (copy is None or _matches(copy, verdict))
         os.utime(path)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, ConfigInvalid) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise StoreDamaged(f"{path}: {type(error).__name__}") from None
     except OSError as error:  # this process cannot read it; the copy itself may be intact
         raise StoreDamaged(f"{path}: {error.strerror}") from None
@@ -90,5 +108,5 @@ def _read_copy(path: Path) -> PrivateCopy:
 
 
 def _matches(copy: PrivateCopy, verdict: Verdict) -> bool:
-    config_digest = parse_config(copy.config, on_unscorable="admit").digest
-    return (copy.digest, config_digest) == (verdict.served_digest, verdict.config_digest)
+    config = "sha256:" + hashlib.sha256(copy.config).hexdigest()
+    return (copy.digest, config) == (verdict.served_digest, verdict.config_file_digest)

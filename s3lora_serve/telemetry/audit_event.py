@@ -31,6 +31,7 @@ class Event(StrEnum):
     UNLOAD = "unload"
     RELOAD = "reload"
     QUARANTINE = "quarantine"
+    EXPERIMENT_ENDED = "experiment_ended"  # by the gate: the policy closed it, or its time was over
 
 
 Cause = tuple[str | None, Event, str | None]

@@ -5,6 +5,7 @@ method may be called from any thread; those that write the audit log may wait fo
 """
 
 from asyncio import CancelledError
+from dataclasses import replace
 from logging import Logger
 from pathlib import Path
 
@@ -147,6 +148,11 @@ class AdmissionEvents:
         self.metrics.reloads.labels(source).inc()
         if source == "store":
             self._write(AuditEvent(Event.RELOAD, verdict))
+
+    def experiment_ended(self, verdict: Verdict, reason: Reason) -> None:
+        """Report an experiment that the gate ends because the policy no longer allows it."""
+        self._logger.warning("s3lora: experiment %r is unloaded: %s", verdict.name, reason)
+        self._write(AuditEvent(Event.EXPERIMENT_ENDED, replace(verdict, reason=reason)))
 
     def policy_kept(self, problem: str, policy: Policy) -> None:
         """Report a changed policy file that is invalid; `policy` stays in force."""

@@ -3,7 +3,8 @@
 The API server, `LLM.generate` and the workers each have one.
 """
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,13 @@ from s3lora_serve.adapter.local_folder import LocalFolder
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
-from s3lora_serve.errors import AdapterRejected, PolicyInvalid, Reason, StoreDamaged
+from s3lora_serve.errors import (
+    AdapterRejected,
+    PolicyInvalid,
+    Reason,
+    S3LoRAError,
+    StoreDamaged,
+)
 from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.experiment import Settings as ExperimentSettings
@@ -21,6 +28,7 @@ from s3lora_serve.policy.experiment import check_name, experiment_policy
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.policy.text import check_text
 from s3lora_serve.settings import Settings
 from s3lora_serve.signatures.trust import check_trusted
 from s3lora_serve.store.adapter_store import AdapterStore
@@ -51,6 +59,8 @@ class AdmissionController:
         self.settings = settings
         self.store = AdapterStore(settings.state_dir)
         self._policy = ReloadablePolicy(settings, _check_files)
+        # Called after a changed policy is in force, in the thread that has reloaded it.
+        self.policy_changed: Callable[[], object] = lambda: None
 
     @property
     def policy(self) -> Policy:
@@ -77,11 +87,15 @@ class AdmissionController:
 
     def reload_policy(self) -> Policy:
         """The policy in force after a look at its file; an invalid file changes nothing."""
+        before = self.policy
         try:
-            return self._policy.reload()
+            policy = self._policy.reload()
         except PolicyInvalid as error:
             self.events.policy_kept(str(error), self.policy)
             return self.policy
+        if policy is not before:
+            self.policy_changed()
+        return policy
 
     def admit(
         self,
@@ -102,19 +116,17 @@ class AdmissionController:
 
         Raises:
             TooLong: name or path are longer than any may be.
+            NotText: name or path are no text.
             ExperimentClosed, NameReserved: see `policy/experiment.py`.
             AuditFailed: the policy requires an audit log, and it cannot be written.
             GateFailed, StoreFull: the store cannot take the copy.
         """
         check_lengths(name, str(folder))
+        check_text(name, str(folder))
         policy = self.reload_policy()
         self.events.require_audit(policy)
-        check_name(policy, name, is_experiment=experiment is not None)
-        plan = experiment.plan if experiment else None
         with LocalFolder(folder) as opened, self.store.new_private_folder() as private:
-            if experiment is not None:
-                own = policy.for_adapter(name, opened.real_path, base_model)
-                policy = experiment_policy(own, experiment.settings, with_plan=plan is not None)
+            policy = _policy_for(policy, name, opened.real_path, base_model, experiment)
             verdict = admit(
                 opened,
                 name,
@@ -123,7 +135,7 @@ class AdmissionController:
                 device=self.settings.device,
                 into=private.make,
                 check_model=modules.check,
-                plan=plan,
+                plan=None if experiment is None else experiment.plan,
                 asked_with=asked_with,
             ).verdict
             if is_refused(verdict) and not store_refused:
@@ -134,18 +146,23 @@ class AdmissionController:
         self,
         before: Verdict,
         stored: Path,
+        experiment: Experiment | None,
+        *,
         base_model: str | None,
         modules: ModelModules,
     ) -> Verdict:
         """The verdict of policy and plans in force on a stored copy; nothing is changed.
 
-        It is made on the adapter's own bytes, which the store keeps beside transformed ones.
+        It is made on the adapter's own bytes, which the store keeps beside transformed ones. An
+        experiment keeps its settings, as far as the policy in force allows them.
         """
         policy = self.reload_policy()
         try:
+            real = os.path.realpath(before.path)
+            policy = _policy_for(policy, before.name, real, base_model, experiment)
             open_stored_copy(stored)
-        except AdapterRejected as damage:
-            return _damaged(before, policy, damage)
+        except (AdapterRejected, PolicyInvalid) as obstacle:
+            return _rejected_now(before, policy, obstacle)
         own = own_folder(stored)
         now = admit(
             own,
@@ -155,14 +172,34 @@ class AdmissionController:
             device=self.settings.device,
             check_model=modules.check,
             origin=Path(before.path),
+            plan=None if experiment is None else experiment.plan,
             vouchers=before.vouchers,
         ).verdict
         # None: refused before it was read, for example because a limit was lowered.
         read, config = now.digest, now.config_digest
         if read not in (None, before.digest) or config not in (None, before.config_digest):
             changed = StoreDamaged(f"{own} does not hold what was registered")
-            return _damaged(before, policy, changed)
+            return _rejected_now(before, policy, changed)
         return now.without_spectra()
+
+
+def _policy_for(
+    policy: Policy,
+    name: str,
+    real_path: str,
+    base_model: str | None,
+    experiment: Experiment | None,
+) -> Policy:
+    """The policy that decides on an adapter: the one in force, or an experiment's.
+
+    Raises:
+        ExperimentClosed, NameReserved, PolicyInvalid: see `policy/experiment.py`.
+    """
+    check_name(policy, name, is_experiment=experiment is not None)
+    if experiment is None:
+        return policy
+    own = policy.for_adapter(name, real_path, base_model)
+    return experiment_policy(own, experiment.settings, with_plan=experiment.plan is not None)
 
 
 def _check_files(policy: Policy) -> None:
@@ -172,6 +209,6 @@ def _check_files(policy: Policy) -> None:
     check_trusted(policy)
 
 
-def _damaged(before: Verdict, policy: Policy, damage: AdapterRejected) -> Verdict:
+def _rejected_now(before: Verdict, policy: Policy, obstacle: S3LoRAError) -> Verdict:
     now = replace(before, policy_digest=policy.digest, mode=policy.mode)
-    return with_rejection(now, Reason.of(damage))
+    return with_rejection(now, Reason.of(obstacle))

@@ -48,6 +48,7 @@ _CONTRACT: _Contract = (
     (LoRAModelManager, "activate_adapter", ("self", "lora_id")),
     (LoRAModelManager, "add_adapter", ("self", "adapter")),
     (LoRAModelRunnerMixin, "add_lora", ("self", "lora_request")),
+    (LoRAModelRunnerMixin, "remove_lora", ("self", "lora_id")),
     (AsyncLLM, "add_lora", ("self", "lora_request")),
     (AsyncLLM, "remove_lora", ("self", "lora_id")),
     (AsyncMPClient, "_call_utility_async", ("self", "method", "args", "engine")),

@@ -47,6 +47,7 @@ def install() -> None:
         patches.wrap_load_adapter(loader.load)
         patches.wrap_add_adapter(loader.add)
         patches.around_registration(loader.registration)
+        patches.after_remove_lora(loader.registered_paths.remove)
         patches.wrap_add_lora(_registration.add_lora)
         patches.wrap_add_request(LLMEngineAdmission(controller).admitted_request)
         patches.wrap_doors(door)

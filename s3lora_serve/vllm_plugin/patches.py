@@ -72,6 +72,18 @@ def around_registration(context: Callable[[], AbstractContextManager[None]]) -> 
     LoRAModelRunnerMixin.add_lora = add_lora
 
 
+def after_remove_lora(listener: Callable[[int], None]) -> None:
+    """Call `listener(id)` in a worker after the engine has removed an adapter."""
+    original = LoRAModelRunnerMixin.remove_lora
+
+    def remove_lora(self: Any, lora_id: int) -> bool:
+        removed: bool = original(self, lora_id)
+        listener(lora_id)
+        return removed
+
+    LoRAModelRunnerMixin.remove_lora = remove_lora
+
+
 def wrap_add_lora(wrapper: Callable[..., Awaitable[bool]]) -> None:
     """Replace the API server's `add_lora` by `wrapper(engine, request, original)`."""
     original = AsyncLLM.add_lora

@@ -15,6 +15,7 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.admission.verdict import Decision, ModuleVerdict, Verdict, with_rejection
 from s3lora_serve.errors import Reason
 from s3lora_serve.pages.heat_map import SHADES, heat_map
+from s3lora_serve.pages.report import Subject, report
 from s3lora_serve.pages.server_pages import ROWS, Row, adapter_page, adapters_page
 from s3lora_serve.policy.schema import Strip
 
@@ -109,6 +110,12 @@ def test_a_modules_share_of_the_update_is_a_percentage_without_exponent(share, s
     assert f", {shown} of the adapter's" in page.text
 
 
+def test_the_list_says_which_adapters_are_experiments():
+    text = listing([row("eval/acme", experiment=True), row("acme")]).text
+    assert text.count("experiment") == 1
+    assert "eval/acme experiment" in text
+
+
 def test_the_page_shows_the_reason_of_a_refusal_in_words():
     reason = Reason("S3LORA-109", "module q_proj holds NaN or Inf. Use an earlier checkpoint.")
     verdict = with_rejection(verdict_of(), reason)
@@ -117,6 +124,20 @@ def test_the_page_shows_the_reason_of_a_refusal_in_words():
     assert "quarantined" in found.text
     refused = row("bad", code=reason.code, reason=reason.message)
     assert "S3LORA-109 module q_proj holds NaN" in listing([], [refused]).text
+
+
+def test_a_lone_surrogate_is_an_escape_on_every_page():
+    name = "half \ud83d of a character"
+    verdict = verdict_of(module(f"m.{name}", 0, "q_proj", 0.4), name=name)
+    verdict = with_rejection(replace(verdict, path=f"/{name}"), Reason("S3LORA-101", name))
+    pages = [
+        adapters_page([row(name)], [row(name, code="S3LORA-101", reason=name)], query=name,
+                      number=1, mode="enforce", policy_digest="sha256:0").html,
+        adapter_page(verdict, f"m.{name}", quarantined=False).html,
+        report([Subject(verdict, {}, {})]),
+    ]  # fmt: skip
+    for html in pages:
+        assert "half \\ud83d of a character" in html.encode().decode()
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "a/b c&d=e?f#g", "ünï/ℵ", "{{ 7 * 7 }}"])

@@ -41,14 +41,66 @@ def test_settings_replace_the_policys_and_nothing_else_does():
     assert changed.digest != own.digest
 
 
-def test_rules_and_plans_of_the_policy_do_not_undo_the_settings(tmp_path):
-    own = policy(
-        plans=str(tmp_path), require_plan=True, rules=[{"match": {}, "strip": {"top_k": 9}}]
-    )
+def test_rules_of_the_policy_do_not_undo_the_settings():
+    own = policy(rules=[{"match": {}, "strip": {"top_k": 9}}])
     changed = experiment_policy(own, Settings(strip={"top_k": 1}), with_plan=False)
     assert changed.rules == ()
-    assert changed.plans is None
-    assert not changed.require_plan
+    assert changed.strip.rule == ("top_k", 1)
+
+
+@pytest.mark.parametrize("allow", [[], ["strip", "scorer", "action"]])
+def test_plans_stay_used_and_required_unless_the_policy_opens_them(tmp_path, allow):
+    own = parse_policy(
+        {"experiments": {"allow": allow}, "plans": str(tmp_path), "require_plan": True}, "p"
+    )
+    kept = experiment_policy(own, Settings(), with_plan=False)
+    assert (kept.plans, kept.require_plan) == (tmp_path, True)
+    opened = parse_policy(own.as_json() | {"experiments": {"allow": ["plan"]}}, "p")
+    without = experiment_policy(opened, Settings(), with_plan=False)
+    assert (without.plans, without.require_plan) == (None, False)
+
+
+OPENED = {"strip": {"strip"}, "scorer": {"scorer"}, "action": {"action"},
+          "plan": {"plans", "require_plan"}}  # fmt: skip
+
+
+@given(allow=st.sets(st.sampled_from(sorted(OPENED))), data=st.data())
+def test_an_experiment_changes_nothing_that_the_policy_does_not_open(allow, data):
+    keys = {
+        "experiments": {"allow": sorted(allow), "ttl": 60}, "plans": "/plans", "require_plan": True,
+        "scorer": {"reference": "/r"}, "limits": {"max_rank": 8, "roots": ["/adapters"]},
+        "signatures": {"require": True, "keys": ["/key.pem"]}, "on_unscorable": "strip",
+        "attestations": {"require": True, "keys": ["/key.pem"], "max_age": 60},
+    }  # fmt: skip
+    own = parse_policy(keys, "p")
+    asked = {"strip": {"top_k": 1}, "scorer": {"name": "safe-lora"}, "action": "strip"}
+    chosen = data.draw(st.sets(st.sampled_from(sorted(asked))))
+    with_plan = data.draw(st.booleans())
+    settings = Settings(**{key: asked[key] for key in chosen})
+    if (chosen | ({"plan"} if with_plan else set())) - allow:
+        with pytest.raises(ExperimentClosed):
+            experiment_policy(own, settings, with_plan=with_plan)
+        return
+    changed = experiment_policy(own, settings, with_plan=with_plan)
+    before, after = own.as_json(), changed.as_json()
+    differing = {key for key in before if before[key] != after[key]}
+    assert differing <= set().union(*(OPENED[key] for key in allow)) | {"attestations"}
+    # An attestation is asked for as the policy asks for it: of what decides there, no other.
+    asked_for = before["attestations"] | {"policy_digest": own.deciding_digest}
+    assert after["attestations"] == asked_for
+
+
+def test_an_experiments_attestation_is_one_that_the_policy_itself_would_take():
+    for wanted in ("any", "sha256:" + "1" * 64):
+        own = policy(attestations={"policy_digest": wanted})
+        changed = experiment_policy(own, Settings(strip={"top_k": 1}), with_plan=False)
+        assert changed.attestations.policy_digest == wanted
+
+
+@pytest.mark.parametrize("ttl", [0, -1, "nan", "x"])
+def test_a_time_to_live_is_a_positive_number_of_seconds(ttl):
+    with pytest.raises(PolicyInvalid, match="ttl"):
+        policy(experiments={"ttl": ttl})
 
 
 @pytest.mark.parametrize("plan", [True, False])

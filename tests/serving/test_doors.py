@@ -344,3 +344,39 @@ def outlier(tensors):
     """Weights that no other test has stored."""
     first = next(iter(tensors))
     tensors[first] = tensors[first] * 1.25
+
+
+LONE = "half \ud83d of a character"
+
+
+@pytest.mark.parametrize("where", ["name", "path", "adapter_config.json"])
+def test_a_lone_surrogate_in_a_refused_load_breaks_no_page_route_or_log(
+    enforcing, spiked, tmp_path, workplace, name, where
+):
+    folder = str(tmp_path)
+    if where == "name":
+        name += LONE
+    elif where == "path":
+        folder += f"/{LONE}"
+    else:
+        folder = str(copy_with(spiked, tmp_path / "bad", bias=LONE))
+    code = "110" if where == "adapter_config.json" else "224"
+    for _ in range(2):  # the refusal is remembered
+        response = enforcing.load(name, folder)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"].startswith(f"S3LORA-{code}: ")
+        page = enforcing.get("/s3lora/")
+        assert page.status_code == 200
+        assert f"S3LORA-{code}" in page.text
+    body = {"lora_name": name, "lora_path": folder}
+    scanned = enforcing.post("/s3lora/scan", **body)
+    assert scanned.status_code in (200, 400, 422)
+    assert "\\ud83d" in scanned.text
+    for route in ("/s3lora/adapters", "/v1/models", "/metrics"):
+        assert enforcing.get(route).status_code == 200
+    assert enforcing.post("/s3lora/recheck").status_code == 200
+    log = enforcing.log.read_text()
+    assert "UnicodeEncodeError" not in log
+    assert "Logging error" not in log
+    lines = [json.loads(line) for line in (workplace / "audit.jsonl").read_text().splitlines()]
+    assert f"S3LORA-{code}" in {line["reason"] for line in lines}

@@ -65,8 +65,25 @@ def test_an_evicted_adapter_is_reloaded_as_admitted_after_its_folder_changed(
     assert answers(small, change) == expected["by-hand"]
 
 
+def test_registrants_of_equal_content_are_audited_with_their_own_paths_when_loaded_again(
+    small, spiked, trained, tmp_path, workplace
+):
+    folders = {name: copy_with(spiked, tmp_path / name) for name in ("acme-twin", "initech-twin")}
+    for name, folder in folders.items():
+        assert small.load(name, folder).status_code == 200
+    evict_others(small, trained, tmp_path)
+    for name in folders:
+        assert answers(small, name)
+    log = (workplace / "small-audit.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in log]
+    again = {line["adapter"]: line for line in lines if line["door"] == "reload"}
+    assert {name: again[name]["path"] for name in folders} == {
+        name: str(folder) for name, folder in folders.items()
+    }
+
+
 def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_continues(
-    small, expected, spiked, trained, tmp_path, state
+    small, expected, spiked, trained, tmp_path, state, workplace
 ):
     before = set(stored_folders(state))
     folder = copy_with(spiked, tmp_path / "tenant", r_unused=1)
@@ -82,6 +99,12 @@ def test_an_adapter_that_cannot_be_loaded_again_is_quarantined_and_the_engine_co
     assert small.get("/health").status_code == 200
     assert small.metrics()[metric] == quarantined + 1
     assert "'damaged' is quarantined" in small.log.read_text()
+    [line] = [
+        line
+        for line in map(json.loads, (workplace / "small-audit.jsonl").read_text().splitlines())
+        if line["door"] == "quarantine" and line["adapter"] == "damaged"
+    ]
+    assert line["path"] == str(folder)
     # After a new registration it is served as admitted.
     assert small.unload("damaged").status_code == 200
     assert small.load("damaged", folder).status_code == 200

@@ -302,7 +302,9 @@ def test_experiments_count_apart_and_the_audit_log_says_so(server, chat):
     assert sum(module["stripped"] for module in made.json()["modules"]) == 1
     assert registered(server) == ["eval/counted"]
     recheck = server.post("/s3lora/recheck").json()
-    assert recheck["adapters"] == []
+    assert [one["experiment"]["settings"] for one in recheck["adapters"]] == [
+        {"strip": {"top_k": 1}}
+    ]
     ended = requests.delete(
         server.url("/s3lora/experiments/eval/counted"),
         headers={"Authorization": f"Bearer {KEY}"}, timeout=60,

@@ -62,6 +62,14 @@ found[-1] += [first(1, folder), first(3, other)]
 shutil.rmtree(folder)
 found[-1].append(first(1, folder))
 found.append(ask(4, other, "y" * 257))
+
+for number, own in ((4, folder + "-void"), (5, folder + "-void-too")):
+    Path(own).mkdir()
+    ask(number, own)
+twin = other + "-twin"
+shutil.copytree(other, twin)
+for number, own in ((6, other), (7, twin), (6, other), (7, twin)):  # each evicts the one before
+    ask(number, own)
 print("ANSWERS", json.dumps(found))
 """
 )
@@ -86,8 +94,11 @@ def assert_alike(found, expected):
 def test_adapters_first_used_offline_are_stripped_quarantined_and_reloaded_as_admitted(
     model, spiked, trained, expected, policy_file, tmp_path
 ):
-    folder = copy_with(spiked, tmp_path / "tenant")
-    found, log = generate(model, folder, trained, S3LORA_POLICY=str(policy_file))
+    folder, other = (copy_with(each, tmp_path / name) for each, name in
+                     ((spiked, "tenant"), (trained, "other")))  # fmt: skip
+    audit = tmp_path / "audit.jsonl"
+    variables = {"S3LORA_POLICY": str(policy_file), "S3LORA_AUDIT_LOG": str(audit)}
+    found, log = generate(model, folder, other, **variables)
     assert_alike(found[0], expected["by-hand"])
     assert_alike(found[1], expected["base"])
     assert_alike(found[2], expected["by-hand"])
@@ -100,6 +111,14 @@ def test_adapters_first_used_offline_are_stripped_quarantined_and_reloaded_as_ad
         assert answer == pytest.approx(of_new_content, abs=1e-4)
     assert_alike(found[4], expected["base"])  # its name is too long
     assert f"'{'y' * 256}' is quarantined, it answers as the base: S3LORA-221" in log
+    # What was refused or is shared is told with each registrant's own name and path.
+    entries = [json.loads(line) for line in audit.read_text().splitlines()]
+    for name, own in (("a4", f"{folder}-void"), ("a5", f"{folder}-void-too")):
+        assert f"{name!r} is quarantined, it answers as the base: S3LORA-101: {own} has no" in log
+        told = [line["path"] for line in entries if line["adapter"] == name]
+        assert set(told) == {own}
+    again = {line["adapter"]: line["path"] for line in entries if line["door"] == "reload"}
+    assert (again["a6"], again["a7"]) == (str(other), f"{other}-twin")
 
 
 def test_a_restarted_engine_serves_what_was_admitted_though_its_folder_is_gone(

@@ -1,13 +1,20 @@
-"""Plans on a real engine: an adapter with a plan answers as one written with its new factors."""
+"""Plans on a real engine: an adapter with a plan answers as one written with its new factors.
+
+Experiments beside them: they change what the policy opens, and end when it closes that.
+"""
 
 import hashlib
 import json
 import shutil
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 from s3lora_serve.cli import app
+from s3lora_serve.errors import EvaluationFailed
+from s3lora_serve.evaluation.server import GuardedServer
+from s3lora_serve.evaluation.trials import Trial
 from tests.serving.conftest import answers, evicting_server
 from tests.serving.test_offline import ONCE, generate
 from tests.support.adapters import WEIGHTS, copy_with, key
@@ -16,10 +23,13 @@ from tests.support.server import TWO_RANKS, Server
 
 pytestmark = pytest.mark.serving
 
-POLICY = """
-strip: {top_k: 0}
+OPEN = 'experiments: {names: "eval/*", allow: [strip]}'
+POLICY = f"""
+strip: {{top_k: 0}}
+{OPEN}
 rules:
-  - {match: {adapter: "must-*"}, require_plan: true}
+  - {{match: {{adapter: "must-*"}}, require_plan: true}}
+  - {{match: {{adapter: "eval/must-*"}}, require_plan: true}}
 """
 STRIPPED = frozenset({"model.layers.1.self_attn.q_proj", "model.layers.3.mlp.up_proj"})
 
@@ -167,6 +177,117 @@ def test_recheck_says_that_a_plan_changed_vanished_or_appeared(server, trained, 
     assert not recheck()[0]
     file.write_text(text)
     assert "a plan appeared: sha256:" in recheck()[2]
+
+
+@pytest.fixture
+def policy(server, workplace):
+    """The server's policy file, which a test may change; afterwards the old one is in force."""
+    file = workplace / "plans.yaml"
+    yield file
+    file.write_text(POLICY)
+    for name in server.get("/s3lora/experiments").json()["registered"]:
+        server.request("DELETE", f"/s3lora/experiments/{name}").raise_for_status()
+
+
+def experiment(server, name, folder, **strip):
+    settings = {"strip": strip} if strip else {}
+    body = {"lora_name": name, "lora_path": str(folder), "settings": settings}
+    return server.post("/s3lora/experiments", **body)
+
+
+def rechecked(server, name):
+    found = server.post("/s3lora/recheck").json()["adapters"]
+    [one] = [each for each in found if each["name"] == name]
+    return one
+
+
+def wait_for_the_end(server, name, workplace):
+    """Wait until an experiment is unloaded; its last line in the audit log."""
+    deadline = time.monotonic() + 60
+    while name in {card["id"] for card in server.get("/v1/models").json()["data"]}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert server.get("/s3lora/experiments").json()["registered"] == []
+    while True:  # the line follows the end
+        log = (workplace / "plans-audit.jsonl").read_text().splitlines()
+        *_, last = [line for line in map(json.loads, log) if line["adapter"] == name]
+        if last["door"] == "experiment_ended":
+            return last
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_an_experiment_without_the_plan_that_the_policy_requires_is_refused(server, spiked):
+    refused(experiment(server, "eval/must-not", spiked), "S3LORA-207")
+    assert server.get("/s3lora/experiments").json()["registered"] == []
+
+
+def test_an_experiment_obeys_an_adapters_plan_unless_the_policy_opens_plans(
+    server, policy, trained, plan
+):
+    made = experiment(server, "eval/planned", trained, top_k=1).json()
+    assert (made["selected_by"], made["plan_digest"]) == ("plan", plan.digest)
+    evaluated = GuardedServer(server.url("")).experiment(
+        "eval/compared", str(trained), Trial("top_k=1", {"strip": {"top_k": 1}})
+    )
+    with pytest.raises(EvaluationFailed, match="add plan to experiments"), evaluated:
+        pass
+    policy.write_text(POLICY.replace("[strip]", "[strip, plan]"))
+    opened = experiment(server, "eval/opened", trained, top_k=1).json()
+    assert opened["selected_by"] == "index"
+    assert sum(module["stripped"] for module in opened["modules"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("closed", "code"),
+    [
+        ("", "S3LORA-211"),
+        (OPEN.replace("[strip]", "[action]"), "S3LORA-211"),
+        (OPEN.replace("eval", "tests"), "S3LORA-210"),
+    ],
+    ids=["all", "its setting", "its name"],
+)
+def test_closing_what_an_experiment_uses_ends_it_and_both_logs_say_so(
+    server, policy, spiked, workplace, closed, code
+):
+    name = f"eval/{code}{len(closed)}"
+    assert experiment(server, name, spiked, top_k=1).status_code == 200
+    policy.write_text(POLICY.replace(OPEN, closed))
+    one = rechecked(server, name)  # it has the server read the policy, as any registration has
+    assert one["differs"]
+    assert one["experiment"] == {
+        "settings": {"strip": {"top_k": 1}}, "plan_digest": None, "closed": True,
+    }  # fmt: skip
+    assert one["after"]["reason"]["code"] == code
+    line = wait_for_the_end(server, name, workplace)
+    assert (line["reason"], line["path"]) == (code, str(spiked))
+    assert f"experiment '{name}' is unloaded: {code}" in server.log.read_text()
+    body = {"model": name, "prompt": "Q", "max_tokens": 1}
+    assert server.post("/v1/completions", **body).status_code == 404
+
+
+def test_an_experiment_ends_once_its_time_to_live_has_passed(server, policy, spiked, workplace):
+    policy.write_text(POLICY.replace("[strip]", "[strip], ttl: 0.5"))
+    assert experiment(server, "eval/brief", spiked).status_code == 200
+    assert wait_for_the_end(server, "eval/brief", workplace)["reason"] == "S3LORA-211"
+    assert "experiments.ttl is 0.5 s" in server.log.read_text()
+
+
+def test_recheck_shows_an_experiment_with_its_settings_under_the_policy_in_force(
+    server, policy, spiked
+):
+    made = experiment(server, "eval/kept", spiked, top_k=2).json()
+    one = rechecked(server, "eval/kept")
+    assert (one["differs"], one["experiment"]["closed"]) == (False, False)
+    assert one["experiment"]["settings"] == {"strip": {"top_k": 2}}
+    assert sum(module["stripped"] for module in one["after"]["modules"]) == 2
+    table = CliRunner().invoke(app, ["recheck", server.url("")], env={"COLUMNS": "250"}).stdout
+    assert '{"strip": {"top_k": 2}}' in table
+    policy.write_text(POLICY + f"deny: ['{made['digest']}']\n")
+    one = rechecked(server, "eval/kept")
+    assert (one["differs"], one["experiment"]["closed"]) == (True, False)
+    assert one["after"]["reason"]["code"] == "S3LORA-202"
+    assert server.get("/s3lora/experiments").json()["registered"] == ["eval/kept"]
 
 
 def assert_alike(found, expected, accuracy):

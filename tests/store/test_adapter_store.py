@@ -18,6 +18,7 @@ from s3lora_serve.policy.schema import Limits, Policy, Strip
 from s3lora_serve.store import adapter_store
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.stored_copy import VERDICT_NAME, open_stored_copy
+from tests.support.adapters import copy_with
 
 THREE = Policy(strip=Strip(top_k=3))
 
@@ -40,7 +41,7 @@ def stored_names(store):
 def test_a_stored_copy_is_read_back_byte_for_byte(store, trained):
     path, verdict = store_adapter(store, trained)
     found = open_stored_copy(path)
-    assert found.verdict == verdict
+    assert found.verdict_for(verdict.name, verdict.path) == verdict
     assert bytes(found.copy.weights) == (trained / WEIGHTS_NAME).read_bytes()
     assert found.copy.config == (trained / CONFIG_NAME).read_bytes()
     assert store.find(str(path)) == path
@@ -98,8 +99,47 @@ def test_of_what_may_not_be_served_only_the_verdict_is_stored(store, trained):
     path, verdict = store_adapter(store, trained, Policy(limits=Limits(max_scaling=1)))
     assert verdict.decision == "rejected"
     found = open_stored_copy(path)
-    assert (found.verdict, found.copy) == (verdict, None)
+    assert (found.verdict_for(verdict.name, verdict.path), found.copy) == (verdict, None)
     assert not (path / WEIGHTS_NAME).exists()
+
+
+def test_registrants_of_equal_content_share_a_copy_that_names_none_of_them(
+    store, trained, tmp_path
+):
+    twin = copy_with(trained, tmp_path / "another tenant's folder")
+    first, verdict = store_adapter(store, trained)
+    second, theirs = store_adapter(store, twin)
+    assert first == second
+    assert verdict.path != theirs.path
+    found = open_stored_copy(second).verdict
+    assert (found.name, found.path) == ("", "")
+    told = (first / VERDICT_NAME).read_text()
+    assert str(trained) not in told
+    assert "tenant" not in told
+
+
+def test_folders_that_cannot_be_read_are_stored_apart_each_with_its_own_message(store, tmp_path):
+    found = {}
+    for name in ("acme", "initech"):
+        (tmp_path / name).mkdir()
+        path, _ = store_adapter(store, tmp_path / name)
+        found[name] = open_stored_copy(path).verdict.reason
+    for name, reason in found.items():
+        assert reason.code == "S3LORA-101"
+        assert f"{tmp_path / name} has no" in reason.message
+
+
+def test_equal_weights_beside_other_bytes_of_configuration_are_stored_apart(
+    store, trained, tmp_path
+):
+    paths = {store_adapter(store, trained)[0]}
+    for name, edited in (("spaced", b" %s"), ("broken", b"{%s"), ("broken otherwise", b"{{%s")):
+        folder = copy_with(trained, tmp_path / name)
+        (folder / CONFIG_NAME).write_bytes(edited % (trained / CONFIG_NAME).read_bytes())
+        path, verdict = store_adapter(store, folder)
+        assert verdict.digest is not None
+        paths.add(path)
+    assert len(paths) == 4
 
 
 def test_the_first_of_several_verdicts_is_agreed_on(store, trained):

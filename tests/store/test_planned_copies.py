@@ -48,7 +48,7 @@ def test_the_stored_weights_are_the_transformed_ones_and_the_own_lie_beside_them
     served = (path / WEIGHTS_NAME).read_bytes()
     assert verdict.served_digest == "sha256:" + hashlib.sha256(served).hexdigest()
     found = open_stored_copy(path)
-    assert found.verdict == verdict
+    assert found.verdict_for(verdict.name, verdict.path) == verdict
     assert bytes(found.copy.weights) == served != (folder / WEIGHTS_NAME).read_bytes()
     assert own_folder(path) == path / OWN_FOLDER
     for name in (CONFIG_NAME, WEIGHTS_NAME):

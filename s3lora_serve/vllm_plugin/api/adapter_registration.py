@@ -23,6 +23,7 @@ from s3lora_serve.errors import (
 )
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.owners import foreign_unload
+from s3lora_serve.policy.text import check_text
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 from s3lora_serve.vllm_plugin.api.engine_load import EngineLoad
@@ -171,15 +172,15 @@ class AdapterRegistration:
         """
         check_lengths(name)
         served = self.served.get(name)
-        if served is None or served.is_experiment:  # experiments have routes and names of their own
+        if served is None or served.experiment is not None:  # those have names of their own
             return
         policy = self.controller.reload_policy()
         foreign = foreign_unload(policy.owners, name, asked_with())
         if foreign and policy.mode == "enforce":
             raise foreign
 
-    async def recheck(self, engine: Any) -> list[tuple[Verdict, Verdict]]:
-        """For each served adapter, the verdict at its admission and the one it would get now.
+    async def recheck(self, engine: Any) -> list[tuple[ServedAdapter, Verdict]]:
+        """Each served adapter, and the verdict that it would get now.
 
         Raises:
             LoadPostponed: too many scans and rechecks wait already.
@@ -188,12 +189,10 @@ class AdapterRegistration:
         base_model = compat.base_model(engine.vllm_config)
         recheck = partial(self.controller.recheck, base_model=base_model, modules=modules)
         found = []
-        for adapter in self.served.all():
-            if adapter.is_experiment:  # their settings are not the policy's
-                continue
+        for one in self.served.all():
             async with self._inspections.queue.place("recheck"):
-                now = await self._inspections.run(recheck, adapter.verdict, adapter.path)
-            found.append((adapter.verdict, now))
+                now = await self._inspections.run(recheck, one.verdict, one.path, one.experiment)
+            found.append((one, now))
         return found
 
     async def _register(self, attempt: _Attempt) -> _Registered:
@@ -212,6 +211,7 @@ class AdapterRegistration:
                 attempt.check_wanted()
                 before = self.served.get(request.lora_name)
                 unchanged = self._engine_load.choose_id(request, path, before)
+                await self._engine_load.note_origin(engine, request, verdict.path)
                 added, refusal = await self._engine_load.load(
                     engine, request, attempt.original, unchanged=unchanged
                 )
@@ -228,8 +228,7 @@ class AdapterRegistration:
                 self._report_failure(verdict, path, failure)
                 await self._engine_load.drop(engine, request.lora_int_id, path, unchanged=unchanged)
             raise
-        is_experiment = experiment.get() is not None
-        adapter = ServedAdapter(request.lora_int_id, path, origin, verdict, is_experiment)
+        adapter = ServedAdapter(request.lora_int_id, path, origin, verdict, experiment.get())
         return _Registered(adapter, added, unchanged)
 
     async def _withdraw(self, engine: Any, work: asyncio.Task[_Registered]) -> None:
@@ -258,6 +257,7 @@ class AdapterRegistration:
         """The verdict, and the stored copy that workers may load (None if refused), pinned."""
         try:
             # Over HTTP somebody asks, also where no middleware notes who: owners' keys are checked.
+            check_text(attempt.request.lora_name, attempt.request.lora_path)
             in_process = asked_with() is None and door.get() in ("static", "engine")
             asks = None if in_process else asked_with() or ""
             admitted = await threads.run(self._decide, attempt, experiment.get(), asks)

@@ -1,9 +1,21 @@
 """Answers of the gate's own routes that are no verdict."""
 
-from fastapi.responses import JSONResponse
+import json
+from typing import Any
+
+from fastapi import responses
 
 from s3lora_serve.errors import LoadPostponed, Reason, S3LoRAError
 from s3lora_serve.vllm_plugin.api.requester import note_retry
+
+
+class JSONResponse(responses.JSONResponse):
+    """JSON in UTF-8; what UTF-8 cannot encode is escaped, where FastAPI's own would fail."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")  # \ud800 in JSON's own notation
 
 
 def not_found(text: str) -> JSONResponse:

@@ -37,6 +37,11 @@ class EngineLoad:
         request.load_inplace = False
         return unchanged
 
+    async def note_origin(self, engine: Any, request: Any, origin: str) -> None:
+        """Tell the workers the path that an adapter is registered with, which their logs show."""
+        own = request.lora_int_id, request.lora_name, request.lora_path, origin
+        await call_workers(engine, "s3lora_registered", own)
+
     async def load(
         self,
         engine: Any,

@@ -4,17 +4,19 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import Body, Request
-from fastapi.responses import JSONResponse
 
 from s3lora_serve.errors import ExperimentClosed, S3LoRAError
 from s3lora_serve.plans.schema import parse_plan
-from s3lora_serve.policy.experiment import Settings, check_name, experiment_policy
+from s3lora_serve.policy.experiment import Settings, check_open
 from s3lora_serve.policy.lengths import check_lengths
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door, experiment
-from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, refused
+from s3lora_serve.vllm_plugin.api.answers import JSONResponse, gate_off, not_found, refused
+from s3lora_serve.vllm_plugin.api.experiment_ends import ExperimentEnds
+from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 from s3lora_serve.vllm_plugin.patches import setting
 
 
@@ -23,6 +25,7 @@ class ExperimentRoutes:
 
     def __init__(self, registration: Callable[[], AdapterRegistration | None]) -> None:
         self._registration = registration
+        self._ends = ExperimentEnds()
 
     async def show(self) -> JSONResponse:
         """The names kept for experiments, what they may set, and those that are registered."""
@@ -30,11 +33,12 @@ class ExperimentRoutes:
         if registration is None:
             return gate_off()
         kept = registration.controller.reload_policy().experiments
-        served = [one.verdict.name for one in registration.served.all() if one.is_experiment]
+        served = [one.verdict.name for one in registration.served.all() if one.experiment]
         return JSONResponse(
             {
                 "names": kept.names if kept else None,
                 "allow": sorted(kept.allow) if kept else [],
+                "ttl": kept.ttl if kept else None,
                 "registered": served,
             }
         )
@@ -58,16 +62,19 @@ class ExperimentRoutes:
         try:
             check_lengths(lora_name, lora_path)
             policy = registration.controller.reload_policy()
-            check_name(policy, lora_name, is_experiment=True)
-            experiment_policy(policy, wanted, with_plan=plan is not None)
+            check_open(policy, lora_name, wanted, with_plan=plan is not None)
             parsed = None if plan is None else parse_plan(plan, "the experiment's plan")
         except ExperimentClosed as closed:
             return refused(closed, 403)
         except S3LoRAError as error:
             return refused(error, 400)
         load = compat.load_request_model()(lora_name=lora_name, lora_path=lora_path)
-        with setting(experiment, Experiment(wanted, parsed)), setting(door, EXPERIMENT):
-            result = await compat.served_models(raw_request).load_lora_adapter(load)
+        models = compat.served_models(raw_request)
+        try:
+            with setting(experiment, Experiment(wanted, parsed)), setting(door, EXPERIMENT):
+                result = await models.load_lora_adapter(load)
+        finally:
+            self._ends.watch(registration, models)
         if not isinstance(result, str):
             return JSONResponse(result.model_dump(), result.error.code)
         found = registration.served.get(lora_name)
@@ -79,10 +86,26 @@ class ExperimentRoutes:
         if registration is None:
             return gate_off()
         found = registration.served.get(name)
-        if found is None or not found.is_experiment:
+        if found is None or found.experiment is None:
             return not_found(f"no experiment {name!r} is registered")
         unload = compat.unload_request_model()(lora_name=name)
         result = await compat.served_models(raw_request).unload_lora_adapter(unload)
         if not isinstance(result, str):
             return JSONResponse(result.model_dump(), result.error.code)
         return JSONResponse({"ended": name})
+
+
+def described(one: ServedAdapter, policy: Policy) -> dict[str, Any] | None:
+    """What an experiment sets, and whether this policy closes it; None: it is no experiment."""
+    if (own := one.experiment) is None:
+        return None
+    try:
+        check_open(policy, one.verdict.name, own.settings, with_plan=own.plan is not None)
+        closed = False
+    except S3LoRAError:
+        closed = True
+    return {
+        "settings": own.settings.model_dump(mode="json", exclude_none=True),
+        "plan_digest": own.plan and own.plan.digest,
+        "closed": closed,
+    }

@@ -56,6 +56,7 @@ def _served(controller: AdmissionController, adapter: ServedAdapter) -> Row:
         by_plan=verdict.selected_by == "plan",
         transformed=len(verdict.transformed) if verdict.mode == "enforce" else 0,
         projected=len(verdict.projected) if verdict.mode == "enforce" else 0,
+        experiment=adapter.experiment is not None,
     )
 
 

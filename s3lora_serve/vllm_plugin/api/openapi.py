@@ -28,11 +28,20 @@ class AdapterList(BaseModel):
     total: int = Field(description="adapters served")
 
 
+class RecheckedExperiment(BaseModel):
+    """The settings of an experiment."""
+
+    settings: dict[str, Any]
+    plan_digest: str | None = Field(description="of the plan that it was given")
+    closed: bool = Field(description="whether the policy in force no longer allows it")
+
+
 class Rechecked(BaseModel):
-    """One served adapter under the policy in force now."""
+    """One served adapter under the policy in force now, an experiment with its settings."""
 
     name: str
     differs: bool = Field(description="whether it would be decided otherwise")
+    experiment: RecheckedExperiment | None
     before: dict[str, Any] = Field(description="the verdict it was admitted with")
     after: dict[str, Any]
 
@@ -49,6 +58,7 @@ class Experiments(BaseModel):
 
     names: str | None = Field(description="glob of the names kept for them; null: there are none")
     allow: list[str] = Field(description="settings that an experiment may have")
+    ttl: float | None = Field(description="seconds after which one is ended; null: never")
     registered: list[str]
 
 

@@ -5,18 +5,25 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 
 from s3lora_serve.admission.verdict import Verdict, differs
 from s3lora_serve.errors import LoadPostponed, TooLong
 from s3lora_serve.policy.lengths import check_lengths
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store.stored_spectra import with_spectra
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
-from s3lora_serve.vllm_plugin.api.answers import gate_off, not_found, refused, turned_away
+from s3lora_serve.vllm_plugin.api.answers import (
+    JSONResponse,
+    gate_off,
+    not_found,
+    refused,
+    turned_away,
+)
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
-from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes
+from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes, described
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
 from s3lora_serve.vllm_plugin.api.rendering import Rendering, dumps, verdict_json
 from s3lora_serve.vllm_plugin.api.requester import RequesterNote
@@ -145,8 +152,10 @@ class GateRoutes:
             pairs = await registration.recheck(self._engine)
         except LoadPostponed as postponed:
             return turned_away(postponed)
-        fields = {"policy_digest": registration.controller.policy.digest}
-        return self._rendering.stream(fields, _rechecked, pairs)
+        policy = registration.controller.policy
+        return self._rendering.stream(
+            {"policy_digest": policy.digest}, partial(_rechecked, policy), pairs
+        )
 
     async def scan(
         self,
@@ -196,10 +205,16 @@ def _whole_verdict(adapter: ServedAdapter) -> str:
     return verdict_json(with_spectra(adapter.verdict, adapter.path))
 
 
-def _rechecked(verdicts: tuple[Verdict, Verdict]) -> str:
-    before, after = verdicts
-    fields = dumps({"name": before.name, "differs": differs(before, after)})
-    texts = (verdict_json(verdict, spectra=False) for verdict in verdicts)
+def _rechecked(policy: Policy, found: tuple[ServedAdapter, Verdict]) -> str:
+    one, after = found
+    fields = dumps(
+        {
+            "name": one.name,
+            "differs": differs(one.verdict, after),
+            "experiment": described(one, policy),
+        }
+    )
+    texts = (verdict_json(verdict, spectra=False) for verdict in (one.verdict, after))
     return '{},"before":{},"after":{}}}'.format(fields[:-1], *texts)
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from weakref import WeakValueDictionary
 
 from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 from s3lora_serve.telemetry.audit_event import Copy
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
 from s3lora_serve.vllm_plugin.api.requester import requester
 from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads
 from s3lora_serve.vllm_plugin.api.worker_calls import while_alive
@@ -38,8 +39,9 @@ class ServedAdapter:
     path: Path  # of the stored copy
     origin: str  # the path that it was registered with
     verdict: Verdict
-    is_experiment: bool = False
+    experiment: Experiment | None = None  # the settings of its own, if it has any
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started: float = field(default_factory=monotonic)  # seconds
     shared: SharedModules | None = None  # those of the verdict
 
     @property
@@ -83,7 +85,7 @@ class ServedAdapters:
         adapter = replace(adapter, verdict=verdict, shared=shared)
         before = self._adapters.pop(name, None)
         self._adapters[name] = adapter
-        if not adapter.is_experiment:
+        if adapter.experiment is None:
             self._controller.events.metrics.serve(adapter.verdict)
         if before is not None:
             if before.path != adapter.path:

@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.preload import Preloader
 from s3lora_serve.vllm_plugin.engine.quarantine import quarantine
 from s3lora_serve.vllm_plugin.engine.reference_fit import check_reference_fits
+from s3lora_serve.vllm_plugin.engine.registered_paths import RegisteredPaths
 from s3lora_serve.vllm_plugin.engine.worker_admission import WorkerAdmission
 
 logger = compat.logger
@@ -55,6 +56,7 @@ class AdapterLoader:
     def __init__(self, controller: AdmissionController) -> None:
         self.controller = controller
         self.model = WorkerModel()  # the latest
+        self.registered_paths = RegisteredPaths()
         self._models: WeakKeyDictionary[Any, WorkerModel] = WeakKeyDictionary()  # by its manager
         self._preloader = Preloader(lambda n: controller.events.metrics.set_preloads(n))
         self._worker_admission = WorkerAdmission(controller)
@@ -103,7 +105,8 @@ class AdapterLoader:
             if self._registering:
                 events.metrics.observe_strip(load.seconds)
             elif self._loaded.get(adapter_id) == stored.path.name:
-                events.reloaded(replace(stored.verdict, name=request.lora_name), "store")
+                own = request.lora_name, self.registered_paths.of(request)
+                events.reloaded(stored.verdict_for(*own), "store")
         self._refusals.pop(adapter_id, None)
         self._loaded.note(adapter_id, stored.path.name, manager.list_adapters)
         return load.result
@@ -203,7 +206,8 @@ class AdapterLoader:
         # A registration asks for the refusal, answers its client and removes the adapter.
         registered = self._registering and self.controller.store.find(request.lora_path) is not None
         if not (registered and mode == "enforce"):
-            quarantine(self.controller, request, self._stored_path(request), reason, verdict)
+            stored, path = self._stored_path(request), self.registered_paths.of(request)
+            quarantine(self.controller, request, stored, reason, verdict, path)
         return adapter_without_effect(request)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from s3lora_serve.admission.verdict import Verdict, unread_verdict
 from s3lora_serve.errors import GateFailed, Reason
-from s3lora_serve.policy.lengths import MAX_NAME, MAX_PATH
+from s3lora_serve.policy.lengths import MAX_NAME
 from s3lora_serve.store.stored_copy import is_servable
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
@@ -18,6 +18,7 @@ def quarantine(
     stored_path: Path | None,
     reason: Reason,
     verdict: Verdict | None,
+    path: str,
 ) -> None:
     """Mark the stored copy for all ranks, and report the quarantine once.
 
@@ -27,6 +28,7 @@ def quarantine(
         stored_path: the stored copy, if there is one.
         reason: why the adapter is not served.
         verdict: the stored verdict; None if it could not be read.
+        path: the path that the adapter was registered with.
     """
     if stored_path is not None and (verdict is None or is_servable(verdict)):
         try:
@@ -34,6 +36,6 @@ def quarantine(
         except GateFailed as error:  # other ranks cannot learn of it
             compat.logger.error("s3lora: %s", error)
     if compat.is_first_rank():
-        name, path = request.lora_name[:MAX_NAME], request.lora_path[:MAX_PATH]
+        name = request.lora_name[:MAX_NAME]
         known = verdict or unread_verdict(name, path, controller.policy)
-        controller.events.quarantined(replace(known, name=name), reason)
+        controller.events.quarantined(replace(known, name=name, path=path), reason)

@@ -14,15 +14,15 @@ from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 
 
 class WorkerAdmission:
-    """Admits adapters in a worker, and keeps their stored copies by id and path of the request."""
+    """Admits adapters in a worker, and keeps their stored copies by what the request says."""
 
     def __init__(self, controller: AdmissionController) -> None:
         self._controller = controller
-        self._paths: OrderedDict[tuple[int, str], Path] = OrderedDict()
+        self._paths: OrderedDict[tuple[str, int, str], Path] = OrderedDict()
 
     def get(self, request: Any) -> Path | None:
         """The stored copy of an adapter that was admitted before."""
-        return self._paths.get((request.lora_int_id, request.lora_path))
+        return self._paths.get(_origin(request))
 
     def admit(self, request: Any, model: WorkerModel) -> Path:
         """Admit an adapter, or admit it anew; the stored copy's path, pinned.
@@ -31,7 +31,7 @@ class WorkerAdmission:
             AdapterRejected: it cannot be stored.
         """
         path = self._admit(request, model)
-        origin = (request.lora_int_id, request.lora_path)
+        origin = _origin(request)
         before = self._paths.get(origin)
         for old in (before, remember(self._paths, origin, path)):
             if old is not None:
@@ -53,7 +53,7 @@ class WorkerAdmission:
         transient = verdict.reason and verdict.reason.code.startswith(passing)
         if verdict.digest and not transient:
             # Each rank scores for itself. If they differ, the first verdict holds for all ranks.
-            content = (verdict.digest, verdict.config_digest, verdict.policy_digest)
+            content = (verdict.digest, verdict.config_file_digest, verdict.policy_digest)
             obeyed = (*content, verdict.plan_digest)
             modules = model.modules.shapes if model.modules.is_whole else {}
             served = (model.base_model, sorted(modules.items()))
@@ -62,3 +62,7 @@ class WorkerAdmission:
         if compat.is_first_rank():
             self._controller.events.decided(verdict, "engine", stored=path)
         return path
+
+
+def _origin(request: Any) -> tuple[str, int, str]:
+    return request.lora_name, request.lora_int_id, request.lora_path

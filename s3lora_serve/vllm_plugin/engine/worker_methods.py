@@ -20,7 +20,8 @@ class WorkerMethods:
         Raises:
             ContractBroken: a name is taken.
         """
-        for name in ("status", "model", "preload", "loaded", "forget", "refresh", "trial"):
+        names = ("status", "model", "preload", "loaded", "forget", "refresh", "trial", "registered")
+        for name in names:
             patches.add_worker_method(f"s3lora_{name}", getattr(self, name))
 
     def status(self) -> dict[str, Any]:
@@ -54,6 +55,10 @@ class WorkerMethods:
         """Reload a policy file that has changed."""
         self._loader.controller.reload_policy()
         self._loader.report_policy()
+
+    def registered(self, adapter_id: int, name: str, stored: str, path: str) -> None:
+        """Keep the path that an adapter was registered with, which log and audit log show."""
+        self._loader.registered_paths.add(adapter_id, name, stored, path)
 
     def trial(self, name: str, path: str, adapter_id: int) -> tuple[str, str] | None:
         """Code and message of why this worker would not serve a stored copy; None if it would."""
