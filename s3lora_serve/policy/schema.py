@@ -133,7 +133,9 @@ class Rule(BaseModel):
     match: Match
 
 
-_SERVERS = frozenset({"rules", "mode", "audit", "store", "required", "plans", "experiments"})
+_SERVERS = frozenset(
+    ("rules", "mode", "audit", "store", "required", "plans", "experiments", "unguarded_frontends")
+)
 """Keys that no rule may set."""
 
 _NOT_DECIDING = _SERVERS | {"signatures", "attestations"}
@@ -159,6 +161,7 @@ class Policy(Section):
     audit: Audit = Audit()
     store: Store = Store()
     required: bool = False
+    unguarded_frontends: Literal["refuse", "allow"] = "refuse"  # ours: nothing starts unguarded
     plans: Path | None = None  # folder of plans; None: the index chooses for every adapter
     require_plan: bool = False
     signatures: Signatures = Signatures()
