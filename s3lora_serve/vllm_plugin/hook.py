@@ -4,10 +4,11 @@ from s3lora_serve.errors import FrontEndUnguarded
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import load_settings
 from s3lora_serve.telemetry.policy_gauge import leave_out_former_policies
-from s3lora_serve.vllm_plugin import compat, contract, front_end, patches
+from s3lora_serve.vllm_plugin import compat, contract, front_end, patches, resolver_patches
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door
 from s3lora_serve.vllm_plugin.api.llm_engine_admission import LLMEngineAdmission
+from s3lora_serve.vllm_plugin.api.name_locks import NameLocks
 from s3lora_serve.vllm_plugin.api.resolver_guard import ResolverGuard
 from s3lora_serve.vllm_plugin.engine.base_model_tokens import clear_base_model_tokens
 from s3lora_serve.vllm_plugin.engine.loader import AdapterLoader
@@ -54,8 +55,9 @@ def install() -> None:
         patches.wrap_add_lora(_registration.add_lora)
         patches.wrap_add_request(LLMEngineAdmission(controller).admitted_request)
         patches.wrap_doors(door)
+        resolver_patches.replace_name_locks(NameLocks)
         resolvers = ResolverGuard(controller)
-        patches.wrap_resolvers(resolvers.check_name, resolvers.find, resolvers.ask_hub)
+        resolver_patches.wrap_resolvers(resolvers.check_name, resolvers.find, resolvers.ask_hub)
         patches.wrap_model_list(_registration.served.origin)
         patches.wrap_unload(_registration.served.remove)
         patches.separate_quarantined_blocks(loader.is_quarantined)

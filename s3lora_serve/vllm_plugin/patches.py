@@ -7,11 +7,9 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from s3lora_serve.errors import AdapterRejected, refusal_in
+from s3lora_serve.errors import refusal_in
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
-    FilesystemResolver,
-    HfHubResolver,
     LLMEngine,
     LoRAModelRunnerMixin,
     LoRARequest,
@@ -177,7 +175,7 @@ def wrap_doors(door: ContextVar[str]) -> None:
         refusal = None if isinstance(result, str) else refusal_in(result.error.message)
         if refusal is None:
             return result
-        return _rejected(refusal)
+        return rejected(refusal)
 
     async def init_static_loras(self: Any) -> None:
         with setting(door, "static"):
@@ -192,41 +190,11 @@ def wrap_doors(door: ContextVar[str]) -> None:
     owner.resolve_lora = resolve_lora
 
 
-def _rejected(refusal: str) -> Any:
+def rejected(refusal: str) -> Any:
+    """vLLM's answer 400 with a refusal."""
     return create_error_response(
         message=refusal, err_type="AdapterRejected", status_code=HTTPStatus.BAD_REQUEST
     )
-
-
-def wrap_resolvers(
-    check: Callable[[Any, str], None],
-    find: Callable[[Any, str, str, str], Awaitable[Any]],
-    ask_hub: Callable[[Any, str, str, Callable[..., Awaitable[Any]]], Awaitable[Any]],
-) -> None:
-    """Have resolvers look up what `check(models, name)` lets pass, and refusals answered with 400.
-
-    `find(resolver, name, path, base_model)` replaces how they read what lies at a path.
-    `ask_hub(resolver, base_model, name, original)` replaces the hub resolver's lookup.
-    """
-    owner = OpenAIServingModels
-    resolve, hub = owner.resolve_lora, HfHubResolver.resolve_lora
-
-    async def resolve_lora(self: Any, lora_name: str) -> Any:
-        try:
-            check(self, lora_name)
-            return await resolve(self, lora_name)
-        except AdapterRejected as refusal:
-            return _rejected(str(refusal))
-
-    async def found(self: Any, lora_name: str, lora_path: str, base_model_name: str) -> Any:
-        return await find(self, lora_name, lora_path, base_model_name)
-
-    async def from_hub(self: Any, base_model_name: str, lora_name: str) -> Any:
-        return await ask_hub(self, base_model_name, lora_name, hub)
-
-    owner.resolve_lora = resolve_lora
-    FilesystemResolver._get_lora_req_from_path = found
-    HfHubResolver.resolve_lora = from_hub
 
 
 @contextmanager
