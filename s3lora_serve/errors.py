@@ -69,10 +69,10 @@ class ChangedWhileCopying(AdapterRejected):
 
 
 class OutsideRoots(AdapterRejected):
-    """The adapter lies outside the folders that limits.roots allows."""
+    """The adapter lies outside the folders that limits.roots or a resolver allows."""
 
     code = "S3LORA-106"
-    remedy = "Move the adapter under one of the policy's limits.roots."
+    remedy = "Move the adapter under one of the policy's limits.roots, or the resolver's folder."
 
 
 class ShapesDoNotFit(AdapterRejected):
@@ -438,6 +438,13 @@ class EvaluationFailed(S3LoRAError):
     remedy = (
         "Check server, key, policy and tasks; --resume goes on with the settings that are left."
     )
+
+
+class FrontEndUnguarded(S3LoRAError):
+    """vLLM's front end is one in which the gate does not decide on registrations."""
+
+    code = "S3LORA-912"
+    remedy = "Serve with vLLM's Python API server, or set unguarded_frontends: allow in the policy."
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 import typer
 
 from s3lora_serve.cli import tables
-from s3lora_serve.launcher.checks import Check, checks, device
+from s3lora_serve.launcher.check import Check
+from s3lora_serve.launcher.checks import checks, device
 from s3lora_serve.settings import load_settings
 
 

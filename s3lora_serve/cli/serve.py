@@ -28,7 +28,7 @@ def serve(
 
     Exit code: vLLM's own, or 2 if the server would not be guarded.
     """
-    failed = [check for check in checks() if not check.passed]
+    failed = [check for check in checks(context.args) if not check.passed]
     for check in failed:
         typer.echo(f"s3lora: {check.name}: {check.detail}", err=True)
     # `environment` adds the plugin to VLLM_PLUGINS: that it is missing there stops nothing.

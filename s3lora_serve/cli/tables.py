@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s3lora_serve.admission.verdict import Decision, ModuleVerdict, Verdict
-from s3lora_serve.launcher.checks import Check
+from s3lora_serve.launcher.check import Check
 
 _COLOURS = {Decision.ADMITTED: "green", Decision.STRIPPED: "yellow", Decision.REJECTED: "red"}
 

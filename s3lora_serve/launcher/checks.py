@@ -4,12 +4,14 @@
 """
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from s3lora_serve.errors import PolicyInvalid, S3LoRAError
+from s3lora_serve.launcher.check import Check
+from s3lora_serve.launcher.front_end import front_end
+from s3lora_serve.launcher.resolvers import resolvers
 from s3lora_serve.plans.folder import PLAN_NAME, check_plans
 from s3lora_serve.policy.file import serving_policy
 from s3lora_serve.settings import load_settings
@@ -24,29 +26,16 @@ GENERAL_GROUP = "vllm.general_plugins"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The result of one check; the environment is guarded if all essential checks pass."""
-
-    name: str
-    passed: bool
-    detail: str
-    essential: bool = True  # if it fails, `serve` does not start
-
-    @property
-    def guards(self) -> bool:
-        """Whether a server that fails this check is unguarded, on purpose or not."""
-        return self.essential or self.name == "policy"
-
-
-def checks() -> Iterator[Check]:
-    """The checks, in the order in which failures should be fixed."""
+def checks(arguments: Sequence[str] = ()) -> Iterator[Check]:
+    """The checks, in the order in which failures should be fixed; `arguments` are vLLM's."""
     yield _vllm_release()
     yield from _plugin()
     yield _policy()
     yield from _plans()
     yield from _reference()
     yield from _signers()
+    yield front_end(arguments)
+    yield resolvers()
     yield _state_dir()
     yield _metrics_dir()
 

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from s3lora_serve.launcher.checks import ENDPOINT_GROUP, PLUGIN
+from s3lora_serve.launcher.resolvers import not_asked_for
 from s3lora_serve.vllm_plugin.vllm_version import installed_vllm
 
 EXTENSION = "--worker-extension-cls"
@@ -47,29 +48,30 @@ def environment(current: Mapping[str, str], metrics: Callable[[], Path]) -> dict
     `metrics` creates the folder for its metrics if the user names none.
     """
     added = dict(current)
-    added["VLLM_PLUGINS"] = _plugins(current.get("VLLM_PLUGINS"))
+    added["VLLM_PLUGINS"] = _plugins(current)
     added[RAY_PREFIXES] = _ray_prefixes(current.get(RAY_PREFIXES, ""))
     if "PROMETHEUS_MULTIPROC_DIR" not in current:
         added["PROMETHEUS_MULTIPROC_DIR"] = str(metrics())
     return added
 
 
-def _plugins(allowed: str | None) -> str:
+def _plugins(current: Mapping[str, str]) -> str:
     """VLLM_PLUGINS with the gate beside all plugins that would load without it.
 
-    Unset, it means all plugins except endpoint plugins. Set, it is one list for all groups.
+    Unset, it means all plugins except endpoint plugins, and resolvers that nobody asked for: naming
+    the hub's is what enables it. Set, it is one list for all groups.
     """
+    allowed = current.get("VLLM_PLUGINS")
     if allowed is not None:
         names = [name for name in allowed.split(",") if name]
     else:
-        names = sorted(
-            {
-                entry.name
-                for group in entry_points().groups
-                if group.startswith("vllm.") and group != ENDPOINT_GROUP
-                for entry in entry_points(group=group)
-            }
-        )
+        found = {
+            entry.name
+            for group in entry_points().groups
+            if group.startswith("vllm.") and group != ENDPOINT_GROUP
+            for entry in entry_points(group=group)
+        }
+        names = sorted(found - not_asked_for(current))
     return ",".join(dict.fromkeys([*names, PLUGIN]))
 
 

@@ -13,7 +13,7 @@ from s3lora_serve.policy.file import policy_bytes, says_its_end, serving_policy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import Settings
 
-_AT_START_ONLY = ("audit", "required")
+_AT_START_ONLY = ("audit", "required", "unguarded_frontends")
 
 
 class ReloadablePolicy:

@@ -169,10 +169,10 @@ class Rule(BaseModel):
 
 
 _SERVERS = frozenset(
-    {
+    (
         *("rules", "mode", "audit", "store", "required", "plans", "experiments"),
-        *("rates", "owners"),
-    }
+        *("rates", "owners", "unguarded_frontends"),
+    )
 )
 """Keys that no rule may set."""
 
@@ -200,6 +200,7 @@ class Policy(Section):
     store: Store = Store()
     rates: Rates = Rates()
     required: bool = False
+    unguarded_frontends: Literal["refuse", "allow"] = "refuse"  # ours: nothing starts unguarded
     plans: Path | None = None  # folder of plans; None: the index chooses for every adapter
     require_plan: bool = False
     signatures: Signatures = Signatures()

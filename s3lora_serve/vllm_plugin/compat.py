@@ -25,6 +25,8 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager as LRUCacheWorker
 from vllm.lora.worker_manager import WorkerLoRAManager as WorkerLoRAManager
 from vllm.model_executor.models.utils import WeightsMapper as WeightsMapper
 from vllm.model_executor.utils import get_moe_expert_mapping as get_moe_expert_mapping
+from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver as FilesystemResolver
+from vllm.plugins.lora_resolvers.hf_hub_resolver import HfHubResolver as HfHubResolver
 from vllm.v1.core import kv_cache_utils as kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM as AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient as AsyncMPClient
@@ -243,6 +245,17 @@ def with_path(request: LoRARequest, folder: Path, number: int | None = None) -> 
         lora_int_id=number or request.lora_int_id,
         load_inplace=False,
     )
+
+
+def has_resolvers(models: Any) -> bool:
+    """Whether vLLM's registry of served models asks resolvers for names that it lacks."""
+    return bool(models.lora_resolvers)
+
+
+def resolver_folder(resolver: Any) -> Path | None:
+    """The folder below which a resolver finds adapters; None if it has none (the hub's cache)."""
+    folder = getattr(resolver, "lora_cache_dir", None)
+    return Path(folder) if folder else None
 
 
 def api_keys(args: Any) -> list[str]:

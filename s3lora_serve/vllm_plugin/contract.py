@@ -12,6 +12,8 @@ from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
     AsyncMPClient,
+    FilesystemResolver,
+    HfHubResolver,
     LLMEngine,
     LoRALayerWeights,
     LoRAModel,
@@ -38,6 +40,7 @@ _LORA_LINEAR = (
 _LORA_LOGITS = ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "buffer", "kwargs")
 _LORA_EMBEDDING = ("self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs")
 _UPDATE_METADATA = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs")
+_FIND = ("self", "lora_name", "lora_path", "base_model_name")
 _Contract = tuple[tuple[Any, str, tuple[str, ...]], ...]
 _CONTRACT: _Contract = (
     (WorkerLoRAManager, "_load_adapter", ("self", "lora_request")),
@@ -57,6 +60,8 @@ _CONTRACT: _Contract = (
     (OpenAIServingModels, "init_static_loras", ("self",)),
     (OpenAIServingModels, "resolve_lora", ("self", "lora_name")),
     (OpenAIServingModels, "show_available_models", ("self",)),
+    (FilesystemResolver, "_get_lora_req_from_path", _FIND),
+    (HfHubResolver, "resolve_lora", ("self", "base_model_name", "lora_name")),
     (lora_ops, "bgmv_shrink", _BGMV_SHRINK),
     (PunicaWrapperCPU, "add_shrink", ("self", "y", "x", "lora_a_stacked", "scale", "kwargs")),
     (PunicaWrapperCPU, "add_lora_embedding", _LORA_EMBEDDING),

@@ -1,11 +1,15 @@
 """Installs the gate in a vLLM process: API server, engine or worker."""
 
+from s3lora_serve.errors import FrontEndUnguarded
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import load_settings
 from s3lora_serve.telemetry.policy_gauge import leave_out_former_policies
-from s3lora_serve.vllm_plugin import compat, contract, patches
+from s3lora_serve.vllm_plugin import compat, contract, front_end, patches, resolver_patches
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door
 from s3lora_serve.vllm_plugin.api.llm_engine_admission import LLMEngineAdmission
+from s3lora_serve.vllm_plugin.api.name_locks import NameLocks
+from s3lora_serve.vllm_plugin.api.resolver_guard import ResolverGuard
 from s3lora_serve.vllm_plugin.engine.base_model_tokens import clear_base_model_tokens
 from s3lora_serve.vllm_plugin.engine.loader import AdapterLoader
 from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import match_patterns
@@ -21,13 +25,14 @@ def install() -> None:
     """Guard this process, once.
 
     Raises:
-        S3LoRAError: invalid policy or environment, or an unknown vLLM.
+        S3LoRAError: invalid policy or environment, an unknown vLLM, or an unguarded front end.
     """
     global _registration, _installed
     if _installed:
         return
     settings = load_settings()
     controller = AdmissionController(settings)
+    _check_front_end(controller.policy)
     contract.check_contract()
     if not is_supported(release := compat.installed_version()):
         compat.logger.warning(
@@ -51,10 +56,27 @@ def install() -> None:
         patches.wrap_add_lora(_registration.add_lora)
         patches.wrap_add_request(LLMEngineAdmission(controller).admitted_request)
         patches.wrap_doors(door)
+        resolver_patches.replace_name_locks(NameLocks)
+        resolvers = ResolverGuard(controller)
+        resolver_patches.wrap_resolvers(resolvers.check_name, resolvers.find, resolvers.ask_hub)
         patches.wrap_model_list(_registration.served.origin)
         patches.wrap_unload(_registration.check_unload, _registration.served.remove)
         patches.separate_quarantined_blocks(loader.is_quarantined)
     _installed = True
+
+
+def _check_front_end(policy: Policy) -> None:
+    """Refuse a front end in which the gate does not decide, unless the policy allows it.
+
+    Raises:
+        FrontEndUnguarded: there is one.
+    """
+    reason = front_end.running()
+    if reason is None or policy.mode == "off":
+        return
+    if policy.unguarded_frontends == "refuse":
+        raise FrontEndUnguarded(reason)
+    compat.logger.warning("s3lora: %s", reason)
 
 
 def registration() -> AdapterRegistration | None:

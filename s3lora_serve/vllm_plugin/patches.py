@@ -158,7 +158,7 @@ def wrap_unload(check: Callable[[str], None], removed: Callable[[Any, str], None
         try:
             check(request.lora_name)
         except AdapterRejected as refusal:
-            return _refused(str(refusal))
+            return rejected(str(refusal))
         result = await original(self, request)
         if isinstance(result, str):
             removed(self.engine_client, request.lora_name)
@@ -192,7 +192,7 @@ def wrap_doors(door: ContextVar[str]) -> None:
         with setting(door, "http" if door.get() == "engine" else door.get()):
             result = await load(self, request, base_model_name)
         refusal = None if isinstance(result, str) else refusal_in(result.error.message)
-        return result if refusal is None else _refused(refusal)
+        return result if refusal is None else rejected(refusal)
 
     async def init_static_loras(self: Any) -> None:
         with setting(door, "static"):
@@ -214,11 +214,12 @@ def _too_long(name: str, path: str = "") -> Any:
     try:
         check_lengths(name, path)
     except TooLong as refusal:
-        return _refused(str(refusal))
+        return rejected(str(refusal))
     return None
 
 
-def _refused(refusal: str) -> Any:
+def rejected(refusal: str) -> Any:
+    """vLLM's answer with a refusal: 400, or 429 if the load may be tried again later."""
     status, kind = HTTPStatus.BAD_REQUEST, "AdapterRejected"
     if is_postponed(refusal):
         status, kind = HTTPStatus.TOO_MANY_REQUESTS, "LoadPostponed"

@@ -87,6 +87,10 @@ def test_json_is_accepted_too(tmp_path):
         ("require_plan: true", "require_plan: true needs plans"),
         ("rules: [{match: {adapter: x}, require_plan: true}]", r"rules\.0: .*needs plans"),
         ("rules: [{match: {adapter: x}, plans: /x}]", r"rules\.0: plans.*server's"),
+        (
+            "rules: [{match: {path: x}, unguarded_frontends: allow}]",
+            r"rules\.0: unguarded.*server's",
+        ),
     ],
 )
 def test_a_bad_policy_is_refused_by_name(tmp_path, text, words):

@@ -27,6 +27,17 @@ STARTERS = {
         "packages.version = lambda name: '0.99.0' if 'vllm' in name else found(name)"
     ),
 }
+UNGUARDED = {
+    "the Rust front end": "os.environ['VLLM_USE_RUST_FRONTEND'] = '1'",
+    "the gRPC server, as in a configuration file": (
+        "import types; name = 'vllm.entrypoints.launchers.grpc_server';"
+        "sys.modules[name] = types.ModuleType(name)"
+    ),
+}
+ALLOWED = (
+    "open(f'{folder}/allow.yaml', 'w').write('unguarded_frontends: allow');"
+    "os.environ['S3LORA_POLICY'] = f'{folder}/allow.yaml';"
+)
 PROGRAM = """
 import json, os, sys, traceback
 import vllm.lora.worker_manager as w, vllm.lora.lora_model as M, vllm.v1.engine.core_client as C
@@ -53,7 +64,8 @@ for place, change in enumerate(cases):
 def logs(tmp_path_factory):
     """Logs of processes that loaded vLLM's plugins, by case; vLLM is imported once."""
     folder = tmp_path_factory.mktemp("contract")
-    cases = BREAKERS | STARTERS
+    allowed = {f"{case}, allowed": ALLOWED + change for case, change in UNGUARDED.items()}
+    cases = BREAKERS | STARTERS | UNGUARDED | allowed
     subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(list(cases.values())), folder],
         env=base_environment() | {"VLLM_PLUGINS": "s3lora"}, check=True,
@@ -74,3 +86,16 @@ def test_the_installed_vllm_keeps_the_contract_and_loading_twice_is_harmless(log
 def test_an_unknown_version_that_keeps_the_contract_starts_with_a_warning(logs):
     assert "STARTED" in logs["unknown version"], logs["unknown version"]
     assert "0.99.0 was never checked" in logs["unknown version"]
+
+
+@pytest.mark.parametrize("case", UNGUARDED)
+def test_a_front_end_that_is_not_guarded_stops_the_process(logs, case):
+    assert "STARTED" not in logs[case]
+    assert "S3LORA-912" in logs[case]
+
+
+@pytest.mark.parametrize("case", UNGUARDED)
+def test_a_front_end_that_the_policy_allows_starts_with_a_warning(logs, case):
+    log = logs[f"{case}, allowed"]
+    assert "STARTED" in log, log
+    assert "s3lora: " in log

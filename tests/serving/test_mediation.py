@@ -5,11 +5,13 @@ offline use (test_offline), every rank of a tensor-parallel engine (test_ranks),
 own reloads (test_engine_loop).
 """
 
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import requests
 
 from tests.serving.conftest import answers
 from tests.support.adapters import copy_with, diverged
@@ -40,6 +42,10 @@ def gate(model, cases, hub, policy_file, workplace):
     resolved = workplace / "mediated-resolver"
     for name, folder in cases.items():
         copy_with(folder, resolved / f"{name}-resolver", base_model_name_or_path=str(model))
+    beside = copy_with(cases["sharp"], workplace / "beside", base_model_name_or_path=str(model))
+    (resolved / "linked").symlink_to(beside)
+    (resolved / "pipe").mkdir()
+    os.mkfifo(resolved / "pipe" / "adapter_config.json")
     environment = OPEN_LOADING | {
         "S3LORA_POLICY": str(policy_file),
         "HF_HUB_CACHE": str(hub),
@@ -101,6 +107,75 @@ def test_a_refused_adapter_is_served_by_no_door(gate, cases, expected, door):
     assert name not in served
     answer = gate.post("/v1/completions", model=name, prompt="Q", max_tokens=1)
     assert answer.status_code in (400, 404)
+
+
+ELSEWHERE = {
+    "up": "../beside",
+    "absolute": "{}/beside",
+    "up in the middle": "sharp-resolver/../../beside",
+    "by a link": "linked",
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_a_model_name_loads_no_folder_outside_of_the_resolvers(gate, workplace, case):
+    name = ELSEWHERE[case].format(workplace)
+    answer = gate.post("/v1/completions", model=name, prompt="Q", max_tokens=1)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("S3LORA-106: ")
+    assert name not in {entry["id"] for entry in gate.get("/v1/models").json()["data"]}
+
+
+def test_a_model_name_without_an_adapter_gets_vllms_own_answer(gate):
+    answer = gate.post("/v1/completions", model="acme/nobody", prompt="Q", max_tokens=1)
+    assert answer.status_code == 404
+    assert "acme/nobody" in answer.json()["error"]["message"]
+
+
+def test_a_pipe_that_a_resolver_finds_is_refused_and_stops_no_other_request(gate):
+    body = {"model": "pipe", "prompt": "Q", "max_tokens": 1}
+    answer = requests.post(gate.url("/v1/completions"), json=body, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("S3LORA-101: ")
+    assert gate.complete("base", "Q", tokens=1) is not None
+
+
+ASKING = """
+import asyncio, os
+from pathlib import Path
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.lora.resolver import LoRAResolverRegistry as registry
+hub = registry.get_resolver("Hf Hub Resolver")
+asked = []
+async def files(repository):
+    asked.append(repository)
+    return set()
+hub._get_adapter_dirs = files
+async def ask():
+    assert await hub.resolve_lora("model", "acme/sharp") is None
+    hub.adapter_dirs.clear()
+    return len(asked)
+before = asyncio.run(ask())
+Path(os.environ["S3LORA_POLICY"]).write_text("limits: {roots: [/adapters]}")
+print("ASKED", before, asyncio.run(ask()))
+"""
+
+
+def test_the_hub_resolver_is_asked_no_more_once_the_policy_has_roots(tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("strip: {top_k: 3}")
+    environment = base_environment() | {
+        "S3LORA_POLICY": str(policy),
+        "S3LORA_STATE_DIR": str(tmp_path),
+        "VLLM_PLUGINS": "s3lora,lora_hf_hub_resolver",
+        "VLLM_LORA_RESOLVER_HF_REPO_LIST": "acme/sharp",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING], env=environment, capture_output=True, text=True
+    )
+    assert "ASKED 1 1" in done.stdout, done.stderr[-2000:]
+    assert "the hub resolver is not asked" in done.stdout + done.stderr
 
 
 def test_adapters_for_other_modalities_come_by_the_door_of_static_ones():

@@ -14,19 +14,10 @@ import torch
 
 from tests.support.programs import print_result
 from tests.support.random_batches import both_ways
+from tests.support.triton_interpreter import enable_triton
 
 SLOTS, RANK, WIDTH, INNER, WORDS = 3, 16, 64, 96, 128
 DTYPE = torch.float16  # the interpreter reads the bits of bfloat16 as integers
-
-
-def enable_triton():
-    """Enable Triton before vLLM is imported; without a GPU vLLM disables it otherwise."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["VLLM_BATCH_INVARIANT"] = "1"  # one partial sum instead of 64 to interpret
-    from triton.backends import backends
-
-    driver = SimpleNamespace(is_active=lambda: True)
-    backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
 
 def layers(config):
@@ -80,6 +71,7 @@ def weights(layer, picked, numbers):
 def main():
     """Change slots and batches at random and run each operation with and without skipping."""
     enable_triton()
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"  # one partial sum instead of 64 to interpret
     from vllm.config import set_current_vllm_config
     from vllm.config.lora import LoRAConfig
     from vllm.distributed import init_distributed_environment, initialize_model_parallel

@@ -1,0 +1,27 @@
+"""Triton on a machine without a GPU: its interpreter, which runs kernels as Python."""
+
+import inspect
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parents[2]
+
+
+def enable_triton():
+    """Enable Triton before vLLM is imported; without a GPU vLLM disables it otherwise."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import backends
+
+    driver = SimpleNamespace(is_active=lambda: True)
+    backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def for_all_processes(folder):
+    """The environment in which Python enables it at its start, also in processes of a server."""
+    folder.mkdir()
+    # The source, since importing this package imports torch, and vLLM wants to be first.
+    head = "import os\nfrom types import SimpleNamespace\n"
+    program = f"{head}{inspect.getsource(enable_triton)}enable_triton()\n"
+    (folder / "sitecustomize.py").write_text(program)
+    return {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
