@@ -1,33 +1,27 @@
 """Folders that a client names below one folder, and the configuration of the adapter there."""
 
-import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from s3lora_serve.adapter.private_copy import (
-    CONFIG_NAME,
-    MAX_CONFIG_BYTES,
-    WEIGHTS_NAME,
-    read_file,
-)
+from s3lora_serve.adapter.bounded_json import parse_json
+from s3lora_serve.adapter.local_folder import LocalFolder
+from s3lora_serve.adapter.peft_config import MAX_CONFIG_VALUES
+from s3lora_serve.adapter.private_copy import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 from s3lora_serve.errors import ConfigInvalid, OutsideRoots, OverLimit
-
-MAX_NAME_CHARACTERS = 256
-"""Ours: longer than any hub id with a folder below it."""
+from s3lora_serve.policy.lengths import MAX_NAME
+from s3lora_serve.policy.schema import Limits
 
 
 def check_name(name: str) -> None:
     """Check that a name can only mean a folder below the one it is looked up in, and is bounded.
 
     Raises:
-        OverLimit: it is longer than MAX_NAME_CHARACTERS.
+        OverLimit: it is longer than MAX_NAME.
         OutsideRoots: it is absolute, or a part of it is empty, `.`, `..` or not printable.
     """
-    if len(name) > MAX_NAME_CHARACTERS:
-        raise OverLimit(
-            f"the model name has {len(name)} characters, over the limit of {MAX_NAME_CHARACTERS}"
-        )
+    if len(name) > MAX_NAME:
+        raise OverLimit(f"the model name has {len(name)} characters, over the limit of {MAX_NAME}")
     if not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise OutsideRoots(f"the model name {name!r} is no path below the resolver's folder")
 
@@ -43,27 +37,22 @@ def config_below(parent: Path | None, folder: Path, name: str) -> dict[str, Any]
         NotAnAdapter, OverLimit, ChangedWhileCopying, ConfigInvalid: the file is no regular file,
             too large, changing, or not a JSON object.
     """
-    if parent is not None:
-        real = parent.resolve()
-        if not all(
-            Path(os.path.realpath(path)).is_relative_to(real)
-            for path in (folder, folder / WEIGHTS_NAME)
-        ):
-            raise _leads_out(name)
-    try:
-        text = read_file(folder / CONFIG_NAME, (parent,) if parent else (), MAX_CONFIG_BYTES)
-    except FileNotFoundError:
+    limits = Limits(roots=() if parent is None else (parent,))
+    with LocalFolder(folder) as opened:
+        if not opened.exists:
+            return None
+        try:
+            text = opened.file(CONFIG_NAME, MAX_CONFIG_BYTES, limits)
+            with suppress(FileNotFoundError), opened.opened(WEIGHTS_NAME, limits):
+                pass
+        except OutsideRoots:
+            raise OutsideRoots(f"a link leads from {name!r} out of the resolver's folder") from None
+    if text is None:
         return None
-    except OutsideRoots:
-        raise _leads_out(name) from None
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        config = parse_json(text, MAX_CONFIG_VALUES)
+    except ValueError as error:
         raise ConfigInvalid(f"adapter_config.json of {name!r} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigInvalid(f"adapter_config.json of {name!r} is not a JSON object")
     return config
-
-
-def _leads_out(name: str) -> OutsideRoots:
-    return OutsideRoots(f"a link leads from {name!r} out of the resolver's folder")

@@ -72,6 +72,11 @@ class LocalFolder:
             os.close(self._descriptor)
         self._descriptor, self._problem = -1, GateFailed(f"{self.path} is closed")
 
+    @property
+    def exists(self) -> bool:
+        """Whether there was a folder that could be opened."""
+        return self._descriptor >= 0
+
     def check(self, limits: Limits) -> None:
         """Check that the folder was opened and lies under one of the roots, if there are any.
 
