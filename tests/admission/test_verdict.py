@@ -15,7 +15,7 @@ from tests.support.adapters import q_proj, write_adapter
 from tests.support.modules import modules
 
 ACCURACY = 1e-6
-LIMITS = Limits(max_scaling=None, max_stripped_fraction=1.0)
+LIMITS = Limits(negative_alpha=True, max_scaling=None, max_stripped_fraction=1.0)
 
 
 def dense(B, A, alpha, **options):

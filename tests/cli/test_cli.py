@@ -134,9 +134,12 @@ def test_policy_check_prints_the_effective_policy(tmp_path):
     effective = yaml.safe_load(done.stdout)
     assert effective["strip"] == {"threshold": 0.4}
     assert effective["limits"]["max_rank"] == 256
+    assert "no running server takes this file up" in done.stderr
     assert (
         yaml.safe_load(run("policy", "check", file, S3LORA_MODE="audit").stdout)["mode"] == "audit"
     )
+    file.write_text("strip: {threshold: 0.4}\n...\n")
+    assert run("policy", "check", file).stderr == ""
     file.write_text("stirp: {}")
     refused = run("policy", "check", file)
     assert refused.exit_code == 2

@@ -115,6 +115,17 @@ def test_digest_names_the_meaning_and_not_the_spelling(tmp_path):
     assert one.digest != Policy().digest
 
 
+def test_allowed_adapters_and_owners_are_part_of_the_digest_whatever_their_order():
+    listed = [{"digest": f"sha256:{d * 64}", "config_digest": f"sha256:{c * 64}"}
+              for d, c in ("ab", "ba", "aa")]  # fmt: skip
+    owners = [{"names": "acme/*", "paths": ["/acme/**"]}]
+    one = parse_policy({"allow": listed, "owners": owners}, "test")
+    two = parse_policy({"allow": listed[::-1], "owners": owners}, "test")
+    assert one.digest == two.digest == parse_policy(one.as_json(), "again").digest
+    assert one.digest != parse_policy({"allow": listed[:2], "owners": owners}, "test").digest
+    assert one.digest != parse_policy({"allow": listed}, "test").digest
+
+
 def test_environment_beats_file(tmp_path, monkeypatch):
     monkeypatch.setenv("S3LORA_POLICY", str(write(tmp_path, "mode: audit\nstrip: {top_k: 1}")))
     assert effective_policy().mode == "audit"
