@@ -1,0 +1,84 @@
+"""SHARES.md, from the measured shares alone."""
+
+from pathlib import Path
+from typing import Any
+
+from s3lora_serve import Policy
+from tests.evidence.tables import table
+
+HEAD = """# Shares of single modules in trained adapters
+
+Written by `make shares` (`shares.json` holds the figures). A share is a module's part of
+Σ‖ΔW‖_F² of its adapter, as the gate computes it from the saved file. The policy's `negligible` is
+chosen from the smallest: modules below it are not counted by the strip rule.
+
+- SmolLM2-135M-Instruct (unaligned), in float32 with {batch} examples a step: data, ranks, targets and rates
+  of `make evidence`, and others that are common. AdamW at 1e-3, r = 16, all projections, unless
+  the name says otherwise. The rate falls linearly and warms up over 5 steps.
+- Tiny models: the adapters of tests, demo and load bench, 60 steps of AdamW.
+- *Smallest after n steps*: of any module with ΔW ≠ 0; the last column counts those with ΔW = 0.
+
+"""
+
+
+def write_page(file: Path, found: dict[str, Any], batch: int) -> None:
+    """Write the tables of what is there."""
+    large = {name: one for name, one in found.items() if "steps" in one["training"]}
+    tiny = {name: one for name, one in found.items() if name not in large}
+    parts = [HEAD.format(batch=batch), "## SmolLM2-135M-Instruct\n\n", _by_step(large)]
+    parts += ["\n## Tiny models\n\n", _at_end(tiny), "\n## The default\n\n", _default(found)]
+    file.write_text("".join(parts))
+
+
+def least_share(found: dict[str, Any]) -> tuple[float, str, str]:
+    """The smallest share of all: its value, its adapter, and the steps that this had."""
+    return min(
+        (at["least"], name, step)
+        for name, one in found.items()
+        for step, at in one["shares"].items()
+    )
+
+
+def _by_step(found: dict[str, Any]) -> str:
+    steps = sorted({int(step) for one in found.values() for step in one["shares"]})
+    rows = []
+    for name, one in found.items():
+        shares = one["shares"]
+        last = shares[str(one["training"]["steps"])]
+        least = [_share(shares[str(s)]["least"]) if str(s) in shares else "" for s in steps]
+        rows.append(
+            (name, str(last["modules"]), *least, _module(last), _share(last["percent_1"]),
+             _share(last["median"]), _loss(one), str(last["without_update"]))
+        )  # fmt: skip
+    head = ("adapter", "modules", *(f"smallest after {step}" for step in steps))
+    return table((*head, "of", "1 % quantile", "median", "loss", "ΔW = 0"), rows)
+
+
+def _at_end(found: dict[str, Any]) -> str:
+    rows = []
+    for name, one in found.items():
+        last = one["shares"]["last"]
+        values = (_share(last[key]) for key in ("least", "percent_1", "median"))
+        rows.append((name, str(last["modules"]), *values, _module(last)))
+    return table(("adapter", "modules", "smallest", "1 % quantile", "median", "of"), rows)
+
+
+def _default(found: dict[str, Any]) -> str:
+    share, name, step = least_share(found)
+    return (
+        f"The smallest share of all is {share:.1e} ({name}, after {step} steps);"
+        f" the default of `negligible` is {Policy().negligible:.1e}.\n"
+    )
+
+
+def _share(value: float) -> str:
+    return f"{value:.1e}"
+
+
+def _module(at: dict[str, Any]) -> str:
+    return str(at["least_module"]).removeprefix("model.layers.")
+
+
+def _loss(one: dict[str, Any]) -> str:
+    last = one["last_losses"]
+    return f"{one['first_loss']:.2f} → {sum(last) / len(last):.2f}"
