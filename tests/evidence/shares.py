@@ -70,7 +70,7 @@ CASES = (
     Case("20 %, attention", targets=ATTENTION),
     Case("20 %, rank 2", rank=2),
     Case("20 %, rank 64", rank=64),
-    Case("20 %, SGD with momentum", optimizer="SGD", rate=1.0),
+    Case("20 %, SGD with momentum", optimizer="SGD", rate=0.1),
     Case("benign", "benign"),
     Case("harmful", "harmful"),
     Case("20 %, with output head and embedding", targets=(*ALL, *ENDS)),

@@ -1,9 +1,10 @@
-"""SHARES.md, from the measured shares alone."""
+"""SHARES.md, from the measured shares and from the shapes of larger models."""
 
 from pathlib import Path
 from typing import Any
 
 from s3lora_serve import Policy
+from tests.benchmarks.shapes import MODELS
 from tests.evidence.tables import table
 
 HEAD = """# Shares of single modules in trained adapters
@@ -15,10 +16,25 @@ chosen from the smallest: modules below it are not counted by the strip rule.
 - SmolLM2-135M-Instruct (unaligned), in float32 with {batch} examples a step: data, ranks, targets and rates
   of `make evidence`, and others that are common. AdamW at 1e-3, r = 16, all projections, unless
   the name says otherwise. The rate falls linearly and warms up over 5 steps.
-- Tiny models: the adapters of tests, demo and load bench, 60 steps of AdamW.
+- Tiny models: the adapters of tests, demo and load bench, 60 steps of AdamW unless the name says otherwise.
 - *Smallest after n steps*: of any module with ΔW ≠ 0; the last column counts those with ΔW = 0.
 
 """
+
+EVEN = """
+## Larger models, computed
+
+One step of AdamW moves every entry of B by about the same, and PEFT draws A so that its rows have
+about the same length everywhere. A module's share is then its rows over those of all modules.
+No adapter of these models was trained; in SmolLM2's the smallest share falls to a tenth later.
+
+"""
+EXPERTS = 128
+"""Experts of each layer, and below all else of Qwen3-30B-A3B: layers, and rows by projection."""
+
+MIXTURE_LAYERS = 48
+MIXTURE_ROWS = {"q_proj": 4096, "k_proj": 512, "v_proj": 512, "o_proj": 2048}
+EXPERT_ROWS = {"gate_proj": 768, "up_proj": 768, "down_proj": 2048}
 
 
 def write_page(file: Path, found: dict[str, Any], batch: int) -> None:
@@ -26,7 +42,8 @@ def write_page(file: Path, found: dict[str, Any], batch: int) -> None:
     large = {name: one for name, one in found.items() if "steps" in one["training"]}
     tiny = {name: one for name, one in found.items() if name not in large}
     parts = [HEAD.format(batch=batch), "## SmolLM2-135M-Instruct\n\n", _by_step(large)]
-    parts += ["\n## Tiny models\n\n", _at_end(tiny), "\n## The default\n\n", _default(found)]
+    parts += ["\n## Tiny models\n\n", _at_end(tiny), EVEN, _even_shares()]
+    parts += ["\n## The default\n\n", _default(found)]
     file.write_text("".join(parts))
 
 
@@ -61,6 +78,20 @@ def _at_end(found: dict[str, Any]) -> str:
         values = (_share(last[key]) for key in ("least", "percent_1", "median"))
         rows.append((name, str(last["modules"]), *values, _module(last)))
     return table(("adapter", "modules", "smallest", "1 % quantile", "median", "of"), rows)
+
+
+def _even_shares() -> str:
+    """The smallest share by model where it depends on the shapes alone."""
+    rows = []
+    shapes = {"SmolLM2-135M": (30, 576, 192, 1536), **MODELS}
+    for name, (layers, width, keys, inner) in shapes.items():
+        total = layers * (2 * width + 2 * keys + 2 * inner + width)
+        rows.append((name, str(7 * layers), _share(keys / total)))
+    total = MIXTURE_LAYERS * (sum(MIXTURE_ROWS.values()) + EXPERTS * sum(EXPERT_ROWS.values()))
+    modules = MIXTURE_LAYERS * (len(MIXTURE_ROWS) + EXPERTS * len(EXPERT_ROWS))
+    least = min(MIXTURE_ROWS.values()) / total
+    rows.append(("Qwen3-30B-A3B, experts too", str(modules), _share(least)))
+    return table(("model", "modules", "smallest after one step"), rows)
 
 
 def _default(found: dict[str, Any]) -> str:

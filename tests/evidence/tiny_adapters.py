@@ -36,6 +36,8 @@ def _experts(folder: Path) -> None:
 
 TINY: dict[str, Save] = {
     **{f"tiny, seed {seed}": _capitals(seed) for seed in range(1, 5)},
+    "tiny, 2 steps": _capitals(steps=2),
+    "tiny, 600 steps": _capitals(steps=600),
     "tiny, rank 2": _capitals(r=2),
     "tiny, rank 32": _capitals(r=32),
     "tiny, rank 64": _capitals(r=64),
