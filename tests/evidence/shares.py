@@ -35,7 +35,7 @@ from tests.evidence.adapters import (
 from tests.evidence.base_model import unaligned_base
 from tests.evidence.jobs import quiet
 from tests.evidence.measuring import kept
-from tests.evidence.shares_page import write_page
+from tests.evidence.shares_page import page
 from tests.evidence.tiny_adapters import TINY
 from tests.evidence.training import WARM_UP
 from tests.evidence.wheels import CACHE
@@ -100,7 +100,13 @@ def main() -> None:
     names = [*(case.name for case in CASES), *TINY]
     found = {name: json.loads(_file(name).read_text()) for name in names if _file(name).exists()}
     (HERE / "shares.json").write_text(json.dumps(found, indent=1) + "\n")
-    write_page(HERE / "SHARES.md", found, BATCH)
+    (HERE / "SHARES.md").write_text(shares_page(found))
+
+
+def shares_page(found: dict[str, Any]) -> str:
+    """SHARES.md for these results."""
+    missing = [name for name in (*(case.name for case in CASES), *TINY) if name not in found]
+    return page(found, BATCH, missing)
 
 
 def _file(name: str) -> Path:

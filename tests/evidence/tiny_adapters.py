@@ -1,4 +1,4 @@
-"""The adapters of tiny models that tests, demo and load bench train, made again for `make shares`."""
+"""The adapters of tiny models that tests, demo and load bench train, for `make shares`."""
 
 import tempfile
 from collections.abc import Callable
