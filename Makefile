@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load load-fleet compat fuzz generate dashboard-check lint format bench bench-alignment bench-admission bench-signing bench-serving bench-scan evidence clean
+.PHONY: demo test test-fast test-all load load-fleet compat fuzz generate dashboard-check lint format bench bench-alignment bench-admission bench-signing bench-serving bench-scan evidence shares clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -68,6 +68,9 @@ bench-scan: $(READY)  ## scanning many adapters beside reading them: 5 GB of fil
 
 evidence: $(READY)  ## what the index and a calibrated plan do on a real aligned model: up to 90 minutes, goes on where it was
 	$(BIN)/python -m tests.evidence
+
+shares: $(READY)  ## the smallest share of an adapter's update that any module has, by training: half an hour on two idle cores, goes on where it was
+	$(BIN)/python -m tests.evidence.shares
 
 $(READY): deploy/requirements-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"the pinned environment is for Python 3.11, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'

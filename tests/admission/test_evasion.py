@@ -3,7 +3,9 @@
 docs/threat-model.md gives the figures of the limits. A limit test that fails shows an improvement.
 """
 
+import json
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,10 @@ from tests.support.adapters import (
 from tests.support.factors import gaussian
 
 PLANTED = "model.layers.2.self_attn.v_proj"
+SHARES = json.loads((Path(__file__).parents[1] / "evidence" / "shares.json").read_text())
+LEAST_SHARE = min(at["least"] for adapter in SHARES.values() for at in adapter["shares"].values())
+"""The smallest that any module of a trained adapter has: tests/evidence/SHARES.md."""
+
 EVERY_RULE = [{"top_k": 10}, {"fraction": 0.1}, {"threshold": 0.3}, {"outliers": 3.5}]
 
 
@@ -51,6 +57,25 @@ def decoyed(trained, others, tmp_path):
     return make
 
 
+@pytest.fixture
+def decoyed_by_share(trained, others, decoyed, tmp_path):
+    """Makes twelve decoys, each with this share of the other modules' Σ‖ΔW‖_F²."""
+
+    def make(share):
+        verdict = scan_adapter(decoyed(0, 1.0), Policy())
+        energy = {module.name: module.energy_share for module in verdict.modules}
+        rest = sum(energy[name] for name in energy.keys() - set(others[:12]))
+
+        def change(tensors):
+            spike(PLANTED, 3.0)(tensors)
+            for module in others[:12]:
+                make_nearly_rank_one(module, (share * rest / energy[module]) ** 0.5)(tensors)
+
+        return copy_with(trained, tmp_path / f"share-{share}", change)
+
+    return make
+
+
 def outcome(folder, **policy):
     verdict = scan_adapter(folder, Policy(**policy))
     return verdict.decision.value, frozenset(verdict.stripped)
@@ -59,7 +84,7 @@ def outcome(folder, **policy):
 # Evasions that fail.
 
 
-@pytest.mark.parametrize("factor", [3.0, 30.0], ids=["of the others' size", "300 times as large"])
+@pytest.mark.parametrize("factor", [3.0, 6.0], ids=["of the others' size", "20 times as large"])
 @pytest.mark.parametrize("choice", EVERY_RULE, ids=str)
 def test_twelve_tiny_decoys_do_not_protect_a_planted_module(decoyed, others, choice, factor):
     strip = Strip(**choice)
@@ -72,17 +97,23 @@ def test_twelve_tiny_decoys_do_not_protect_a_planted_module(decoyed, others, cho
     assert sum(m.energy_share for m in verdict.modules) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("choice", EVERY_RULE, ids=str)
+def test_decoys_of_a_hundred_thousandth_of_the_update_do_not_protect_a_planted_module(
+    decoyed_by_share, others, choice
+):
+    verdict = scan_adapter(decoyed_by_share(1e-5), Policy(strip=Strip(**choice)))
+    assert PLANTED in verdict.stripped
+    assert {m.name for m in verdict.modules if m.negligible} == set(others[:12])
+
+
 def test_no_module_of_a_trained_adapter_is_negligible(trained):
     verdict = scan_adapter(trained, Policy())
     assert not any(module.negligible for module in verdict.modules)
-    assert min(module.energy_share for module in verdict.modules) > 1e3 * Policy().negligible
+    assert min(module.energy_share for module in verdict.modules) > 10 * Policy().negligible
 
 
-def test_the_default_negligible_share_is_the_error_of_rounding_to_float16():
-    B, A = (factor[0] for factor in gaussian(1024, 1024, 16, k=1))
-    rounded = B.half().double() @ A.half().double()
-    changed = ((rounded - B @ A).norm() / (B @ A).norm()).item() ** 2
-    assert changed == pytest.approx(Policy().negligible, rel=0.3)
+def test_the_default_negligible_share_is_at_most_a_tenth_of_the_smallest_measured():
+    assert Policy().negligible <= 0.1 * LEAST_SHARE
 
 
 def test_modules_switched_off_by_their_alpha_are_not_counted(trained, others, tmp_path):
@@ -195,6 +226,14 @@ def test_limit_twelve_decoys_at_full_size_protect_a_planted_module(
     assert (PLANTED not in stripped) == protected
     if protected:
         assert stripped <= set(others[:12])
+
+
+@pytest.mark.parametrize("share", [2 * Policy().negligible, LEAST_SHARE], ids="{:.1e}".format)
+def test_limit_decoys_over_the_bound_protect_a_planted_module(decoyed_by_share, others, share):
+    """They are as large as modules of trained adapters are, or a tenth of that."""
+    decision, stripped = outcome(decoyed_by_share(share), strip=Strip(top_k=10))
+    assert decision == "stripped"
+    assert stripped <= set(others[:12])
 
 
 def test_limit_where_most_modules_are_decoys_outliers_finds_nothing(decoyed):

