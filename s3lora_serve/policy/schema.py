@@ -188,8 +188,8 @@ class Policy(Section):
     modules: tuple[GlobText, ...] = ("*",)
     action: Action = "strip"  # what happens to the modules that `strip` picks
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
-    # Share of Σ‖ΔW‖_F². Ours: under a tenth of the smallest share of any module of a trained
-    # adapter, tests/evidence/SHARES.md
+    # Share of Σ‖ΔW‖_F². Ours: under a tenth of the smallest share of any module of an adapter
+    # trained with AdamW, tests/evidence/SHARES.md
     negligible: Annotated[float, Field(ge=0, lt=1)] = 2e-5
     limits: Limits = Limits()
     deny: frozenset[Digest] = frozenset()

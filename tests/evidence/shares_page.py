@@ -109,14 +109,24 @@ def _even_shares() -> str:
 
 
 def _default(found: dict[str, Any]) -> str:
-    share, name, step = least_share(found)
-    return (
-        f"The smallest share measured is {share:.1e} (`{name}`, after {step} steps). An earlier run"
-        f" of 120 steps of 16\nexamples had {EARLIER:.1e}. The default of `negligible`,"
-        f" {Policy().negligible:.1e}, is under a tenth of both. It is also\nunder the computed"
-        " shares, but not much under that of adapters on every expert of a mixture:\nthere a rule"
-        " of the policy should set a smaller one.\n"
+    others = {name for name, one in found.items() if one["training"].get("optimizer") == "SGD"}
+    least, name, step = least_share(
+        {name: one for name, one in found.items() if name not in others}
     )
+    text = (
+        f"The smallest share of all trained with AdamW is {least:.1e} (`{name}`, after {step}"
+        f" steps). An\nearlier run of 120 steps of 16 examples had {EARLIER:.1e}. The default of"
+        f" `negligible`, {Policy().negligible:.1e}, is\nunder a tenth of both. It is also under"
+        " the computed shares, but not much under that of adapters\non every expert of a mixture:"
+        " there a rule of the policy should set a smaller one.\n"
+    )
+    for name in sorted(others):
+        least, _, step = least_share({name: found[name]})
+        text += (
+            f"\n`{name}`, which nothing in this project uses, has {least:.1e} after {step} steps:"
+            f" {least / Policy().negligible:.1f}\ntimes the default.\n"
+        )
+    return text
 
 
 def _share(value: float) -> str:
