@@ -17,7 +17,7 @@ from tests.support.tiny_model import LAYERS
 
 pytestmark = pytest.mark.serving
 
-OPEN = "strip: {top_k: 0}\n"
+OPEN = "strip: {top_k: 0}\n...\n"
 MANY = 40
 SETTLED_SECONDS = 30
 
@@ -164,7 +164,7 @@ def test_loads_over_the_policys_rates_are_told_when_to_come_back(
 
     tenant = f"rated-{adapter}"
     folder = trained if adapter == "good" else copy_with(trained, tmp_path / "bad", diverge)
-    policy.write_text(f"{OPEN}rates: {{{rates}}}\n")
+    policy.write_text(f"rates: {{{rates}}}\n{OPEN}")
     try:
         assert bursting.load("takes-the-policy-up", trained).status_code == 200
         given = [bursting.load(f"{tenant}/{i}", folder) for i in range(len(statuses))]

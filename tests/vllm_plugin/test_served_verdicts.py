@@ -17,6 +17,7 @@ from s3lora_serve.store.stored_spectra import with_spectra
 from s3lora_serve.vllm_plugin.api import rendering
 from s3lora_serve.vllm_plugin.api.rendering import verdict_json
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
+from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads
 
 MODULES = 224
 """Modules of an adapter on all seven projections of a model with 32 layers."""
@@ -44,7 +45,7 @@ def verdict(name="acme", rank=16, seed=0, modules=MODULES):
 def served():
     metrics = SimpleNamespace(serve=lambda _verdict: None, withdraw=lambda _name: None)
     events = SimpleNamespace(metrics=metrics)
-    return ServedAdapters(SimpleNamespace(events=events))
+    return ServedAdapters(SimpleNamespace(events=events), WorkThreads("audit", 1))
 
 
 def serve(served, verdict, path):
