@@ -136,7 +136,7 @@ def client(served, tmp_path, monkeypatch):
         serve(served, verdict(f"acme/{number}", seed=number, modules=14), tmp_path / str(number))
 
     async def recheck(_engine):
-        return [(one.verdict, one.verdict) for one in served.all()]
+        return [(one, one.verdict) for one in served.all()]
 
     registration = SimpleNamespace(
         served=served, controller=SimpleNamespace(policy=policy, store=store), recheck=recheck,
@@ -190,4 +190,4 @@ def test_list_is_rendered_one_adapter_at_a_time_and_says_what_it_said(client, se
         assert "content-length" not in answer.headers  # sent as it is made
     found = client.post("/s3lora/recheck").json()
     assert set(found) == {"policy_digest", "adapters"}
-    assert set(found["adapters"][0]) == {"name", "differs", "before", "after"}
+    assert set(found["adapters"][0]) == {"name", "differs", "experiment", "before", "after"}
