@@ -129,6 +129,14 @@ def packed_modules(adapter_manager: Any) -> dict[str, list[str]]:
     return found
 
 
+def has_requests(engine: Any) -> bool:
+    """Whether the engine holds any request of this API server.
+
+    NB: coupled to OutputProcessor.request_states.
+    """
+    return bool(engine.output_processor.request_states)
+
+
 def has_requests_under_way(engine: Any, adapter_id: int) -> bool:
     """Whether the engine holds a request for the adapter of this id.
 

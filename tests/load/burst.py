@@ -71,7 +71,7 @@ async def _burst(
 ) -> Burst:
     found = Burst()
     before = leftovers(server, store)
-    unlimited = aiohttp.TCPConnector(limit=0)
+    unlimited = aiohttp.TCPConnector(limit=0, force_close=True)
     headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(

@@ -89,6 +89,21 @@ def test_a_load_that_waits_too_long_is_turned_away_and_leaves_the_queue():
     asyncio.run(run())
 
 
+def test_after_a_pause_the_next_has_its_turn_and_not_before():
+    async def run():
+        queue = LoadQueue(1)
+        await queue.enter("first")
+        waiting = ask(queue, "second")
+        queue.leave("first", pause=0.05)
+        await settle()
+        assert not entered(waiting)
+        await asyncio.wait_for(waiting[0], 5)
+        queue.leave("second")
+        await asyncio.wait_for(queue.enter("third"), 1)
+
+    asyncio.run(run())
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.booleans()), max_size=30))
 def test_no_place_is_lost_whoever_leaves_at_whatever_moment(asks):

@@ -37,6 +37,7 @@ class LoadQueue:
         self._max_waiting = max_waiting
         self._seconds = seconds
         self._on_change = on_change
+        self._paused = 0  # pauses that have not ended: no place is given
         self._running: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
@@ -65,12 +66,19 @@ class LoadQueue:
                 raise QueueFull(f"no place was free for {self._seconds:g} s") from None
             raise
 
-    def leave(self, tenant: str) -> None:
-        """Give a place back."""
+    def leave(self, tenant: str, pause: float = 0.0) -> None:
+        """Give a place back; for `pause` seconds nobody gets one."""
+        if pause > 0:
+            self._paused += 1
+            asyncio.get_running_loop().call_later(pause, self._end_pause)
         self._free += 1
         self._running[tenant] -= 1
         if not self._running[tenant]:
             del self._running[tenant]
+        self._give_places()
+
+    def _end_pause(self) -> None:
+        self._paused -= 1
         self._give_places()
 
     @asynccontextmanager
@@ -97,6 +105,8 @@ class LoadQueue:
         return not self._waiting and not self._running
 
     def _give_places(self) -> None:
+        if self._paused:
+            return
         while self._free and (tenant := self._next()) is not None:
             turns = self._waiting[tenant]
             turns.popleft().set_result(None)
