@@ -7,8 +7,8 @@ import threading
 import torch
 
 NICENESS = 10
-"""Of the gate's threads, where vLLM's have 0: on busy cores they get about a tenth. Ours: at 19, the
-least, an adapter could pass its deadline while it waits for a core."""
+"""Of the gate's threads, where vLLM's have 0: on busy cores they get about a tenth. Ours: at 19,
+the least, an adapter could pass its deadline while it waits for a core."""
 
 SWITCH_SECONDS = 0.0005
 """For how long one thread keeps the interpreter while others wait for it. Python's 5 ms are as long

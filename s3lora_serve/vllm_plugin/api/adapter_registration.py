@@ -53,7 +53,7 @@ PAUSE_FACTOR = 2.0
 tokens during a third of the time at most. Ours."""
 
 MAX_PAUSE_SECONDS = 0.5
-"""Ours: the load of a large adapter, most of which is beside the engine, holds up others no longer."""
+"""Ours: a large adapter's load, most of which is beside the engine, holds up others no longer."""
 
 
 def _pause(engine: Any, seconds: float) -> float:
