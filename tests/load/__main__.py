@@ -1,7 +1,8 @@
 """`make load`: hundreds of hot loads and unloads on a real vLLM server, every answer checked.
 
 Fifty tenants with good, bad and hostile adapters register, replace, edit and unload them while
-users query the base model. Then the engine is killed and restarted on the same store.
+users query the base model. Then the engine is killed and restarted on the same store. At last
+bursts of 200 loads come at once, half of whose clients may leave.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from s3lora_serve.policy.file import read_policy
+from tests.load.bursts import run_bursts
 from tests.load.report import Run, write_report
 from tests.load.tenants import Tenant, make_tenants
 from tests.load.traffic import QUESTIONS, Answer, Traffic, ask, distance
@@ -48,7 +50,8 @@ def main() -> int:
         with Server(model, root / "second.log", ROOM, environment) as server:
             runs.append(one_run("after a kill", server, tenants, references, root, LOADS // 4))
         write_report(runs)
-    return int(any(run.problems for run in runs))
+        wrong = run_bursts(model, root)
+    return int(bool(wrong) or any(run.problems for run in runs))
 
 
 def reference_answers(model: Path, tenants: list[Tenant], log: Path) -> dict[str, list[Answer]]:

@@ -1,14 +1,17 @@
 """A burst of loads beside base-model requests: what ends, what the others wait, what is left.
 
-Half of the clients may leave before their answer. Run by `make load`.
+Half of the clients may leave before their answer. They are in a process of their own, so that
+those who measure do not wait for them. Run by `make load`.
 """
 
 import asyncio
+import multiprocessing
 import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,13 @@ TOKENS = 100
 STREAMS = 2
 """Base-model requests at the same time, each asked again as soon as it has ended."""
 
+MORE_THREADS = 8
+"""Threads of the gate's pools, which start when first used and stay."""
+
 HEALTH_SECONDS = 0.2
+LEAVING_SECONDS = 5.0
+"""Longest patience of a client that leaves."""
+
 SETTLING_SECONDS = 60.0
 
 
@@ -71,51 +80,75 @@ async def _burst(
 ) -> Burst:
     found = Burst()
     before = leftovers(server, store)
-    unlimited = aiohttp.TCPConnector(limit=0, force_close=True)
     headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(
-        server.url(""), connector=unlimited, headers=headers, timeout=timeout
-    ) as client:
-        over = asyncio.Event()
-        streams = [asyncio.create_task(_stream(client, found, over)) for _ in range(STREAMS)]
-        probing = asyncio.create_task(_probe(client, found, over))
-        await asyncio.sleep(quiet_seconds)
-        found.gaps_before, found.gaps = found.gaps, found.gaps_before
-        generator = random.Random(29)
-        started = time.monotonic()
-        await asyncio.gather(
-            *(_load(client, found, name, folder, generator, leaving) for name, folder in adapters)
-        )
-        found.seconds = time.monotonic() - started
-        over.set()
-        await asyncio.gather(*streams, probing)
-        for name, _ in adapters:
-            async with client.post("/v1/unload_lora_adapter", json={"lora_name": name}) as gone:
-                await gone.read()
+    own = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, own) as loaders:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(loaders, int)  # it has started
+        async with aiohttp.ClientSession(server.url(""), headers=headers) as client:
+            over = asyncio.Event()
+            streams = [asyncio.create_task(_stream(client, found, over)) for _ in range(STREAMS)]
+            probing = asyncio.create_task(_probe(client, found, over))
+            await asyncio.sleep(quiet_seconds)
+            found.gaps_before, found.gaps = found.gaps, found.gaps_before
+            started = time.monotonic()
+            found.statuses = await loop.run_in_executor(
+                loaders, _load_all, server.url(""), headers, adapters, leaving
+            )
+            found.seconds = time.monotonic() - started
+            over.set()
+            await asyncio.gather(*streams, probing)
+    for name, _ in adapters:
+        server.unload(name)
     await asyncio.sleep(settling)
     after = leftovers(server, store)
     found.left = {what: (before[what], after[what]) for what in before}
     return found
 
 
+def _load_all(
+    url: str, headers: Mapping[str, str], adapters: Sequence[tuple[str, Path]], leaving: float
+) -> Counter[str]:
+    """The statuses of all loads, in a process of their own."""
+
+    async def run() -> Counter[str]:
+        statuses: Counter[str] = Counter()
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=None)
+        generator = random.Random(29)
+        async with aiohttp.ClientSession(
+            url, connector=connector, headers=headers, timeout=timeout
+        ) as client:
+            waits = [
+                generator.uniform(0, LEAVING_SECONDS) if generator.random() < leaving else None
+                for _ in adapters
+            ]
+            await asyncio.gather(
+                *(
+                    _load(client, statuses, name, folder, wait)
+                    for (name, folder), wait in zip(adapters, waits, strict=True)
+                )
+            )
+        return statuses
+
+    return asyncio.run(run())
+
+
 async def _load(
     client: aiohttp.ClientSession,
-    found: Burst,
+    statuses: Counter[str],
     name: str,
     folder: Path,
-    generator: random.Random,
-    leaving: float,
+    wait: float | None,
 ) -> None:
     body = {"lora_name": name, "lora_path": str(folder)}
-    wait = generator.uniform(0, 5) if generator.random() < leaving else None
     try:
         async with asyncio.timeout(wait):
             async with client.post("/v1/load_lora_adapter", json=body) as answer:
                 await answer.read()
-                found.statuses[str(answer.status)] += 1
+                statuses[str(answer.status)] += 1
     except TimeoutError:
-        found.statuses["left"] += 1
+        statuses["left"] += 1
 
 
 async def _stream(client: aiohttp.ClientSession, found: Burst, over: asyncio.Event) -> None:
@@ -160,3 +193,24 @@ def leftovers(server: Server, store: Path) -> dict[str, float]:
         "preloads": metrics.get("s3lora_preloads", 0.0),
         "waiting loads": metrics.get("s3lora_waiting_loads", 0.0),
     }
+
+
+BOUNDS = {"p99 over before": 1.5, "/health, s": 1.0, "seconds": 120.0}
+"""What a run is held to, on two cores."""
+
+
+def problems(found: Burst, count: int) -> list[str]:
+    """What a burst of `count` loads shows that it must not."""
+    answered = sum(found.statuses[one] for one in ("200", "429", "left"))
+    figures = {
+        "p99 over before": found.p99_ratio,
+        "/health, s": max(found.health),
+        "seconds": found.seconds,
+    }
+    wrong = [f"{what}: {value:.2f}" for what, value in figures.items() if value > BOUNDS[what]]
+    if answered != count:
+        wrong.append(f"{count} loads got {dict(found.statuses)}")
+    for what, (early, late) in found.left.items():
+        if late > early + (MORE_THREADS if what == "threads" else 0):
+            wrong.append(f"{what}: {early:g} → {late:g}")
+    return wrong

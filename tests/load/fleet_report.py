@@ -1,4 +1,4 @@
-"""The figures of `make load-fleet`, appended to RESULTS.md."""
+"""The figures of `make load-fleet`, a section of RESULTS.md."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from statistics import fmean
 
 from tests.benchmarks.measure import machine
 from tests.load.growth import Growth, growth
-from tests.load.report import RESULTS
+from tests.load.report import replace_section
 from tests.load.traffic import Traffic
 from tests.load.watch import Watch
 from tests.support.server import Server
@@ -174,8 +174,5 @@ def write_report(segments: Sequence[GuardedSegment], stock: Segment, adapters: i
         " minute.",
         *(f"- {problem}" for problem in problems[:40]),
     ]
-    text = "\n".join(lines) + "\n"
-    before = RESULTS.read_text().partition(TITLE)[0].rstrip()
-    RESULTS.write_text(f"{before}\n\n{text}")
-    print(text)
+    replace_section("\n".join(lines))
     return problems

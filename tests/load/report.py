@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import statistics
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -86,10 +87,21 @@ def write_report(runs: list[Run]) -> None:
     ]
     for run in runs:
         lines += [f"- {run.name}: {problem}" for problem in run.problems[:20]]
-    text = "\n".join(lines) + "\n"
-    others = RESULTS.read_text().partition("\n# ")[1:] if RESULTS.exists() else ()
-    RESULTS.write_text(text + "".join(others))
+    replace_section("\n".join(lines))
+
+
+def replace_section(text: str) -> None:
+    """Print a section of RESULTS.md and put it in the place of the one with its heading."""
     print(text)
+    heading = text.partition("\n")[0]
+    old = RESULTS.read_text() if RESULTS.exists() else ""
+    sections = [part.strip("\n") for part in re.split(r"^(?=# )", old, flags=re.MULTILINE) if part]
+    headings = [part.partition("\n")[0] for part in sections]
+    if heading in headings:
+        sections[headings.index(heading)] = text.strip("\n")
+    else:
+        sections.append(text.strip("\n"))
+    RESULTS.write_text("\n\n".join(sections) + "\n")
 
 
 def _arrow(early: float, late: float) -> str:

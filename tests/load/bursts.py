@@ -1,0 +1,75 @@
+"""The burst phase of `make load`: 200 loads of a megabyte each at once, and its figures."""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.benchmarks.measure import machine
+from tests.load.burst import BOUNDS, Burst, burst, p99, problems
+from tests.load.report import replace_section
+from tests.support.adapters import train_adapter
+from tests.support.server import OPEN_LOADING, Server
+
+LOADS = 200
+RANK = 32
+"""28 modules of the tiny model in float32 at this rank have a megabyte."""
+
+ROOM = ("--max-lora-rank", "32", "--max-cpu-loras", "8", "--disable-uvicorn-access-log")
+
+
+def run_bursts(model: Path, root: Path) -> list[str]:
+    """Run both bursts on one server, and write their figures; the problems of both."""
+    folders = [train_adapter(model, root / f"burst-{i}", seed=i + 1, r=RANK) for i in range(2)]
+    adapters = [(f"burst-{i}", folders[i % 2]) for i in range(LOADS)]
+    store = root / "burst-state"
+    environment = OPEN_LOADING | {"S3LORA_STATE_DIR": str(store)}
+    with Server(model, root / "burst.log", ROOM, environment) as server:
+        server.load("first", folders[0]).raise_for_status()  # workers are asked for the model once
+        found = {
+            "all wait": burst(server, adapters, store=store),
+            "half leave": burst(server, adapters, leaving=0.5, store=store),
+        }
+    wrong = [f"{name}: {what}" for name, one in found.items() for what in problems(one, LOADS)]
+    replace_section(_report(found, wrong))
+    return wrong
+
+
+def _report(found: dict[str, Burst], wrong: list[str]) -> str:
+    bounds = ", ".join(f"{what} at most {bound:g}" for what, bound in BOUNDS.items())
+    rows = {
+        "served, turned away, left": lambda one: ", ".join(
+            str(one.statuses[status]) for status in ("200", "429", "left")
+        ),
+        "seconds until all had ended": lambda one: f"{one.seconds:.1f}",
+        "p99 between base-model tokens before, ms": lambda one: (
+            f"{1000 * p99(one.gaps_before):.1f}"
+        ),
+        "the same while adapters are loaded, ms": lambda one: f"{1000 * p99(one.gaps):.1f}",
+        "ratio": lambda one: f"{one.p99_ratio:.2f}",
+        "slowest answer of /health, ms": lambda one: _ms(max(one.health)),
+        "left a minute later": lambda one: ", ".join(
+            f"{what} {early:g} → {late:g}" for what, (early, late) in one.left.items()
+        ),
+    }
+    lines = [
+        "# `make load`: bursts",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()['processor']}, {os.cpu_count()} cores. {LOADS}"
+        " loads of two adapters of a megabyte each at once, under distinct names, beside two"
+        " streams of base-model requests. Half of the clients of the second burst leave within"
+        f" five seconds. Bounds: {bounds}.",
+        "",
+        "| | " + " | ".join(found) + " |",
+        "|---|" + "---:|" * len(found),
+        *(
+            f"| {row} | " + " | ".join(map(cell, found.values())) + " |"
+            for row, cell in rows.items()
+        ),
+        "",
+        *(f"- {problem}" for problem in wrong),
+    ]
+    return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}"
