@@ -6,7 +6,8 @@ from s3lora_serve.settings import load_settings
 from s3lora_serve.telemetry.policy_gauge import leave_out_former_policies
 from s3lora_serve.vllm_plugin import compat, contract, front_end, patches, resolver_patches
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
-from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door
+from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
+from s3lora_serve.vllm_plugin.api.attempt import door
 from s3lora_serve.vllm_plugin.api.llm_engine_admission import LLMEngineAdmission
 from s3lora_serve.vllm_plugin.api.name_locks import NameLocks
 from s3lora_serve.vllm_plugin.api.resolver_guard import ResolverGuard

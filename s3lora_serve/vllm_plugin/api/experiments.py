@@ -13,8 +13,9 @@ from s3lora_serve.policy.schema import Policy
 from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
-from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration, door, experiment
+from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.answers import JSONResponse, gate_off, not_found, refused
+from s3lora_serve.vllm_plugin.api.attempt import door, experiment
 from s3lora_serve.vllm_plugin.api.experiment_ends import ExperimentEnds
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 from s3lora_serve.vllm_plugin.patches import setting

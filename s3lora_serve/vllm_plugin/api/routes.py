@@ -175,7 +175,6 @@ class GateRoutes:
             return refused(error, 400)
         except LoadPostponed as postponed:
             return turned_away(postponed)
-        await registration.report_scan(verdict)
         return await self._rendering.json(verdict_json, verdict)
 
     def _load_route(self) -> Any:
