@@ -8,8 +8,8 @@ from s3lora_serve.adapter.bounded_json import parse_json
 from s3lora_serve.adapter.local_folder import LocalFolder
 from s3lora_serve.adapter.peft_config import MAX_CONFIG_VALUES
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
-from s3lora_serve.errors import ConfigInvalid, OutsideRoots, OverLimit
-from s3lora_serve.policy.lengths import MAX_NAME
+from s3lora_serve.errors import ConfigInvalid, OutsideRoots
+from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.schema import Limits
 
 
@@ -17,11 +17,10 @@ def check_name(name: str) -> None:
     """Check that a name can only mean a folder below the one it is looked up in, and is bounded.
 
     Raises:
-        OverLimit: it is longer than MAX_NAME.
+        TooLong: it is longer than the name of any adapter.
         OutsideRoots: it is absolute, or a part of it is empty, `.`, `..` or not printable.
     """
-    if len(name) > MAX_NAME:
-        raise OverLimit(f"the model name has {len(name)} characters, over the limit of {MAX_NAME}")
+    check_lengths(name)
     if not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise OutsideRoots(f"the model name {name!r} is no path below the resolver's folder")
 

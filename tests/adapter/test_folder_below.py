@@ -16,6 +16,7 @@ from s3lora_serve.errors import (
     NotAnAdapter,
     OutsideRoots,
     OverLimit,
+    TooLong,
 )
 from s3lora_serve.policy.lengths import MAX_NAME
 
@@ -39,7 +40,7 @@ def test_an_ordinary_name_passes(name):
 
 
 def test_a_long_name_is_refused_by_its_length():
-    with pytest.raises(OverLimit, match="60000 characters") as refused:
+    with pytest.raises(TooLong, match="60000 characters") as refused:
         check_name("x" * 60_000)
     assert len(str(refused.value)) < 200
 

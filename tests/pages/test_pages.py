@@ -131,7 +131,8 @@ def test_a_lone_surrogate_is_an_escape_on_every_page():
     verdict = verdict_of(module(f"m.{name}", 0, "q_proj", 0.4), name=name)
     verdict = with_rejection(replace(verdict, path=f"/{name}"), Reason("S3LORA-101", name))
     pages = [
-        adapters_page([row(name)], [row(name, code="S3LORA-101", reason=name)], query=name,
+        adapters_page([row(name)], [row(name, code="S3LORA-101", reason=name)], lambda one: one,
+                      query=name,
                       number=1, mode="enforce", policy_digest="sha256:0").html,
         adapter_page(verdict, f"m.{name}", quarantined=False).html,
         report([Subject(verdict, {}, {})]),

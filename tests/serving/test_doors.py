@@ -331,9 +331,10 @@ def test_a_load_whose_client_leaves_after_its_admission_is_in_the_audit_log(
             time.sleep(0.05)
         time.sleep(0.5)  # from the store to the engine
         client.close()
-        [line] = audit_lines(workplace, 1, adapter=name)
+        time.sleep(0.5)  # until the server has seen that
     finally:
         os.kill(engine, signal.SIGCONT)
+    [line] = audit_lines(workplace, 1, adapter=name)
     assert (line["event"], line["failure"]) == ("load_failed", "cancelled")
     assert (line["door"], line["decision"]) == ("resolver", "stripped")
     assert line["asked_by"]["address"] == "127.0.0.1"

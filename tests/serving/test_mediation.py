@@ -157,7 +157,7 @@ async def ask():
     hub.adapter_dirs.clear()
     return len(asked)
 before = asyncio.run(ask())
-Path(os.environ["S3LORA_POLICY"]).write_text("limits: {roots: [/adapters]}")
+Path(os.environ["S3LORA_POLICY"]).write_text("limits: {roots: [/adapters]}\\n...\\n")
 print("ASKED", before, asyncio.run(ask()))
 """
 

@@ -61,7 +61,7 @@ found.append([first(1, folder), first(1, folder, load_inplace=True)])
 found[-1] += [first(1, folder), first(3, other)]
 shutil.rmtree(folder)
 found[-1].append(first(1, folder))
-found.append(ask(4, other, "y" * 257))
+found.append(ask(8, other, "y" * 257))
 
 for number, own in ((4, folder + "-void"), (5, folder + "-void-too")):
     Path(own).mkdir()

@@ -30,6 +30,7 @@ strip: {{top_k: 0}}
 rules:
   - {{match: {{adapter: "must-*"}}, require_plan: true}}
   - {{match: {{adapter: "eval/must-*"}}, require_plan: true}}
+...
 """
 STRIPPED = frozenset({"model.layers.1.self_attn.q_proj", "model.layers.3.mlp.up_proj"})
 
@@ -283,7 +284,7 @@ def test_recheck_shows_an_experiment_with_its_settings_under_the_policy_in_force
     assert sum(module["stripped"] for module in one["after"]["modules"]) == 2
     table = CliRunner().invoke(app, ["recheck", server.url("")], env={"COLUMNS": "250"}).stdout
     assert '{"strip": {"top_k": 2}}' in table
-    policy.write_text(POLICY + f"deny: ['{made['digest']}']\n")
+    policy.write_text(f"deny: ['{made['digest']}']\n" + POLICY)
     one = rechecked(server, "eval/kept")
     assert (one["differs"], one["experiment"]["closed"]) == (True, False)
     assert one["after"]["reason"]["code"] == "S3LORA-202"

@@ -107,7 +107,6 @@ def test_nothing_is_admitted_that_cannot_be_audited(unscorable, trained, workpla
 
 
 def test_repeated_refusals_are_one_line_and_a_count_when_the_server_ends(unscorable, tmp_path):
-    """The last test of this server: it ends here."""
     log = unscorable.log.parent / "unscorable" / "audit.jsonl"
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -122,6 +121,8 @@ def test_repeated_refusals_are_one_line_and_a_count_when_the_server_ends(unscora
     assert burst() == [("burst-0", "S3LORA-101", 1)]
     unscorable.stop()
     assert burst()[1:] == [("burst-19", "S3LORA-101", 19)]
+    unscorable.start()
+    unscorable.wait()
 
 
 def test_owned_name_is_loaded_replaced_and_unloaded_by_its_owner_alone(

@@ -35,12 +35,12 @@ def policy(acme, scanner, workplace):
         "signatures": {"keys": [str(acme.public)]},
         "attestations": {"keys": [str(scanner.public)]},
         "rules": [
-            {"match": {"adapter": "signed/*"}, "signatures": {"require": True}},
-            {"match": {"adapter": "attested/*"}, "attestations": {"require": True}},
             {
                 "match": {"path": f"{workplace.resolve()}/scanned/**"},
                 "attestations": {"require": True, "trust_scores": True},
             },
+            {"match": {"adapter": "signed/*"}, "signatures": {"require": True}},
+            {"match": {"adapter": "attested/*"}, "attestations": {"require": True}},
         ],
     }
 
@@ -138,7 +138,7 @@ def test_attested_adapter_is_served_and_one_of_another_policy_is_refused(
     assert verdict["attested_by"]["key"] == key_id(scanner.key.public_key())
     assert verdict["scored_by"] == "gate"
     other = tmp_path / "other.yaml"
-    other.write_text(yaml.safe_dump(policy | {"strip": {"top_k": 4}}))
+    other.write_text(yaml.safe_dump(policy | {"strip": {"top_k": 4}}, explicit_end=True))
     attest(folder, scanner, other, "attested/a")
     refused(server.load("attested/a", folder, load_inplace=True), "S3LORA-219")
 

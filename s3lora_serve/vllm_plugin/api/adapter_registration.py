@@ -157,6 +157,7 @@ class AdapterRegistration:
                 engine, request, attempt.original, unchanged=unchanged
             )
             verdict = with_rejection(verdict, refusal) if refusal else verdict
+            attempt.check_wanted()
             await self._record_load(engine, verdict, attempt.tenant, path)
             attempt.check_wanted()
         except BaseException as failure:

@@ -31,7 +31,7 @@ class ResolverGuard:
         """Check the model name of a request before a resolver sees it.
 
         Raises:
-            OutsideRoots, OverLimit: see `check_name` in adapter/folder_below.py.
+            OutsideRoots, TooLong: see `check_name` in adapter/folder_below.py.
         """
         if compat.has_resolvers(models):
             check_name(name)

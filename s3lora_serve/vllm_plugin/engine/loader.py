@@ -75,6 +75,7 @@ class AdapterLoader:
             check_reference_fits(model, self.controller.policy)
         self.model = self._models[manager] = model
         self.controller.events.metrics.set_model_modules(self.model.places)
+        self.controller.events.metrics.set_preloads(0)
         self.report_policy()
 
     def report_policy(self) -> None:
