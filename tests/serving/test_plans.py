@@ -211,9 +211,10 @@ def wait_for_the_end(server, name, workplace):
     assert server.get("/s3lora/experiments").json()["registered"] == []
     while True:  # the line follows the end
         log = (workplace / "plans-audit.jsonl").read_text().splitlines()
-        *_, last = [line for line in map(json.loads, log) if line["adapter"] == name]
-        if last["door"] == "experiment_ended":
-            return last
+        own = [line for line in map(json.loads, log) if line["adapter"] == name]
+        for line in own:  # beside that of the unload
+            if line["event"] == "experiment_ended":
+                return line
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
