@@ -169,10 +169,18 @@ class Rule(BaseModel):
 
 
 _SERVERS = frozenset(
-    (
-        *("rules", "mode", "audit", "store", "required", "plans", "experiments"),
-        *("rates", "owners", "unguarded_frontends"),
-    )
+    [
+        "rules",
+        "mode",
+        "audit",
+        "store",
+        "required",
+        "plans",
+        "experiments",
+        "rates",
+        "owners",
+        "unguarded_frontends",
+    ]
 )
 """Keys that no rule may set."""
 

@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s3lora_serve.admission.verdict import Decision, ModuleVerdict, Verdict
+from s3lora_serve.admission.verdict import ModuleVerdict
 from s3lora_serve.errors import Reason
 from s3lora_serve.signatures.records import Attester, Signer
 from s3lora_serve.telemetry.audit_event import AuditEvent, Copy, Event, Requester
 from s3lora_serve.telemetry.audit_line import MAX_LINE_BYTES, MAX_TEXT_BYTES, line_of
+from tests.support.verdicts import admitted
 
 KEYS = {
     "previous", "time", "adapter", "path", "digest", "door", "decision", "reason", "mode",
@@ -30,21 +30,7 @@ HOSTILE = ['a\nb"}', "\ud800 lone", "\u2028", "\x1b[2J"]
 
 
 def verdict(**changes):
-    return replace(
-        Verdict(
-            path="/adapters/acme",
-            name="acme",
-            digest=DIGEST,
-            config_digest=None,
-            decision=Decision.ADMITTED,
-            reason=None,
-            uninformative=False,
-            mode="enforce",
-            scorer={"name": "mas-svd", "parameters": {"rank": None}},
-            policy_digest=DIGEST,
-        ),
-        **changes,
-    )
+    return admitted(**({"digest": DIGEST, "policy_digest": DIGEST} | changes))
 
 
 def modules(names, **flags):

@@ -18,8 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from s3lora_serve import Verdict
-from s3lora_serve.admission.verdict import Decision
 from s3lora_serve.cli import app
 from s3lora_serve.telemetry.audit_chain import (
     MAX_BREAKS,
@@ -31,24 +29,14 @@ from s3lora_serve.telemetry.audit_chain import (
 from s3lora_serve.telemetry.audit_event import AuditEvent, Event
 from s3lora_serve.telemetry.audit_files import LOCK_SECONDS, numbered, readable
 from s3lora_serve.telemetry.audit_log import AuditLog
+from tests.support.verdicts import admitted
 
 NO_LIMIT = 2**40
 fork = multiprocessing.get_context("fork")
 
 
 def verdict(name="acme", path="/adapters/acme"):
-    return Verdict(
-        path=path,
-        name=name,
-        digest="sha256:" + "d" * 64,
-        config_digest=None,
-        decision=Decision.ADMITTED,
-        reason=None,
-        uninformative=False,
-        mode="enforce",
-        scorer={"name": "mas-svd", "parameters": {"rank": None}},
-        policy_digest="sha256:" + "e" * 64,
-    )
+    return admitted(name=name, path=path)
 
 
 def event(name="acme"):

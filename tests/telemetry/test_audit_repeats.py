@@ -26,6 +26,7 @@ from s3lora_serve.telemetry.audit_log import AuditLog
 from s3lora_serve.telemetry.audit_repeats import INTERVAL_SECONDS, MAX_CAUSES, Repeats
 from s3lora_serve.telemetry.audit_writer import AuditWriter
 from s3lora_serve.telemetry.metrics import Metrics
+from tests.support.clock import Clock
 
 STORED = Path("/store/0123")
 MALLORY = Requester("5e11", "192.0.2.1")
@@ -62,16 +63,9 @@ def reported(path, monkeypatch):
     return events.AdmissionEvents(policy, "cpu", logger, "0.32.0")
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -8,15 +8,7 @@ from s3lora_serve.errors import RateExceeded
 from s3lora_serve.policy.schema import Rates
 from s3lora_serve.vllm_plugin.api.rates import TenantRates, tenant_of
 from s3lora_serve.vllm_plugin.api.requester import Requester, keys_tell_apart, requester
-
-
-class Clock:
-    """Seconds that a test sets."""
-
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.support.clock import Clock
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ MAX_SCORING_THREADS = 4
 """Cores that score one adapter, on machines with four times as many cores or more."""
 
 MAX_LOADS = 4
-"""Adapters between decision and load at the same time, on machines with as many cores or more."""
+"""Adapters between decision and load at the same time, on machines with 16 cores or more."""
 
 T = TypeVar("T")
 
