@@ -139,7 +139,7 @@ async def main():
         return [{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p]
 
     async def held():
-        return await engine.collective_rpc("s3lora_loaded", args=(1,))
+        return await engine.collective_rpc("s3lora_loaded", args=("", 1))
 
     base, whole, agreed = await ask(None), await ask(X), await held()
     await ask(Y)  # evicts X

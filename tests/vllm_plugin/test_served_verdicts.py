@@ -33,12 +33,17 @@ def verdict(name="acme", rank=16, seed=0, modules=MODULES):
             ModuleVerdict(
                 f"model.layers.{n // 7}.self_attn.{n % 7}_proj", n // 7, f"{n % 7}_proj",
                 (4096 + n % 7, 4096), rank, 0.5 + n / 1e3, 0.25 + n / 1e3,
-                tuple(float(seed) + n + k / 7 for k in range(rank)), n / 3.0, n / 5.0,
+                spectrum(seed + n, rank), n / 3.0, n / 5.0,
                 n % 50 == 0, n / 1e5,
             )
             for n in range(modules)
         ),
     )  # fmt: skip
+
+
+def spectrum(first, rank):
+    # From a list: Python keeps tuples that were grown from a generator on its list of free ones.
+    return tuple([float(first) + k / 7 for k in range(rank)])
 
 
 @pytest.fixture
