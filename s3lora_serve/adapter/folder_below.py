@@ -10,7 +10,7 @@ from s3lora_serve.adapter.peft_config import MAX_CONFIG_VALUES
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 from s3lora_serve.errors import ConfigInvalid, OutsideRoots
 from s3lora_serve.policy.lengths import check_lengths
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 
 
 def check_name(name: str) -> None:

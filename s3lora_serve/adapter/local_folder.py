@@ -22,7 +22,7 @@ from s3lora_serve.errors import (
     OutsideRoots,
     OverLimit,
 )
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 
 CHUNK_BYTES = 4 * 2**20
 """Bytes read and hashed at a time: more than any read-ahead, less than the last-level cache."""

@@ -23,7 +23,7 @@ from s3lora_serve.adapter.local_folder import (
     size_within,
 )
 from s3lora_serve.errors import FormatNotAllowed, GateFailed, NotAnAdapter
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -18,7 +18,7 @@ from s3lora_serve.errors import (
     ShapesDoNotFit,
     Unscorable,
 )
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.weight", re.ASCII

@@ -29,7 +29,7 @@ from s3lora_serve.errors import (
     OverLimit,
     StorageFailed,
 )
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 
 BLOCK_BYTES = 16 * 2**20
 """Bytes in one read: few requests for an adapter, and little memory besides the adapter's own."""

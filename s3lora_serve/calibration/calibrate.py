@@ -28,7 +28,7 @@ from s3lora_serve.calibration.search import (
 )
 from s3lora_serve.errors import BaseUnaligned
 from s3lora_serve.plans.schema import Measured, ModulePlan, Plan, Probes
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 
 REFUSAL_TOKENS = 6
 """Tokens of a refusal that the gates learn: later ones follow from them."""

@@ -20,7 +20,8 @@ from s3lora_serve.cli.options import (
 from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.pages.report import Subject, report
 from s3lora_serve.policy.file import effective_policy, with_options
-from s3lora_serve.policy.schema import Policy, Strip
+from s3lora_serve.policy.method import Strip
+from s3lora_serve.policy.schema import Policy
 
 COUNTS = (0, 5, 10, 15, 20)
 """Numbers of stripped modules that the paper compares (its pruning hyperparameter τ)."""
@@ -67,9 +68,11 @@ def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Sub
     from s3lora_serve.admission.pipeline import admit  # imports torch, which takes seconds
 
     name = path.absolute().name
-    # The rules for this adapter would replace the counts that are compared.
-    own = policy.for_adapter(name, str(path.resolve()), None).model_copy(update={"rules": ()})
     admission = admit(path, name, policy, device=device)
+    signer = admission.verdict.signed_by.id if admission.verdict.signed_by else None
+    own = policy.for_adapter(name, str(path.resolve()), None, signer)
+    # The rules for this adapter would replace the counts that are compared.
+    own = own.model_copy(update={"rules": ()})
     others = [other for other in scorers if other != policy.scorer.name]
     by_scorer = {other: with_options(own, other, action="strip") for other in others}
     return Subject(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s3lora_serve.errors import PlanInvalid
 from s3lora_serve.policy.canonical import canonical_digest
-from s3lora_serve.policy.schema import Digest, Fraction
+from s3lora_serve.policy.section import Digest, Fraction
 
 VERSION: Final = 1
 """Version of the format; a reader refuses others."""

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from s3lora_serve.errors import ExperimentClosed, NameReserved
-from s3lora_serve.policy.schema import Action, Normalization, Policy, Strip, parse_policy
+from s3lora_serve.policy.method import Action, Normalization, Strip
+from s3lora_serve.policy.schema import Policy, parse_policy
 
 
 class ScorerSettings(BaseModel):

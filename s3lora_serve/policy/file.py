@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import yaml
 
 from s3lora_serve.errors import PolicyInvalid
+from s3lora_serve.policy.method import ALIGNMENT, ScorerChoice
 from s3lora_serve.policy.reference_digest import with_reference_digest
-from s3lora_serve.policy.schema import ALIGNMENT, Policy, ScorerChoice, parse_policy
+from s3lora_serve.policy.schema import Policy, parse_policy
 from s3lora_serve.settings import Settings, load_settings
 
 SERVING = {ScorerChoice().name, *ALIGNMENT}

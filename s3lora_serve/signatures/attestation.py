@@ -19,7 +19,8 @@ from s3lora_serve.errors import (
     AttestationUntrusted,
     AttestedOther,
 )
-from s3lora_serve.policy.schema import Digest, Policy
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.policy.section import Digest
 from s3lora_serve.signatures.envelope import verified
 from s3lora_serve.signatures.records import Attester
 

@@ -24,7 +24,8 @@ from s3lora_serve.errors import (
     SignerUntrusted,
     Unsigned,
 )
-from s3lora_serve.policy.schema import Limits, Policy
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.signatures.bundle import MAX_SIGNATURE_BYTES, Bundle, Coverage
 from s3lora_serve.signatures.records import Signer
 from s3lora_serve.signatures.trust import Anchor, anchors

@@ -7,7 +7,7 @@ import pytest
 from s3lora_serve.adapter import local_folder
 from s3lora_serve.adapter.private_copy import PrivateFolder, copy_adapter
 from s3lora_serve.errors import ChangedWhileCopying, GateFailed
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 from tests.support.adapters import WEIGHTS, copy_with
 
 

@@ -15,7 +15,8 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.adapter import remote_storage
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.cli import app
-from s3lora_serve.policy.schema import Limits, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
 from tests.support.adapters import CONFIG, WEIGHTS, copy_with, diverged
 
 TWO = Policy(strip=Strip(top_k=2))

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from s3lora_serve import Policy, scan_adapter, strip_adapter
-from s3lora_serve.policy.schema import Limits, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
 from tests.support.adapters import WEIGHTS, copy_with
 
 EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"

@@ -13,9 +13,10 @@ from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.alignment.reference_file import read_reference
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file import with_options
+from s3lora_serve.policy.method import ScorerChoice
 from s3lora_serve.policy.reference_digest import with_reference_digest
 from s3lora_serve.policy.reload import ReloadablePolicy
-from s3lora_serve.policy.schema import ScorerChoice, parse_policy
+from s3lora_serve.policy.schema import parse_policy
 from s3lora_serve.settings import Settings
 from s3lora_serve.spectral import ModuleScore
 from tests.support.references import small_reference, wide_adapter

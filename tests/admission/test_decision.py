@@ -14,7 +14,9 @@ from s3lora_serve.errors import (
     Uninformative,
     Unrankable,
 )
-from s3lora_serve.policy.schema import Limits, Policy, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.spectral import ModuleScore
 
 DIGEST = "sha256:" + "0" * 64

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.policy.schema import Limits, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
 from s3lora_serve.spectral import Factors, Scorer, score_modules
 from tests.support.adapters import (
     copy_with,

@@ -9,7 +9,8 @@ from s3lora_serve import Policy
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict, differs
-from s3lora_serve.policy.schema import Limits, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
 from tests.support.adapters import copy_with, diverged
 from tests.support.plans import install, keep_out, plan_for, read, small_adapter
 

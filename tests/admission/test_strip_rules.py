@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from s3lora_serve.admission.decision import decide
 from s3lora_serve.admission.strip_rules import energy_shares, negligible_modules
 from s3lora_serve.admission.verdict import Decision
-from s3lora_serve.policy.schema import Limits, Policy, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.spectral import ModuleScore
 
 DIGEST = "sha256:" + "0" * 64

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.policy.schema import Limits, ScorerChoice, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import ScorerChoice, Strip
 from s3lora_serve.spectral import reference, relative_sharpness, spectral_sharpness
 from s3lora_serve.spectral._checks import NORMALIZATIONS
 from tests.support.adapters import q_proj, write_adapter

@@ -14,7 +14,7 @@ from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.calibration.search import CHECK_EVERY
 from s3lora_serve.errors import BaseUnaligned, DoesNotFitModel
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 from tests.support.tiny_chat import COMPLIANCE, harmful, make_attacked_adapter, skill
 
 

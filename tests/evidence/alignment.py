@@ -8,7 +8,9 @@ from typing import Any
 import s3lora_serve
 from s3lora_serve.alignment.make_reference import Options, make_reference
 from s3lora_serve.policy.file import with_options
-from s3lora_serve.policy.schema import Limits, Policy, ScorerChoice, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import ScorerChoice, Strip
+from s3lora_serve.policy.schema import Policy
 from tests.evidence.adapters import Subject, make_adapter
 from tests.evidence.attribution import spearman
 from tests.evidence.base_model import Progress, aligned_base, unaligned_base

@@ -15,7 +15,7 @@ from s3lora_serve.calibration.gates import GatedAdapter, attach
 from s3lora_serve.calibration.judge import JUDGED_TOKENS, is_refusal
 from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.plans.schema import Rate, wilson
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 from tests.evidence.adapters import COMPLIANCE
 from tests.evidence.prompts import benign, harmful
 from tests.evidence.skill import skill

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import s3lora_serve
 from s3lora_serve.admission.verdict import ModuleVerdict
-from s3lora_serve.policy.schema import Limits, Policy, ScorerChoice
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import ScorerChoice
+from s3lora_serve.policy.schema import Policy
 
 DRAWS = 5
 """Random orders of each kind."""

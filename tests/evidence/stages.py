@@ -14,7 +14,8 @@ from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.calibration.search import STEPS, Goal, Material, search
 from s3lora_serve.plans.file import read_plan
 from s3lora_serve.plans.schema import Measured, Rate
-from s3lora_serve.policy.schema import Policy, ScorerChoice
+from s3lora_serve.policy.method import ScorerChoice
+from s3lora_serve.policy.schema import Policy
 from tests.evidence.adapters import Subject, make_adapter
 from tests.evidence.attribution import harm_by_module, spearman
 from tests.evidence.base_model import Progress, aligned_base

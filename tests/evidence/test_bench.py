@@ -10,7 +10,7 @@ from s3lora_serve.adapter.reader import read_adapter
 from s3lora_serve.calibration.gates import attach
 from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.plans.schema import wilson
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 from tests.evidence import results, shares
 from tests.evidence.adapters import Subject
 from tests.evidence.attribution import harm_by_module, spearman

@@ -32,7 +32,8 @@ from s3lora_serve.offline.attest import attest_adapter
 from s3lora_serve.plans.apply import MAX_GROWTH
 from s3lora_serve.plans.folder import plan_name
 from s3lora_serve.policy.file import read_policy
-from s3lora_serve.policy.schema import Policy, Strip, parse_policy
+from s3lora_serve.policy.method import Strip
+from s3lora_serve.policy.schema import Policy, parse_policy
 from s3lora_serve.signatures.envelope import signed
 from s3lora_serve.spectral import alignment, reference, spectral_sharpness
 from tests.fuzz.inputs import (

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from s3lora_serve import Policy
 from s3lora_serve.cli import app
 from s3lora_serve.offline.sweep import sweep
-from s3lora_serve.policy.schema import Strip
+from s3lora_serve.policy.method import Strip
 from tests.support.adapters import WEIGHTS, copy_with
 
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs the extra ray")

@@ -13,7 +13,7 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.cli import app
 from s3lora_serve.errors import rejection_codes, rejections
 from s3lora_serve.offline.sarif import PLANNED, SHARP, UNALIGNED, SarifLog
-from s3lora_serve.policy.schema import Strip
+from s3lora_serve.policy.method import Strip
 from tests.support import npm
 from tests.support.adapters import WEIGHTS, copy_with, diverged
 

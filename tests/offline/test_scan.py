@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.errors import PolicyInvalid
-from s3lora_serve.policy.schema import Limits, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
 from s3lora_serve.spectral import reference, spectral_sharpness
 from tests.conftest import SPIKED_MODULE
 from tests.support.adapters import CONFIG, WEIGHTS, copy_with, key, train_adapter, without

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from s3lora_serve import Policy, scan_adapter, strip_adapter
 from s3lora_serve.cli import app
 from s3lora_serve.offline.provenance import PROVENANCE_NAME
-from s3lora_serve.policy.schema import Strip
+from s3lora_serve.policy.method import Strip
 from tests.support.adapters import CONFIG, WEIGHTS, copy_with, diverged, key, without
 from tests.support.tiny_model import load_model
 

@@ -17,7 +17,7 @@ from s3lora_serve.errors import Reason
 from s3lora_serve.pages.heat_map import SHADES, heat_map
 from s3lora_serve.pages.report import Subject, report
 from s3lora_serve.pages.server_pages import ROWS, Row, adapter_page, adapters_page
-from s3lora_serve.policy.schema import Strip
+from s3lora_serve.policy.method import Strip
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;"
 

@@ -11,7 +11,7 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.cli import app
 from s3lora_serve.pages.report import Subject, report
-from s3lora_serve.policy.schema import Strip
+from s3lora_serve.policy.method import Strip
 from tests.support.adapters import copy_with, diverged
 
 

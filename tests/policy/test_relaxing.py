@@ -153,6 +153,8 @@ def test_nothing_is_relaxed_unless_a_folder_has_to_match(match, keys):
         with_rules(base, {"match": match} | keys)
     if "path" not in match:
         assert with_rules(base, {"match": match | {"path": "/adapters/internal/**"}} | keys)
+    if not {"signatures", "attestations", "limits"} & keys.keys():
+        assert with_rules(base, {"match": match | {"signer": DIGESTS[0]}} | keys)
 
 
 def test_the_tables_name_keys_of_the_policy_and_an_unknown_key_counts_as_relaxed():

@@ -19,6 +19,7 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.signatures.records import Vouchers
 from s3lora_serve.signatures.trust import check_trusted, key_id
 from tests.support.adapters import CONFIG, WEIGHTS
 from tests.support.signing import (
@@ -77,6 +78,26 @@ def test_signature_of_a_trusted_key_is_accepted_and_the_verdict_says_whose(signe
     assert verdict.signed_by.kind == "key"
     assert verdict.signed_by.id == key_id(acme.key.public_key())
     assert type(verdict).from_json(verdict.as_json()) == verdict
+
+
+def test_rule_by_signer_relaxes_for_what_that_signer_signed_alone(signed, acme, other, tmp_path):
+    """The name is the adapter's choice; the signature is not."""
+    rule = {
+        "match": {"signer": key_id(acme.key.public_key())},
+        "limits": {"min_rank": 1},
+        "strip": {"top_k": 0},
+    }
+    base = policy(acme, other).as_json() | {"limits": {"min_rank": 64}}
+    ruled = Policy.model_validate(base | {"rules": [rule]})
+    verdict = scan_adapter(signed, ruled)
+    assert (code(verdict), verdict.decision.value) == (None, "admitted")
+    before = Vouchers(verdict.signed_by)
+    again = admit(signed, "x", ruled, origin=signed, vouchers=before).verdict
+    assert again.decision is verdict.decision
+    (signed / SIGNATURE).unlink()
+    sign(signed, other)
+    assert code(scan_adapter(signed, ruled)) == code(scan_adapter(signed, Policy.model_validate(base)))
+    assert code(scan_adapter(signed, ruled)) == "S3LORA-201"
 
 
 @pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1()])

@@ -14,7 +14,9 @@ from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import GateFailed, StoreDamaged, StoreFull
-from s3lora_serve.policy.schema import Limits, Policy, Strip
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store import adapter_store
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.stored_copy import VERDICT_NAME, open_stored_copy
@@ -264,7 +266,8 @@ OTHER_PROCESS = """
 import sys, time
 from pathlib import Path
 from s3lora_serve.admission.pipeline import admit
-from s3lora_serve.policy.schema import Policy, Strip
+from s3lora_serve.policy.method import Strip
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store.adapter_store import AdapterStore
 store, policy = AdapterStore(Path(sys.argv[1])), Policy(strip=Strip(top_k=int(sys.argv[3])))
 private = store.new_private_folder().__enter__()

@@ -9,7 +9,7 @@ from s3lora_serve.adapter.changed_weights import ChangedWeights
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.errors import StoreDamaged
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.eviction import folder_size
 from s3lora_serve.store.stored_copy import open_stored_copy, own_folder

@@ -10,7 +10,7 @@ from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.plans.folder import plan_name
 from s3lora_serve.plans.schema import ModulePlan, Plan
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 from tests.support.adapters import q_proj, write_adapter
 
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.policy.schema import Strip
+from s3lora_serve.policy.method import Strip
 from s3lora_serve.telemetry.metrics import Metrics
 from s3lora_serve.telemetry.per_adapter_gauge import MAX_NAMES, OTHER
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.admission.verdict import with_rejection
 from s3lora_serve.errors import Reason
-from s3lora_serve.policy.schema import Strip
+from s3lora_serve.policy.method import Strip
 from s3lora_serve.telemetry.metrics import Metrics
 
 TWO = Policy(strip=Strip(top_k=2))

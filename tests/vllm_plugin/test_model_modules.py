@@ -9,7 +9,7 @@ import torch
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import read_adapter
 from s3lora_serve.errors import DoesNotFitModel, RefusedByVLLM
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 from s3lora_serve.vllm_plugin.compat import WeightsMapper
 from s3lora_serve.vllm_plugin.model_modules import ModelModules
 from tests.support.adapters import write_adapter

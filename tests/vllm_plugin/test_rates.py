@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s3lora_serve.errors import RateExceeded
-from s3lora_serve.policy.schema import Rates
+from s3lora_serve.policy.server import Rates
 from s3lora_serve.vllm_plugin.api.rates import TenantRates, tenant_of
 from s3lora_serve.vllm_plugin.api.requester import Requester, keys_tell_apart, requester
 from tests.support.clock import Clock

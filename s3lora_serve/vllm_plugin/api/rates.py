@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from s3lora_serve.errors import RateExceeded
-from s3lora_serve.policy.schema import Rates
+from s3lora_serve.policy.server import Rates
 from s3lora_serve.vllm_plugin.api.requester import keys_tell_apart, requester
 from s3lora_serve.vllm_plugin.bounded_map import remember
 

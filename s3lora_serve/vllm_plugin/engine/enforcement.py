@@ -5,7 +5,7 @@ from typing import Any
 
 from s3lora_serve.adapter.reader import read_adapter
 from s3lora_serve.errors import Refused
-from s3lora_serve.policy.schema import Limits
+from s3lora_serve.policy.limits import Limits
 from s3lora_serve.store.stored_copy import StoredCopy
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_effect, strip_module

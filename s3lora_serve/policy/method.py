@@ -1,0 +1,63 @@
+"""The parts of the policy on how an adapter is scored and changed."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from s3lora_serve.policy.section import Digest, Fraction, Section
+
+Normalization = Literal["two_sided", "row", "column", "equilibrated"]
+Action = Literal["strip", "project"]
+
+ALIGNMENT = ("safe-lora", "splora")
+"""Scorers that compare modules with what alignment changed in the base model."""
+
+
+class ScorerChoice(Section):
+    """The index, with all parameters that influence it."""
+
+    name: Literal["mas-svd", "svd", "spsvd", "dense", "safe-lora", "splora"] = "mas-svd"
+    rank: Annotated[int, Field(ge=1)] | None = None  # M; None: min(r, m, n)
+    normalization: Normalization = "two_sided"
+    reference: Path | None = None  # an alignment reference, for safe-lora and splora
+    reference_digest: Digest | None = None  # of that file; None: as it is when the policy is read
+
+    @model_validator(mode="after")
+    def _reference_where_it_is_used(self) -> Self:
+        if self.by_alignment and self.reference is None:
+            raise ValueError(f"{self.name} needs reference: a file of `s3lora reference make`")
+        if self.reference is None and self.reference_digest is not None:
+            raise ValueError("reference_digest is the digest of reference, which is not set")
+        return self
+
+    @property
+    def by_alignment(self) -> bool:
+        """Whether modules are compared with what alignment changed in the base model."""
+        return self.name in ALIGNMENT
+
+    def as_json(self) -> dict[str, Any]:
+        """Name and parameters, in the form used in verdicts."""
+        unused = {"name"} if self.by_alignment else {"name", "reference", "reference_digest"}
+        return {"name": self.name, "parameters": self.model_dump(mode="json", exclude=unused)}
+
+
+class Strip(Section):
+    """The rule that picks the modules to strip: exactly one of the four."""
+
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    fraction: Fraction | None = None
+    threshold: float | None = None  # in [0, 1], except for splora
+    outliers: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.model_fields_set) != 1 or self.rule[1] is None:
+            raise ValueError("expected exactly one of top_k, fraction, threshold, outliers")
+        return self
+
+    @property
+    def rule(self) -> tuple[str, float]:
+        """The chosen rule's name and its value."""
+        [name] = self.model_fields_set
+        return name, getattr(self, name)

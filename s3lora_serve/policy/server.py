@@ -1,0 +1,43 @@
+"""The parts of the policy that are the server's, and no single adapter's."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from s3lora_serve.policy.globs import GlobText, glob_matches
+from s3lora_serve.policy.section import Section
+
+
+class Audit(Section):
+    """The audit log of decisions."""
+
+    path: Path | None = None
+    max_bytes: Annotated[int, Field(gt=0)] = 100 * 2**20  # decisions of one day on a busy server
+    keep: Annotated[int, Field(ge=0)] = 5
+    required: bool = False
+
+
+class Store(Section):
+    """The limit on the stored copies on disk."""
+
+    max_bytes: Annotated[int, Field(gt=0)] = 20 * 2**30  # ten adapters of the largest size
+
+
+class Rates(Section):
+    """How often each tenant may ask for loads, and be refused. None: as often as it likes."""
+
+    loads_per_minute: Annotated[float, Field(gt=0)] | None = None
+    refusals_per_minute: Annotated[float, Field(gt=0)] | None = None
+
+
+class Experiments(Section):
+    """Registrations with settings of their own, which `s3lora evaluate` asks for."""
+
+    names: GlobText = "eval/*"  # ours; * does not cross /
+    allow: frozenset[Literal["strip", "scorer", "action", "plan"]] = frozenset()
+    ttl: Annotated[float, Field(gt=0)] | None = None  # seconds; None: until they are ended
+
+    def claims(self, name: str) -> bool:
+        """Whether a name is kept for experiments."""
+        return glob_matches(self.names, name)
