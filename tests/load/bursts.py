@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.benchmarks.measure import machine
 from tests.load.burst import BOUNDS, Burst, burst, p99, problems
 from tests.load.report import replace_section
+from tests.load.standstill import longest
 from tests.support.adapters import train_adapter
 from tests.support.server import OPEN_LOADING, Server
 
@@ -46,7 +47,9 @@ def _report(found: dict[str, Burst], wrong: list[str]) -> str:
         ),
         "the same while adapters are loaded, ms": lambda one: f"{1000 * p99(one.gaps):.1f}",
         "ratio": lambda one: f"{one.p99_ratio:.2f}",
-        "slowest answer of /health, ms": lambda one: _ms(max(one.health)),
+        "slowest answer of /health, ms": lambda one: _ms(longest(one.health)),
+        "longest standstill of the machine, ms": lambda one: _ms(longest(one.standstills)),
+        "slowest answer of /health less standstills, ms": lambda one: _ms(one.slowest_health),
         "left a minute later": lambda one: ", ".join(
             f"{what} {early:g} → {late:g}" for what, (early, late) in one.left.items()
         ),
