@@ -35,7 +35,9 @@ def main() -> None:
         console.print("policy:", *POLICY.splitlines(), sep="\n  ")
         environment = OPEN_LOADING | {"S3LORA_POLICY": str(work / "policy.yaml")}
         console.rule("s3lora serve: vLLM's own server under the gate (starting takes a minute)")
-        with Server(work / "model", work / "server.log", (), environment) as server:
+        with Server(
+            work / "model", work / "server.log", (), environment, one_process=False
+        ) as server:
             console.print(f"up on port {server.port}, GET /s3lora/status says", end=" ")
             console.print(server.get("/s3lora/status").text)
             _register(server, adapters, console)

@@ -48,8 +48,12 @@ def main() -> None:
             "S3LORA_STATE_DIR": str(place / "state"),
         }
         theirs = OPEN_LOADING | {"VLLM_PLUGINS": ""}
-        guarded = stack.enter_context(Server(model, place / "guarded.log", ROOM, ours))
-        stock = stack.enter_context(Server(model, place / "stock.log", ROOM, theirs, guarded=False))
+        guarded = stack.enter_context(
+            Server(model, place / "guarded.log", ROOM, ours, one_process=False)
+        )
+        stock = stack.enter_context(
+            Server(model, place / "stock.log", ROOM, theirs, guarded=False, one_process=False)
+        )
         servers = {"stock": stock, "guarded": guarded}
         data = {
             "machine": measure.machine(),

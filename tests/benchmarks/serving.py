@@ -106,7 +106,14 @@ def _throughput(
     with ExitStack() as stack:
         servers = {
             name: stack.enter_context(
-                Server(model, place / f"{name}.log", ROOM, environments[name], name != "stock")
+                Server(
+                    model,
+                    place / f"{name}.log",
+                    ROOM,
+                    environments[name],
+                    name != "stock",
+                    one_process=False,
+                )
             )
             for name in order
         }

@@ -49,7 +49,7 @@ def main() -> None:
             "S3LORA_POLICY": str(policy),
             "S3LORA_STATE_DIR": str(place / "state"),
         }
-        with Server(model, place / "server.log", ROOM, environment) as server:
+        with Server(model, place / "server.log", ROOM, environment, one_process=False) as server:
             loads, reads = _loads(server, adapters)
         data = {
             "machine": measure.machine(),

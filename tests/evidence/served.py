@@ -40,7 +40,7 @@ def served_result(subject: Subject, progress: Callable[[str, int, int], None]) -
             log = CACHE / f"server-{folder.name}.log"
             environment = OPEN_LOADING | {"S3LORA_PLANS": str(plans.absolute())}
             arguments = ("--dtype", "bfloat16")
-            with Server(base.absolute(), log, arguments, environment) as server:
+            with Server(base.absolute(), log, arguments, environment, one_process=False) as server:
                 server.load("tenant", folder).raise_for_status()
                 found["plan" if with_plan else "index"] = _measured(server)
             progress(f"{subject}: served", place + 1, 2)

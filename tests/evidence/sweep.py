@@ -36,7 +36,9 @@ def sweep_result(subject: Subject, progress: Progress) -> Any:
             _write(place / "calls.jsonl", calls)
             environment = OPEN_LOADING | {"S3LORA_POLICY": str(place / "policy.yaml")}
             log = CACHE / f"sweep-{folder.name}.log"
-            with Server(base.absolute(), log, ("--dtype", "bfloat16"), environment) as server:
+            with Server(
+                base.absolute(), log, ("--dtype", "bfloat16"), environment, one_process=False
+            ) as server:
                 command = [
                     sys.executable, "-m", "s3lora_serve", "evaluate", server.url(""),
                     "--adapter", str(folder), "--tau", COUNTS, "--plan", str(plan),

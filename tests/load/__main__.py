@@ -44,10 +44,10 @@ def main() -> int:
             "S3LORA_AUDIT_LOG": str(root / "audit.jsonl"),
         }
         runs = []
-        with Server(model, root / "first.log", ROOM, environment) as server:
+        with Server(model, root / "first.log", ROOM, environment, one_process=False) as server:
             runs.append(one_run("first", server, tenants, references, root, LOADS))
             kill_engine(server)
-        with Server(model, root / "second.log", ROOM, environment) as server:
+        with Server(model, root / "second.log", ROOM, environment, one_process=False) as server:
             runs.append(one_run("after a kill", server, tenants, references, root, LOADS // 4))
         write_report(runs)
         wrong = run_bursts(model, root)
@@ -58,7 +58,7 @@ def reference_answers(model: Path, tenants: list[Tenant], log: Path) -> dict[str
     """Stock vLLM's answers with each adapter written without its stripped modules."""
     good = [tenant for tenant in tenants if tenant.stripped]
     environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
-    with Server(model, log, (), environment, guarded=False) as stock:
+    with Server(model, log, (), environment, guarded=False, one_process=False) as stock:
         found = {"base": [ask(stock, "base", question) for question in QUESTIONS]}
         for tenant in good:
             assert stock.load(tenant.name, tenant.stripped).status_code == 200

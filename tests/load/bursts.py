@@ -24,7 +24,7 @@ def run_bursts(model: Path, root: Path) -> list[str]:
     adapters = [(f"burst-{i}", folders[i % 2]) for i in range(LOADS)]
     store = root / "burst-state"
     environment = OPEN_LOADING | {"S3LORA_STATE_DIR": str(store)}
-    with Server(model, root / "burst.log", ROOM, environment) as server:
+    with Server(model, root / "burst.log", ROOM, environment, one_process=False) as server:
         server.load("first", folders[0]).raise_for_status()  # workers are asked for the model once
         found = {
             "all wait": burst(server, adapters, store=store),

@@ -72,7 +72,7 @@ def run_fleet(
     }
     segments = []
     for name in HALVES:
-        with Server(model, root / f"{name}.log", ROOM, environment) as server:
+        with Server(model, root / f"{name}.log", ROOM, environment, one_process=False) as server:
             traffic = Traffic(server, fleet, references, root, sys.maxsize)
             segment = GuardedSegment(name, traffic, state=root / "state", max_store=MAX_STORE)
             run(segment, server, policy, seconds / 2)
@@ -127,7 +127,9 @@ def run_stock(
     """
     good = [tenant for tenant in fleet if tenant.code is None]
     environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
-    with Server(model, root / "stock.log", ROOM, environment, guarded=False) as server:
+    with Server(
+        model, root / "stock.log", ROOM, environment, guarded=False, one_process=False
+    ) as server:
         assert server.process is not None
         traffic = Traffic(server, good, {}, root, sys.maxsize, tampers=False)
         traffic.base_share = like.traffic.done["base requests"] / like.traffic.done["served"]

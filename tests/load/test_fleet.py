@@ -8,7 +8,7 @@ from tests.load.tenants import BREAKERS
 from tests.load.traffic import QUESTIONS, ask
 from tests.support.server import Server
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
 ADAPTERS = 5 * len(BREAKERS)
 SECONDS = 40

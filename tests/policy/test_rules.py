@@ -44,7 +44,7 @@ def test_rule_by_signer_sets_nothing_that_is_used_before_the_signature_is_verifi
 
 def test_rule_by_signer_without_signers_in_the_policy_is_refused():
     rule = {"match": {"signer": SIGNER}, "on_uninformative": "admit"}
-    with pytest.raises(PolicyInvalid, match="match.signer needs signatures"):
+    with pytest.raises(PolicyInvalid, match=r"match\.signer needs signatures"):
         parse_policy({"rules": [rule]}, "test")
 
 

@@ -117,6 +117,7 @@ def test_recheck_finds_nothing_to_change_and_rejects_nothing(server, loaded):
     assert [each["name"] for each in checked["adapters"] if each["differs"]] == []
 
 
+@pytest.mark.slow
 def test_server_does_not_start_with_a_reference_that_was_made_for_another_model(
     model, reference, workplace, tmp_path
 ):

@@ -18,7 +18,7 @@ from tests.support.tiny_model import LAYERS
 pytestmark = pytest.mark.serving
 
 OPEN = "strip: {top_k: 0}\n...\n"
-MANY = 40
+MANY = 16
 PASSING = ("reports", "private copies", "preloads", "waiting loads")
 SETTLED_SECONDS = 30
 

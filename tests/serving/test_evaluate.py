@@ -252,6 +252,7 @@ def test_unguarded_server_and_one_without_experiments_are_said(
     assert not (tmp_path / "sweep.json").exists()
 
 
+@pytest.mark.slow
 def test_server_that_dies_midway_leaves_the_results_so_far(chat, probes, tmp_path):
     (tmp_path / "policy.yaml").write_text(POLICY)
     environment = OPEN_LOADING | {

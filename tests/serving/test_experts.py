@@ -10,6 +10,7 @@ from s3lora_serve import scan_adapter
 from s3lora_serve.policy.file import read_policy
 from tests.support.adapters import copy_with, key, spike
 from tests.support.programs import run_program
+from tests.support.server import ONE_CORE, ONE_PROCESS
 from tests.support.tiny_mixtral import make_expert_adapter, make_mixtral
 
 pytestmark = pytest.mark.serving
@@ -37,7 +38,8 @@ def buffers(worker):
     return found
 
 llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, enable_lora=True,
-          max_lora_rank=8, max_num_seqs=4, max_loras=1)
+          max_lora_rank=8, max_num_seqs=4, max_loras=1,
+          distributed_executor_backend=sys.argv[3])
 assert llm.llm_engine.add_lora(LoRARequest("experts", 1, sys.argv[2]))
 [found] = llm.collective_rpc(buffers)
 import json
@@ -48,7 +50,8 @@ print("FOUND", json.dumps(found))
 def slot_buffers(model, folder, **environment):
     """Digests of the buffers of the experts in slot 1, and the log."""
     more = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # `buffers` is sent to the worker
-    return run_program("-c", PROGRAM, model, folder, **more, **environment)
+    own = more | ONE_CORE | environment
+    return run_program("-c", PROGRAM, model, folder, ONE_PROCESS, **own)
 
 
 @pytest.fixture(scope="module")

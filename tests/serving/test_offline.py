@@ -9,7 +9,7 @@ import pytest
 
 from tests.serving.conftest import PROMPTS
 from tests.support.adapters import WEIGHTS, copy_with
-from tests.support.server import base_environment
+from tests.support.server import ONE_CORE, ONE_PROCESS, base_environment
 
 pytestmark = pytest.mark.serving
 
@@ -21,7 +21,8 @@ from vllm.lora.request import LoRARequest
 
 model, folder, other, *prompts = sys.argv[1:]
 llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
-          max_lora_rank=16, max_num_seqs=8, max_loras=1, max_cpu_loras=1)
+          max_lora_rank=16, max_num_seqs=8, max_loras=1, max_cpu_loras=1,
+          distributed_executor_backend="@@")
 params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
 
 def ask(number, folder, name=None):
@@ -31,7 +32,7 @@ def ask(number, folder, name=None):
         [out] = llm.generate(prompt, params, lora_request=adapter)
         answers.append([{t: v.logprob for t, v in p.items()} for p in out.prompt_logprobs if p])
     return answers
-"""
+""".replace("@@", ONE_PROCESS)
 ONCE = (
     ENGINE
     + """
@@ -78,7 +79,8 @@ print("ANSWERS", json.dumps(found))
 def generate(model, folder, other, program=PROGRAM, **environment):
     done = subprocess.run(
         [sys.executable, "-c", program, str(model), str(folder), str(other), *PROMPTS],
-        env=base_environment() | environment, capture_output=True, text=True, timeout=300,
+        env=base_environment() | ONE_CORE | environment,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]

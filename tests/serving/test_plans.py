@@ -306,6 +306,7 @@ def test_a_planned_adapter_first_used_by_llm_generate_answers_alike(
     assert "strips 2 of 28 modules" in log
 
 
+@pytest.mark.slow
 def test_every_rank_serves_the_transformed_bytes(model, expected, trained, plans, tmp_path):
     environment = TWO_RANKS | {"S3LORA_PLANS": str(plans)}
     arguments = ("--tensor-parallel-size", "2", "--lora-modules", f"static={trained}")

@@ -42,6 +42,7 @@ def test_an_adapter_is_decided_on_once_and_loaded_by_both_stages(
         assert server.get("/s3lora/status").json() == {"guarded": True}
 
 
+@pytest.mark.slow
 def test_vllms_cpu_build_answers_nothing_with_two_stages(model, tmp_path):
     """The test above checks no answers because stock vLLM's engine dies on its first request."""
     with Server(model, tmp_path / "log", STAGES, TWO_RANKS, guarded=False) as server:

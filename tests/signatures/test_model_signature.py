@@ -96,7 +96,6 @@ def test_rule_by_signer_relaxes_for_what_that_signer_signed_alone(signed, acme, 
     assert again.decision is verdict.decision
     (signed / SIGNATURE).unlink()
     sign(signed, other)
-    assert code(scan_adapter(signed, ruled)) == code(scan_adapter(signed, Policy.model_validate(base)))
     assert code(scan_adapter(signed, ruled)) == "S3LORA-201"
 
 

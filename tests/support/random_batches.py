@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.programs import print_result
+from tests.support.server import ONE_PROCESS
 from tests.support.tiny_model import CAPITALS, PROMPT
 
 SLOTS, PIECE, ROUNDS, OPERATIONS = 3, 32, 40, 600
@@ -160,6 +161,7 @@ class Engine:
             max_lora_rank=16, max_loras=SLOTS, max_cpu_loras=SLOTS + 1, max_num_seqs=8, seed=0,
             max_num_batched_tokens=PIECE, enable_chunked_prefill=True, enable_prefix_caching=True,
             tensor_parallel_size=self.workers,
+            distributed_executor_backend="mp" if self.workers > 1 else ONE_PROCESS,
         )  # fmt: skip
         self.adapters = [LoRARequest(f.name, i, str(f)) for i, f in enumerate(self.folders, 1)]
 

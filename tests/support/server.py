@@ -26,6 +26,13 @@ CPU = {
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
 }
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""vLLM's executor for one GPU: the worker is in the engine's process. Its CPU build has a process
+for the worker by default, and a start takes half as long again, most of it imports."""
+
+ONE_CORE = {"OMP_NUM_THREADS": "1"}
+"""For an engine with ONE_PROCESS; vLLM sets it for workers in processes of their own."""
+
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 """For two workers: one core each."""
 
@@ -74,6 +81,7 @@ class Server:
     key: str | None = None  # the API key, if the server has one
     headers: Mapping[str, str] = field(default_factory=dict)  # sent with every request
     client: str | None = None  # the address that requests are sent from; None: the usual one
+    one_process: bool = True  # with one worker: see ONE_PROCESS; False: vLLM's default
     folder: Path | None = None  # working directory; the tests' own puts this project on the path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -97,6 +105,10 @@ class Server:
             str(self.port),
             *self.arguments,
         )
+        own = base_environment() | self.environment
+        if self.one_process and not any("parallel-size" in each for each in self.arguments):
+            rest += ("--distributed-executor-backend", ONE_PROCESS)
+            own = ONE_CORE | own
         if self.guarded:
             command = [self.python, *self.program, str(self.model), *rest]
         else:
@@ -110,7 +122,7 @@ class Server:
             ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=base_environment() | self.environment,
+                command, stdout=log, stderr=log, env=own,
                 start_new_session=True, cwd=self.folder, preexec_fn=_default_hangup,
             )  # fmt: skip
 
