@@ -42,16 +42,16 @@ class Burst:
 
     statuses: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0  # until the last load had ended
-    gaps_before: list[float] = field(default_factory=list)  # seconds between base-model tokens
-    gaps: list[float] = field(default_factory=list)  # the same, while adapters are loaded
+    gaps: list[float] = field(default_factory=list)  # seconds between base-model tokens
+    gaps_without: list[float] = field(default_factory=list)  # the same before and after the loads
     health: list[Moment] = field(default_factory=list)  # of each answer of /health
     standstills: list[Moment] = field(default_factory=list)  # of the machine
     left: dict[str, tuple[float, float]] = field(default_factory=dict)  # before → a minute later
 
     @property
     def p99_ratio(self) -> float:
-        """p99 between base-model tokens, while adapters are loaded over before."""
-        return p99(self.gaps) / p99(self.gaps_before)
+        """p99 between base-model tokens, while adapters are loaded over before and after."""
+        return p99(self.gaps) / p99(self.gaps_without)
 
     @property
     def slowest_health(self) -> float:
@@ -100,13 +100,16 @@ async def _burst(
             streams = [asyncio.create_task(_stream(client, found, over)) for _ in range(STREAMS)]
             probing = asyncio.create_task(_probe(client, found, over))
             await asyncio.sleep(quiet_seconds)
-            found.gaps_before, found.gaps = found.gaps, found.gaps_before
+            found.gaps_without, found.gaps = found.gaps, []
             found.health.clear()
             started = time.monotonic()
             found.statuses = await loop.run_in_executor(
                 loaders, _load_all, server.url(""), headers, adapters, leaving
             )
             found.seconds = time.monotonic() - started
+            gaps, found.gaps = found.gaps, found.gaps_without  # machines change their pace
+            await asyncio.sleep(quiet_seconds)
+            found.gaps = gaps
             over.set()
             await asyncio.gather(*streams, probing)
     for name, _ in adapters:
@@ -206,7 +209,7 @@ def leftovers(server: Server, store: Path) -> dict[str, float]:
     }
 
 
-BOUNDS = {"p99 over before": 1.5, "/health, s": 1.0, "seconds": 120.0}
+BOUNDS = {"p99 over that without": 1.5, "/health, s": 1.0, "seconds": 120.0}
 """What a run is held to, on two cores."""
 
 
@@ -214,7 +217,7 @@ def problems(found: Burst, count: int) -> list[str]:
     """What a burst of `count` loads shows that it must not."""
     answered = sum(found.statuses[one] for one in ("200", "429", "left"))
     figures = {
-        "p99 over before": found.p99_ratio,
+        "p99 over that without": found.p99_ratio,
         "/health, s": found.slowest_health,
         "seconds": found.seconds,
     }

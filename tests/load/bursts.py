@@ -42,8 +42,8 @@ def _report(found: dict[str, Burst], wrong: list[str]) -> str:
             str(one.statuses[status]) for status in ("200", "429", "left")
         ),
         "seconds until all had ended": lambda one: f"{one.seconds:.1f}",
-        "p99 between base-model tokens before, ms": lambda one: (
-            f"{1000 * p99(one.gaps_before):.1f}"
+        "p99 between base-model tokens before and after, ms": lambda one: (
+            f"{1000 * p99(one.gaps_without):.1f}"
         ),
         "the same while adapters are loaded, ms": lambda one: f"{1000 * p99(one.gaps):.1f}",
         "ratio": lambda one: f"{one.p99_ratio:.2f}",

@@ -152,9 +152,8 @@ class AdapterRegistration:
         try:
             attempt.check_wanted()
             await self._admissions.send_policy(engine)
-            await self._engine_load.note_origin(engine, request, verdict.path)
             added, refusal = await self._engine_load.load(
-                engine, request, attempt.original, unchanged=unchanged
+                engine, request, attempt.original, origin=verdict.path, unchanged=unchanged
             )
             verdict = with_rejection(verdict, refusal) if refusal else verdict
             attempt.check_wanted()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.errors import AdapterRejected, GateFailed, Reason
+from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.preload_reports import reported
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
@@ -37,27 +38,27 @@ class EngineLoad:
         request.load_inplace = False
         return unchanged
 
-    async def note_origin(self, engine: Any, request: Any, origin: str) -> None:
-        """Tell the workers the path that an adapter is registered with, which their logs show."""
-        own = request.lora_int_id, request.lora_name, request.lora_path, origin
-        await call_workers(engine, "s3lora_registered", own)
-
     async def load(
         self,
         engine: Any,
         request: Any,
         original: Callable[..., Awaitable[bool]],
         *,
+        origin: str,
         unchanged: bool,
     ) -> tuple[bool, Reason | None]:
         """Load the copy that a request names; vLLM's answer, and why a worker does not serve it.
 
         Workers read it beside the engine's steps first, so that other tenants' tokens do not wait.
+        `origin` is the path that the adapter is registered with, which the workers' logs show.
         """
         path = Path(request.lora_path)
+        copy = request.lora_name, request.lora_path, request.lora_int_id
         try:
-            if not unchanged:
-                await self._preload(engine, (request.lora_name, str(path), request.lora_int_id))
+            if unchanged:
+                await call_workers(engine, "s3lora_registered", (*copy, origin))
+            else:
+                await self._preload(engine, copy, origin)
             added = await while_alive(engine, original(engine, request))
         except AdapterRejected as refusal:
             return False, Reason.of(refusal)
@@ -82,14 +83,20 @@ class EngineLoad:
             await call_workers(engine, "s3lora_forget", copy[1:])
         return next((Reason(*answer) for answer in answers if answer), None)
 
-    async def _preload(self, engine: Any, copy: tuple[str, str, int]) -> None:
+    async def _preload(
+        self, engine: Any, copy: tuple[str, str, int], origin: str | None = None
+    ) -> None:
         """Wait until every worker has read a stored copy (name, path, id).
+
+        One call does all, as each call delays a step of the engine: with `origin`, the workers note
+        the path that the adapter is registered with.
 
         Raises:
             DeadlinePassed: one did not within limits.load_seconds.
         """
         folder = self._controller.store.process_folder()
-        names = await call_workers(engine, "s3lora_preload", (*copy, str(folder)))
+        arguments = (*copy, origin, str(folder), compat.has_requests(engine))
+        names = await call_workers(engine, "s3lora_preload", arguments)
         await reported(folder, names, self._controller.policy.limits.load_seconds)
 
     async def _refusal(self, engine: Any, request: Any, key: str) -> Reason | None:

@@ -51,7 +51,7 @@ class LLMEngineAdmission:
             if path is None:
                 return request  # the worker decides and reports it
             admitted = self._replace(origin, admitted, path)
-            own = admitted.adapter_id, request.lora_name, str(path), request.lora_path
+            own = request.lora_name, str(path), admitted.adapter_id, request.lora_path
             engine.collective_rpc("s3lora_registered", args=own)
         return compat.with_path(request, admitted.path, admitted.adapter_id)
 

@@ -22,9 +22,13 @@ ADMITTED_LIMITS = Limits(max_scaling=None, max_rank=2**31, max_bytes=2**62)
 
 
 def enforce(
-    model: WorkerModel, request: Any, original: Callable[..., Any], stored: StoredCopy
+    model: WorkerModel,
+    request: Any,
+    original: Callable[..., Any],
+    stored: StoredCopy,
+    give_way: Callable[[], None],
 ) -> Any:
-    """The LoRAModel that vLLM may serve for a stored copy.
+    """The LoRAModel that vLLM may serve for a stored copy; `give_way` is called between parts.
 
     Raises:
         AdapterRejected: the copy is refused, does not fit the model, or vLLM does not load it.
@@ -33,11 +37,13 @@ def enforce(
     if stored.copy is None:
         raise Refused(str(verdict.reason))
     on_unscorable = "strip" if verdict.removed else "admit" if verdict.unscored else "reject"
-    adapter = read_adapter(stored.copy, ADMITTED_LIMITS, on_unscorable)
+    give_way()
+    adapter = read_adapter(stored.copy, ADMITTED_LIMITS, on_unscorable, give_way)
     check_patterns(adapter)
     served = model.modules.served_names(adapter)
+    give_way()
     lora = load_copy(model.manager, compat.with_path(request, stored.path), original)
-    check_loaded(lora, served, adapter)
+    check_loaded(lora, served, adapter, give_way)
     if verdict.mode == "enforce":
         for name in verdict.stripped:
             strip_module(lora, served[name])

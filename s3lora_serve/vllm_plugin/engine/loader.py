@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from s3lora_serve.vllm_plugin.engine.quarantine import quarantine
 from s3lora_serve.vllm_plugin.engine.reference_fit import check_reference_fits
 from s3lora_serve.vllm_plugin.engine.registered_paths import RegisteredPaths
 from s3lora_serve.vllm_plugin.engine.worker_admission import WorkerAdmission
+from s3lora_serve.vllm_plugin.threads import GiveWay
 
 logger = compat.logger
 
@@ -112,14 +112,21 @@ class AdapterLoader:
         self._loaded.note(adapter_id, stored.path.name, manager.list_adapters)
         return load.result
 
-    def preload(self, name: str, path: str, adapter_id: int, folder: Path) -> str:
+    def preload(
+        self, name: str, path: str, adapter_id: int, *, folder: Path, beside_requests: bool
+    ) -> str:
         """Start reading a stored copy, so that it can be added without delay.
 
-        It is read beside the engine's steps: other tenants' tokens do not wait. Returns the name of
-        the file that is created in `folder` once it has been read.
+        It is read beside the engine's steps, and gives way to them if there are requests: other
+        tenants' tokens do not wait. Returns the name of the file that is created in `folder` once
+        it has been read.
         """
         request = compat.request_for(name, path, adapter_id)
-        work = partial(self._load, self.model, request, patches.load_adapter)
+
+        def work() -> _Load:
+            give_way = GiveWay(needed=beside_requests)
+            return self._load(self.model, request, patches.load_adapter, give_way)
+
         return self._preloader.start(_key(request), work, folder)
 
     def forget_preload(self, path: str, adapter_id: int) -> None:
@@ -131,12 +138,18 @@ class AdapterLoader:
         preloaded: _Load | None = self._preloader.take(_key(request))
         return preloaded or self._load(model, request, original)
 
-    def _load(self, model: WorkerModel, request: Any, original: Callable[..., Any]) -> _Load:
+    def _load(
+        self,
+        model: WorkerModel,
+        request: Any,
+        original: Callable[..., Any],
+        give_way: Callable[[], None] = lambda: None,
+    ) -> _Load:
         """Open the stored copy and have vLLM load it. Raises nothing."""
         started, stored, result = time.perf_counter(), None, None
         try:
             stored = open_stored_copy(self._path_to_load(model, request))
-            result = enforce(model, request, original, stored)
+            result = enforce(model, request, original, stored, give_way)
         except AdapterRejected as refusal:
             result = refusal
         except Exception as error:

@@ -26,7 +26,9 @@ def load_copy(manager: Any, request: Any, original: Callable[..., Any]) -> Any:
         raise RefusedByVLLM(f"vLLM says: {text}") from error
 
 
-def check_loaded(lora: Any, served: dict[str, str], adapter: Adapter) -> None:
+def check_loaded(
+    lora: Any, served: dict[str, str], adapter: Adapter, give_way: Callable[[], None]
+) -> None:
     """Check that vLLM loaded what was scored: the same modules, factors and scaling, and finite.
 
     vLLM casts factors to the engine's dtype and later multiplies B by the scaling. Either can take
@@ -42,6 +44,7 @@ def check_loaded(lora: Any, served: dict[str, str], adapter: Adapter) -> None:
         if name not in scored and not any(name.endswith(other) for other in unscorable):
             raise DoesNotFitModel(f"vLLM loaded {name}, which was not scored")
     for module in adapter.modules:
+        give_way()
         loaded = lora.loras.get(served[module.name])
         if loaded is None:
             continue

@@ -35,9 +35,23 @@ class WorkerMethods:
         model = self._loader.model
         return {"places": sorted(model.places), **model.modules.as_plain()}
 
-    def preload(self, name: str, path: str, adapter_id: int, folder: str) -> str:
-        """Start reading a stored copy; the name of the file in `folder` that reports the end."""
-        return self._loader.preload(name, path, adapter_id, Path(folder))
+    def preload(
+        self,
+        name: str,
+        path: str,
+        adapter_id: int,
+        origin: str | None,
+        folder: str,
+        beside_requests: bool,
+    ) -> str:
+        """Start reading a stored copy; the name of the file in `folder` that reports the end.
+
+        `origin` is noted as by `registered`; None: the copy is not to be registered.
+        """
+        copy = (name, path, adapter_id)
+        if origin is not None:
+            self.registered(*copy, origin)
+        return self._loader.preload(*copy, folder=Path(folder), beside_requests=beside_requests)
 
     def forget(self, path: str, adapter_id: int) -> None:
         """Drop what was preloaded: nobody will add it."""
@@ -56,9 +70,9 @@ class WorkerMethods:
         self._loader.controller.reload_policy()
         self._loader.report_policy()
 
-    def registered(self, adapter_id: int, name: str, stored: str, path: str) -> None:
+    def registered(self, name: str, path: str, adapter_id: int, origin: str) -> None:
         """Keep the path that an adapter was registered with, which log and audit log show."""
-        self._loader.registered_paths.add(adapter_id, name, stored, path)
+        self._loader.registered_paths.add(adapter_id, name, path, origin)
 
     def trial(self, name: str, path: str, adapter_id: int) -> tuple[str, str] | None:
         """Code and message of why this worker would not serve a stored copy; None if it would."""
