@@ -1,4 +1,7 @@
-"""The burst phase of `make load`: 200 loads of a megabyte each at once, and its figures."""
+"""The burst phase of `make load`: 200 loads of a megabyte each at once, and its figures.
+
+Stock vLLM gets the same loads, for comparison.
+"""
 
 import os
 from datetime import UTC, datetime
@@ -19,7 +22,10 @@ ROOM = ("--max-lora-rank", "32", "--max-cpu-loras", "8", "--disable-uvicorn-acce
 
 
 def run_bursts(model: Path, root: Path) -> list[str]:
-    """Run both bursts on one server, and write their figures; the problems of both."""
+    """Run both bursts on a guarded server, one on a stock one, and write their figures.
+
+    Returns the problems of the guarded server's.
+    """
     folders = [train_adapter(model, root / f"burst-{i}", seed=i + 1, r=RANK) for i in range(2)]
     adapters = [(f"burst-{i}", folders[i % 2]) for i in range(LOADS)]
     store = root / "burst-state"
@@ -31,6 +37,10 @@ def run_bursts(model: Path, root: Path) -> list[str]:
             "half leave": burst(server, adapters, leaving=0.5, store=store),
         }
     wrong = [f"{name}: {what}" for name, one in found.items() for what in problems(one, LOADS)]
+    environment = OPEN_LOADING | {"VLLM_PLUGINS": ""}
+    log = root / "burst-stock.log"
+    with Server(model, log, ROOM, environment, guarded=False, one_process=False) as stock:
+        found["stock vLLM"] = burst(stock, adapters, store=root / "none", settling=0)
     replace_section(_report(found, wrong))
     return wrong
 
@@ -47,6 +57,7 @@ def _report(found: dict[str, Burst], wrong: list[str]) -> str:
         ),
         "the same while adapters are loaded, ms": lambda one: f"{1000 * p99(one.gaps):.1f}",
         "ratio": lambda one: f"{one.p99_ratio:.2f}",
+        "longest of them, ms": lambda one: _ms(max(one.gaps)),
         "slowest answer of /health, ms": lambda one: _ms(longest(one.health)),
         "longest standstill of the machine, ms": lambda one: _ms(longest(one.standstills)),
         "slowest answer of /health less standstills, ms": lambda one: _ms(one.slowest_health),
