@@ -48,7 +48,7 @@ from tests.support.plans import keep_out, plan_for, read, small_adapter
 from tests.support.references import small_reference
 from tests.support.signing import SIGNATURE, key_pair, sign
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 pytestmark = pytest.mark.timeout(0)
 
 fuzz = settings(

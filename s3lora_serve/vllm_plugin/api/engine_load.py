@@ -93,11 +93,13 @@ class EngineLoad:
 
         Raises:
             DeadlinePassed: one did not within limits.load_seconds.
+            GateFailed: the engine ended before.
         """
         folder = self._controller.store.process_folder()
         arguments = (*copy, origin, str(folder), compat.has_requests(engine))
         names = await call_workers(engine, "s3lora_preload", arguments)
-        await reported(folder, names, self._controller.policy.limits.load_seconds)
+        seconds = self._controller.policy.limits.load_seconds
+        await while_alive(engine, reported(folder, names, seconds))
 
     async def _refusal(self, engine: Any, request: Any, key: str) -> Reason | None:
         """Why a worker loaded the adapter without effect, or holds another one under its id."""

@@ -122,9 +122,13 @@ class ServedAdapters:
     async def _unload_when_idle(self, engine: Any, adapter: ServedAdapter) -> None:
         """Remove an adapter from the engine after its last request, and unpin its copy."""
         current = self._adapters.get(adapter.verdict.name)
-        if current is None or current.adapter_id != adapter.adapter_id:
-            await asyncio.sleep(POLL_SECONDS)
-            while compat.has_requests_under_way(engine, adapter.adapter_id):
+        try:
+            if current is None or current.adapter_id != adapter.adapter_id:
                 await asyncio.sleep(POLL_SECONDS)
-            await while_alive(engine, engine.remove_lora(adapter.adapter_id))
-        self._controller.store.unpin(adapter.path)
+                while compat.has_requests_under_way(engine, adapter.adapter_id):
+                    await asyncio.sleep(POLL_SECONDS)
+                await while_alive(engine, engine.remove_lora(adapter.adapter_id))
+        except Exception as error:  # noqa: BLE001 - the engine has ended, the adapter with it
+            compat.logger.warning("s3lora: %r is not removed: %s", adapter.name, error)
+        finally:
+            self._controller.store.unpin(adapter.path)
