@@ -30,6 +30,10 @@ MORE_THREADS = 8
 """Threads of the gate's pools, which start when first used and stay."""
 
 HEALTH_SECONDS = 0.2
+APART_SECONDS = 0.005
+"""Between the first moments of two clients: kernels drop some of 200 connections in one moment, and
+those clients try again only after seconds."""
+
 LEAVING_SECONDS = 5.0
 """Longest patience of a client that leaves."""
 
@@ -139,8 +143,10 @@ def _load_all(
             ]
             await asyncio.gather(
                 *(
-                    _load(client, statuses, name, folder, wait)
-                    for (name, folder), wait in zip(adapters, waits, strict=True)
+                    _load(client, statuses, name, folder, APART_SECONDS * place, wait)
+                    for place, ((name, folder), wait) in enumerate(
+                        zip(adapters, waits, strict=True)
+                    )
                 )
             )
         return statuses
@@ -153,9 +159,11 @@ async def _load(
     statuses: Counter[str],
     name: str,
     folder: Path,
+    start: float,
     wait: float | None,
 ) -> None:
     body = {"lora_name": name, "lora_path": str(folder)}
+    await asyncio.sleep(start)
     try:
         async with asyncio.timeout(wait):
             async with client.post("/v1/load_lora_adapter", json=body) as answer:

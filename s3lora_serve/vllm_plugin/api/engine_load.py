@@ -1,5 +1,6 @@
 """From a stored copy to an adapter in every worker of the engine, or to nothing at all."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from itertools import count
 from pathlib import Path
@@ -22,6 +23,8 @@ class EngineLoad:
     def __init__(self, controller: AdmissionController) -> None:
         self._controller = controller
         self._ids = count(FIRST_REPLACEMENT_ID)
+        # Two adapters in one step of the engine would delay its tokens by both.
+        self._turn = asyncio.Lock()
 
     def choose_id(self, request: Any, path: Path, before: ServedAdapter | None) -> bool:
         """Give a request its path and id; whether the engine has this adapter already.
@@ -54,15 +57,16 @@ class EngineLoad:
         """
         path = Path(request.lora_path)
         copy = request.lora_name, request.lora_path, request.lora_int_id
-        try:
-            if unchanged:
-                await call_workers(engine, "s3lora_registered", (*copy, origin))
-            else:
-                await self._preload(engine, copy, origin)
-            added = await while_alive(engine, original(engine, request))
-        except AdapterRejected as refusal:
-            return False, Reason.of(refusal)
-        return added, await self._refusal(engine, request, path.name)
+        async with self._turn:
+            try:
+                if unchanged:
+                    await call_workers(engine, "s3lora_registered", (*copy, origin))
+                else:
+                    await self._preload(engine, copy, origin)
+                added = await while_alive(engine, original(engine, request))
+            except AdapterRejected as refusal:
+                return False, Reason.of(refusal)
+            return added, await self._refusal(engine, request, path.name)
 
     async def drop(self, engine: Any, adapter_id: int, path: Path, *, unchanged: bool) -> None:
         """Undo a load: unpin the copy, and leave nothing of it in any worker."""
