@@ -139,7 +139,7 @@ def admit(
         check_deadline = partial(_check_deadline, deadline, effective)
         check_deadline()
         vouched = vouch(opened, copy, effective, into, check_deadline, vouchers)
-        signer = vouched.by.signed_by.id if vouched.by.signed_by else None
+        signer = vouched.by.signer
         if signer is not None:
             effective = policy.for_adapter(name, real_path, base_model, signer)
         foreign = foreign_load(effective.owners, name, real_path, signer, asked_with)

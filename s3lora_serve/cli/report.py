@@ -69,8 +69,7 @@ def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Sub
 
     name = path.absolute().name
     admission = admit(path, name, policy, device=device)
-    signer = admission.verdict.signed_by.id if admission.verdict.signed_by else None
-    own = policy.for_adapter(name, str(path.resolve()), None, signer)
+    own = policy.for_adapter(name, str(path.resolve()), None, admission.verdict.vouchers.signer)
     # The rules for this adapter would replace the counts that are compared.
     own = own.model_copy(update={"rules": ()})
     others = [other for other in scorers if other != policy.scorer.name]

@@ -1,15 +1,12 @@
 """The rules of a policy: which adapters one is for, and which keys it may set."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from s3lora_serve.policy.globs import GlobText, glob_matches
-from s3lora_serve.policy.relaxing import is_fixed_folder, relaxed_keys
+from s3lora_serve.policy.relaxing import Json, is_fixed_folder, relaxed_keys
 from s3lora_serve.policy.section import Section
-
-Json = Mapping[str, Any]
 
 
 class Match(Section):

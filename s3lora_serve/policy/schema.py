@@ -90,13 +90,13 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _signers_are_verified(self) -> Self:
-        named = {
+        used = {
             "owners.signers": any(owner.signers for owner in self.owners),
             "match.signer": any(rule.match.signer for rule in self.rules),
         }
-        if not self.signatures.anyone and any(named.values()):
-            used = next(key for key, is_used in named.items() if is_used)
-            raise ValueError(f"{used} needs signatures with keys, certificates or identities")
+        for key, is_used in used.items():
+            if is_used and not self.signatures.anyone:
+                raise ValueError(f"{key} needs signatures with keys, certificates or identities")
         return self
 
     @property

@@ -28,3 +28,8 @@ class Vouchers:
 
     signed_by: Signer | None = None
     attested_by: Attester | None = None
+
+    @property
+    def signer(self) -> str | None:
+        """The id of the signer, as policies name it; None if there is none."""
+        return self.signed_by.id if self.signed_by else None

@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.load.standstill import Moment, longest, overlap, standstills
+from tests.load.standstill import Moment, overlap, standstills
 from tests.load.watch import processes
 from tests.support.server import Server
 
@@ -60,7 +60,9 @@ class Burst:
     @property
     def slowest_health(self) -> float:
         """Seconds of the slowest answer of /health, less those in which the machine stood still."""
-        return max(longest([moment]) - overlap(moment, self.standstills) for moment in self.health)
+        return max(
+            end - start - overlap((start, end), self.standstills) for start, end in self.health
+        )
 
 
 def p99(values: Sequence[float]) -> float:

@@ -121,11 +121,11 @@ class AdapterLoader:
         tenants' tokens do not wait. Returns the name of the file that is created in `folder` once
         it has been read.
         """
-        request = compat.request_for(name, path, adapter_id)
+        model, request = self.model, compat.request_for(name, path, adapter_id)
 
         def work() -> _Load:
-            give_way = GiveWay(needed=beside_requests)
-            return self._load(self.model, request, patches.load_adapter, give_way)
+            give_way = GiveWay(needed=beside_requests)  # in the thread whose time it counts
+            return self._load(model, request, patches.load_adapter, give_way)
 
         return self._preloader.start(_key(request), work, folder)
 
