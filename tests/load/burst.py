@@ -46,16 +46,22 @@ class Burst:
 
     statuses: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0  # until the last load had ended
-    gaps: list[float] = field(default_factory=list)  # seconds between base-model tokens
-    gaps_without: list[float] = field(default_factory=list)  # the same before and after the loads
+    gaps: list[Moment] = field(default_factory=list)  # between base-model tokens
+    gaps_without: list[Moment] = field(default_factory=list)  # the same before and after the loads
     health: list[Moment] = field(default_factory=list)  # of each answer of /health
     standstills: list[Moment] = field(default_factory=list)  # of the machine
     left: dict[str, tuple[float, float]] = field(default_factory=dict)  # before → a minute later
 
     @property
     def p99_ratio(self) -> float:
-        """p99 between base-model tokens, while adapters are loaded over before and after."""
-        return p99(self.gaps) / p99(self.gaps_without)
+        """p99 between base-model tokens, while adapters are loaded over before and after.
+
+        Without the gaps in which the machine stood still.
+        """
+        return p99(self._undisturbed(self.gaps)) / p99(self._undisturbed(self.gaps_without))
+
+    def _undisturbed(self, gaps: Sequence[Moment]) -> list[Moment]:
+        return [gap for gap in gaps if not overlap(gap, self.standstills)]
 
     @property
     def slowest_health(self) -> float:
@@ -65,9 +71,9 @@ class Burst:
         )
 
 
-def p99(values: Sequence[float]) -> float:
-    """The value that one in a hundred exceeds."""
-    return statistics.quantiles(values, n=100)[98]
+def p99(moments: Sequence[Moment]) -> float:
+    """The seconds that one in a hundred moments exceeds."""
+    return statistics.quantiles([end - start for start, end in moments], n=100)[98]
 
 
 def burst(
@@ -186,9 +192,9 @@ async def _stream(client: aiohttp.ClientSession, found: Burst, over: asyncio.Eve
             last: float | None = None
             async for line in answer.content:
                 if line.startswith(b"data: {"):
-                    now = time.perf_counter()
+                    now = time.monotonic()
                     if last is not None:
-                        found.gaps.append(now - last)
+                        found.gaps.append((last, now))
                     last = now
 
 
