@@ -89,12 +89,13 @@ def tensors(header: Header, data: memoryview) -> Iterator[tuple[str, Tensor]]:
     """Each tensor, in the order of the header.
 
     A tensor is a view into `data`, or a copy if its offset does not suit its dtype. `data` is
-    writable private memory.
+    writable private memory. All views share one storage, so that a device gets them in one copy.
 
     Raises:
         WeightsUnreadable: a tensor's dtype is not one of `DTYPES`, or its size is not that of its
             shape.
     """
+    whole = torch.frombuffer(data, dtype=torch.uint8) if len(data) and data.obj else None
     for entry in header.entries:
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
@@ -108,7 +109,11 @@ def tensors(header: Header, data: memoryview) -> Iterator[tuple[str, Tensor]]:
                 f"tensor {_shown(entry.name)} of shape {entry.shape} takes {size} bytes, the header"
                 f" gives it {entry.end - entry.start}"
             )
-        yield entry.name, _view(data[entry.start : entry.end], dtype).reshape(entry.shape)
+        if whole is None or whole.data_ptr() % dtype.itemsize or entry.start % dtype.itemsize:
+            flat = _copy(data[entry.start : entry.end], dtype)
+        else:
+            flat = whole[entry.start : entry.end].view(dtype)
+        yield entry.name, flat.reshape(entry.shape)
 
 
 def write_header(entries: Iterator[tuple[Entry, int]], metadata: Mapping[str, str]) -> bytes:
@@ -162,12 +167,8 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _view(data: memoryview, dtype: torch.dtype) -> Tensor:
-    if not len(data):
-        return torch.empty(0, dtype=dtype)
-    if data.obj is None or torch.frombuffer(data, dtype=torch.uint8).data_ptr() % dtype.itemsize:
-        return torch.frombuffer(bytearray(data), dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype)
+def _copy(data: memoryview, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if len(data) else torch.empty(0).to(dtype)
 
 
 def _shown(name: str) -> str:

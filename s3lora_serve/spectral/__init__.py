@@ -9,6 +9,9 @@
 """
 
 from s3lora_serve.spectral.alignment import Subspace
+from s3lora_serve.spectral.device import warm_up
+from s3lora_serve.spectral.fallback import CAUSES as FALLBACK_CAUSES
+from s3lora_serve.spectral.fallback import take_counts as take_fallbacks
 from s3lora_serve.spectral.low_rank import mas_svd
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 from s3lora_serve.spectral.scorer import (
@@ -20,6 +23,7 @@ from s3lora_serve.spectral.scorer import (
 )
 
 __all__ = [
+    "FALLBACK_CAUSES",
     "Factors",
     "ModuleScore",
     "Scorer",
@@ -30,4 +34,6 @@ __all__ = [
     "resolve_device",
     "score_modules",
     "spectral_sharpness",
+    "take_fallbacks",
+    "warm_up",
 ]

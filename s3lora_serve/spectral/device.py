@@ -1,225 +1,219 @@
-"""Modules on an accelerator: uploaded in chunks from pinned memory and solved on the device.
+"""Modules of one rank on an accelerator: one upload, six launches and one copy back for a part.
 
-The next chunk is copied on a separate stream while the current chunk is solved. The device memory
-in use at a time, including matrices and workspace, stays below 256 MB.
+Only MAS-SVD's own normalization, and ranks that the kernels hold; the host does all else. The work
+is float64 throughout: devices for serving have it at half their float32 speed or better, and
+elsewhere the upload takes longer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from types import ModuleType
-from typing import NamedTuple
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral.gram import Modules, Side
-from s3lora_serve.spectral.panels import Factors, HostModules, PanelSide, alike, row_counts
+from s3lora_serve.spectral import fallback
+from s3lora_serve.spectral._checks import ZERO_ROW
+from s3lora_serve.spectral.gram import UNIT, Solution
+from s3lora_serve.spectral.panels import Factors
+from s3lora_serve.spectral.torch_ops import FLOOR
+from s3lora_serve.spectral.upload import Uploaded, upload
 
-CHUNK_BYTES = 2**25
-"""Bytes of weights uploaded at a time. The device holds two chunks, the size of a third for stacked
-batches, 64 MB for r×r matrices (`precision.GRAM_BYTES`), and the partial sums of the kernels."""
+NORMALIZATION = "two_sided"
 
-ALIGNMENT = 16
-"""In bytes: the widest load instruction of a kernel."""
+PART_BYTES = 2**28
+"""Device memory for one part, matrices included. An engine leaves a tenth of its device, gigabytes,
+for what is not its own. Ours."""
+
+PROGRAMS = 528
+"""Number of programs that fill a device: four per multiprocessor of a Hopper GPU, which has 132."""
+
+BLOCK_ROWS = 32
+"""Rows that a program holds at a time. With 64, too few registers are left for its sums, and on
+sm_100 Triton 3.6 takes an instruction without float64."""
+
+FLOAT64 = torch.float64
+DTYPES = {torch.bfloat16, torch.float16, torch.float32, FLOAT64}
+
+MAX_RANK = 64
+"""Largest rank whose float64 matrices fit into the registers of one program."""
+
+FIELDS = 5
+"""Of a solution, besides its singular values: what `triton_chain.spectrum` stores after them."""
 
 
-class Chunk(NamedTuple):
-    """Consecutive modules in the order given, and access to their factors."""
+def fits(modules: Sequence[Factors], normalization: str) -> bool:
+    """Whether the kernels can solve these modules of one rank."""
+    if find_spec("triton") is None or normalization != NORMALIZATION:
+        return False
+    dtypes = {factor.dtype for module in modules for factor in module}
+    return dtypes <= DTYPES and modules[0][0].shape[1] <= MAX_RANK
 
-    modules: Sequence[Factors]
-    place: Modules
 
+def solve(
+    modules: Sequence[Factors], device: str, between_batches: Callable[[], None]
+) -> list[Solution]:
+    """Solve modules of one rank, part by part. Modules larger than a part get no error bound.
 
-def upload(
-    parts: Sequence[Sequence[Factors]], device: str, between_batches: Callable[[], None]
-) -> Iterator[Chunk]:
-    """Upload modules to the device, one chunk ahead of the caller. Each part has one rank.
-
-    A module larger than a chunk stays on the host.
+    Shape: fields of k = len(modules) rows together, float64, on the host.
 
     Raises:
-        torch.OutOfMemoryError: the device has not enough free memory for a chunk.
+        torch.OutOfMemoryError: the device has not enough free memory.
+        RuntimeError and others: a kernel cannot be compiled or launched.
     """
-    uploader = Uploader(torch.device(device))
-    ahead: tuple[Sequence[Factors], Callable[[], Modules]] | None = None
-
-    def start(modules: Sequence[Factors]) -> Callable[[], Modules]:
-        if _bytes(modules[0]) > CHUNK_BYTES:
-            return lambda: HostModules(modules, between_batches)
-        arrival = uploader.start(modules)
-        return lambda: DeviceModules(arrival())
-
-    for part in parts:
-        for chunk in _chunks(part):
-            between_batches()
-            current, ahead = ahead, (chunk, start(chunk))
-            if current:
-                yield Chunk(current[0], current[1]())
-    if ahead:
-        yield Chunk(ahead[0], ahead[1]())
+    target = torch.device(device)
+    return [
+        _unsolved(part) if cost(part[0]) > PART_BYTES else _solve(part, target, between_batches)
+        for part in parts(modules)
+    ]
 
 
-class Uploader:
-    """Copies chunks from host to device, one copy per chunk, in parallel with other device work."""
+def warm_up(device: str) -> None:
+    """Compile the kernels and load them on the device, so that no adapter waits for that.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
-
-    def start(self, modules: Sequence[Factors]) -> Callable[[], list[Factors]]:
-        """Start a copy. The returned function makes later work wait for it and gives the modules.
-
-        Each factor keeps its shape, dtype and strides.
-        """
-        tensors = [_dense(tensor) for module in modules for tensor in module]
-        shared = _shared_span(tensors)
-        if shared is not None and self._cuda and shared.is_pinned():
-            source = shared
-            offsets = [tensor.data_ptr() - shared.data_ptr() for tensor in tensors]
-        else:
-            source, offsets = self._staged(tensors)
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            target = source.to(self._device, non_blocking=True)
-            copied = self._stream.record_event() if self._stream else None
-
-        def arrival() -> list[Factors]:
-            if copied:
-                working = torch.cuda.current_stream(self._device)
-                working.wait_event(copied)
-                target.record_stream(working)
-            views = [_view_at(target, *where) for where in zip(offsets, tensors, strict=True)]
-            return list(zip(views[::2], views[1::2], strict=True))
-
-        return arrival
-
-    def _staged(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """Copy all tensors to one pinned buffer, which torch keeps until the upload ends.
-
-        Returns:
-            The buffer, and the offset of each tensor in bytes.
-        """
-        offsets, size = [], 0
-        for tensor in tensors:
-            offsets.append(size)
-            size += -(-tensor.numel() * tensor.itemsize // ALIGNMENT) * ALIGNMENT
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)
-        for offset, tensor in zip(offsets, tensors, strict=True):
-            _view_at(memory, offset, tensor).copy_(tensor)
-        return memory, offsets
+    For the ranks and dtypes that adapters commonly have. A failure is that of an adapter: the host
+    scores from then on.
+    """
+    for rank in (16, 32, 64):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            factors = torch.ones(32, rank, dtype=dtype), torch.ones(rank, 32, dtype=dtype)
+            if fits([factors], NORMALIZATION):
+                fallback.attempt(partial(solve, [factors], device), lambda: None)
 
 
-class DeviceModules:
-    """Modules of one rank whose factors are on a device."""
-
-    def __init__(self, modules: Sequence[Factors]) -> None:
-        self._modules = modules
-        self._ops = _kernels(modules[0][0].shape[1])
-
-    @property
-    def arithmetics(self) -> tuple[torch.dtype, ...]:
-        """Working dtypes to try, the fastest first."""
-        # Without our kernels, float32 products may be rounded to tf32: a setting of the process.
-        return (torch.float64,) if self._ops is None else (torch.float32, torch.float64)
-
-    def sides(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Side, Side]:
-        """The B and the Aᵀ of the chosen modules, for passes in `dtype`."""
-        rows = [self._modules[i][0] for i in chosen]
-        columns = [self._modules[i][1].mT for i in chosen]
-        if self._ops is None:
-            return PanelSide(rows, dtype), PanelSide(columns, dtype)
-        return DeviceSide(rows, dtype, self._ops), DeviceSide(columns, dtype, self._ops)
-
-
-class DeviceSide:
-    """A `gram.Side` on a device. Its batches consist of whole factors in their stored dtype."""
-
-    def __init__(self, factors: Sequence[Tensor], dtype: torch.dtype, ops: ModuleType) -> None:
-        """Accept factors (d, r) of any shapes, strides and dtypes; `ops` implements the passes."""
-        self.dtype = dtype
-        self._ops = ops
-        groups = alike(factors)
-        self._batches = [_stacked([factors[i] for i in group]) for group in groups]
-        order = torch.tensor([i for group in groups for i in group])
-        self._order = order.to(factors[0].device)
-        self._back = order.argsort().to(factors[0].device)
-        self._rows = row_counts(factors)
-
-    def gram(self) -> Tensor:
-        """See `gram.Side.gram`."""
-        return torch.cat([self._ops.gram(X, self.dtype) for X in self._batches])[self._back]
-
-    def normalised_gram(self, lower: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
-        """See `gram.Side.normalised_gram`.
-
-        All modules are processed: reading `chosen` would synchronise host and device.
-        """
-        per_batch = lower[self._order].split_with_sizes([len(X) for X in self._batches])
-        parts = [
-            self._ops.normalised_gram(X, L) for X, L in zip(self._batches, per_batch, strict=True)
-        ]
-        total, sums, lost = (torch.cat(part)[self._back] for part in zip(*parts, strict=True))
-        return total, sums / self._rows, lost
-
-
-def _kernels(rank: int) -> ModuleType | None:
-    """The Triton kernels; None if Triton is not installed or the rank exceeds MAX_RANK."""
-    try:
-        from s3lora_serve.spectral import triton_ops
-    except ImportError:
-        return None
-    return triton_ops if rank <= triton_ops.MAX_RANK else None
-
-
-def _chunks(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
-    """Consecutive modules of at most CHUNK_BYTES together; a larger module is a chunk by itself."""
-    start, size = 0, 0
+def parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
+    """Consecutive modules that cost at most PART_BYTES together, or one that costs more."""
+    start, total = 0, 0
     for i, module in enumerate(modules):
-        if i > start and size + _bytes(module) > CHUNK_BYTES:
+        if i > start and total + cost(module) > PART_BYTES:
             yield modules[start:i]
-            start, size = i, 0
-        size += _bytes(module)
+            start, total = i, 0
+        total += cost(module)
     yield modules[start:]
 
 
-def _bytes(module: Factors) -> int:
-    return sum(factor.numel() * factor.itemsize + ALIGNMENT for factor in module)
+def cost(module: Factors) -> int:
+    """Bytes of device memory: the factors, and eight r×r matrices."""
+    square = 64 * _padded_rank(module[0].shape[1]) ** 2
+    return square + sum(factor.numel() * factor.itemsize for factor in module)
 
 
-def _stacked(factors: list[Tensor]) -> Tensor:
-    """Stack factors of one shape, dtype and layout to (k, d, r), in their stored layout."""
-    if len(factors) == 1:
-        return factors[0].unsqueeze(0)
-    if factors[0].stride(0) == 1:
-        return torch.stack([factor.mT for factor in factors]).mT
-    return torch.stack(factors)
+def capability(device: torch.device) -> int:
+    """The device's generation: 9 for sm_90; 0 in Triton's interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor itself if it or its transpose is contiguous, else a contiguous copy."""
-    return tensor if tensor.is_contiguous() or tensor.mT.is_contiguous() else tensor.contiguous()
+def warps(size: int, generation: int) -> int:
+    """Warps of a program on R×R matrices: as many as keep the matrices in registers.
 
-
-def _view_at(memory: Tensor, offset: int, like: Tensor) -> Tensor:
-    """A view of `memory` at an offset in bytes, with the shape, strides and dtype of `like`."""
-    size = like.numel() * like.itemsize
-    flat = memory[offset : offset + size].view(like.dtype)
-    return flat.as_strided(like.shape, like.stride(), flat.storage_offset())
-
-
-def _shared_span(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The bytes from the first to the last of the tensors, which share one storage.
-
-    None if they do not share one, or if the span exceeds twice their bytes or two chunks.
+    From sm_100 on, Triton 3.6 takes a tensor-core instruction without float64 for matrices of 64
+    rows, and fails, unless a program has more than 8.
     """
-    storage = tensors[0].untyped_storage()
-    starts = [tensor.storage_offset() * tensor.itemsize for tensor in tensors]
-    sizes = [tensor.numel() * tensor.itemsize for tensor in tensors]
-    if any(tensor.untyped_storage().data_ptr() != storage.data_ptr() for tensor in tensors):
-        return None
-    first = min(starts) // ALIGNMENT * ALIGNMENT
-    last = max(start + size for start, size in zip(starts, sizes, strict=True))
-    if last - first > min(2 * CHUNK_BYTES, 2 * sum(sizes)):
-        return None
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-    return whole[first:last]
+    if size == 64 and generation >= 10:
+        return 16
+    return 4 if size <= 16 else 8
+
+
+def _padded_rank(rank: int) -> int:
+    return max(16, 1 << (rank - 1).bit_length())  # tl.dot requires sides of at least 16
+
+
+def _unsolved(modules: Sequence[Factors]) -> Solution:
+    k, rank = len(modules), modules[0][0].shape[1]
+    return Solution(
+        torch.zeros(k, rank, dtype=FLOAT64), *torch.full((FIELDS, k), torch.inf).double()
+    )
+
+
+class _Launches:
+    """The launches for one part, in their order, and the device memory that they share."""
+
+    def __init__(self, uploaded: Uploaded, device: torch.device) -> None:
+        self._weights = uploaded.memory
+        self._device = device
+        self._slots = len(uploaded.factors)
+        self._rank = uploaded.factors[0].shape[1]
+        self._size = _padded_rank(self._rank)
+        self._warps = warps(self._size, capability(device))
+        tables, counts = _tables(uploaded)
+        most = -(-max(counts) // BLOCK_ROWS)
+        self._parts = min(max(1, PROGRAMS // self._slots), max(1, most))
+        self._groups = self._on_device(tables, counts)
+
+    def solution(self) -> Tensor:
+        """Run all; (modules, R + FIELDS) as `triton_chain.spectrum` stores it, on the device."""
+        from s3lora_serve.spectral import triton_chain, triton_passes
+
+        R, slots, parts = self._size, self._slots, self._parts
+        partials = self._empty(slots, parts, R, R)
+        lowers, grams = self._empty(slots, R, R), self._empty(slots, R, R)
+        stats, sums = self._empty(slots, 2), self._empty(slots, parts, 2)
+        out = self._empty(slots // 2, R + FIELDS)
+        self._pass(triton_passes.gram, partials)
+        triton_chain.factorise[(slots,)](
+            partials, parts, grams, lowers, stats, self._rank,
+            UNIT=UNIT[FLOAT64], ZERO_ROW=ZERO_ROW, R=R, num_warps=self._warps,
+        )  # fmt: skip
+        self._pass(triton_passes.normalised_gram, lowers, partials, sums, FLOOR=FLOOR[FLOAT64])
+        triton_chain.spectrum[(slots // 2,)](
+            partials, sums, parts, self._counts, grams, stats, out, self._rank,
+            UNIT=UNIT[FLOAT64], R=R, num_warps=self._warps,
+        )  # fmt: skip
+        return out
+
+    def _pass(self, kernel: Any, *more: Tensor, **constants: float) -> None:
+        """Launch a pass for each dtype and layout."""
+        import triton.language as tl
+
+        for (dtype, columns), table in self._groups.items():
+            kernel[(len(table), self._parts)](
+                self._weights, table, *more, self._rank, **constants,
+                DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), COLUMNS=columns,
+                BLOCK_D=BLOCK_ROWS, BLOCK_R=self._size, num_warps=self._warps,
+            )  # fmt: skip
+
+    def _on_device(
+        self, tables: dict[tuple[torch.dtype, bool], list[list[int]]], counts: list[int]
+    ) -> dict[tuple[torch.dtype, bool], Tensor]:
+        """Upload the tables and the numbers of rows in one copy."""
+        rows = [row for table in tables.values() for row in table]
+        numbers = torch.tensor(rows + [[count, 0, 0, 0] for count in counts])
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory()
+        moved = numbers.to(self._device, non_blocking=True)
+        self._counts = moved[len(rows) :, 0].double()
+        lengths = [len(table) for table in tables.values()]
+        return dict(zip(tables, torch.split(moved[: len(rows)], lengths), strict=True))
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=FLOAT64, device=self._device)
+
+
+def _tables(
+    uploaded: Uploaded,
+) -> tuple[dict[tuple[torch.dtype, bool], list[list[int]]], list[int]]:
+    """Rows for `triton_passes`, by dtype and layout, and the number of rows of each factor."""
+    tables: dict[tuple[torch.dtype, bool], list[list[int]]] = {}
+    counts = []
+    for slot, (factor, offset) in enumerate(zip(uploaded.factors, uploaded.offsets, strict=True)):
+        (count, rank), (row, column) = factor.shape, factor.stride()
+        if slot % 2:  # A, of which the kernels take the transpose
+            (rank, count), (column, row) = factor.shape, factor.stride()
+        columns = row == 1 and (column >= count or rank == 1)
+        tables.setdefault((factor.dtype, columns), []).append(
+            [offset, count, column if columns else row, slot]
+        )
+        counts.append(count)
+    return tables, counts
+
+
+def _solve(
+    modules: Sequence[Factors], device: torch.device, between_batches: Callable[[], None]
+) -> Solution:
+    uploaded = upload(modules, device, between_batches)
+    launches = _Launches(uploaded, device)
+    between_batches()
+    found = launches.solution().cpu()  # the only time that the host waits
+    values = found[:, :-FIELDS].sort(descending=True).values[:, : modules[0][0].shape[1]]
+    return Solution(values, *found[:, -FIELDS:].T.clone())

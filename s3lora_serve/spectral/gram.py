@@ -5,7 +5,6 @@ condition number of its factor. Therefore each solution has an `error_bound`, a 
 error, and the caller solves a module again in a slower arithmetic if the bound is too large.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -46,17 +45,6 @@ class Side(Protocol):
         Shape: lower (k, r, r) of the working dtype, chosen (k,) bool -> (k, r, r), (k,), (k,)
         float64.
         """
-
-
-class Modules(Protocol):
-    """Modules of one rank, with their factors on the host or on a device."""
-
-    @property
-    def arithmetics(self) -> tuple[torch.dtype, ...]:
-        """Working dtypes to try, the fastest first."""
-
-    def sides(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Side, Side]:
-        """The B and the Aᵀ of the chosen modules, for passes in `dtype`."""
 
 
 class Solution(NamedTuple):

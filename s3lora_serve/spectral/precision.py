@@ -1,6 +1,7 @@
 """Choice of precision: each module gets the fastest arithmetic whose error bound is small enough.
 
-The arithmetics are float32 Grams, float64 Grams, and QR in float64, tried in this order.
+On the host the arithmetics are float32 Grams, float64 Grams, and QR in float64, tried in this
+order. A device has float64 Grams alone, and the host what they are not exact enough for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.spectral import device as devices
-from s3lora_serve.spectral import gram, qr
+from s3lora_serve.spectral import fallback, gram, qr
 from s3lora_serve.spectral._checks import in_range
-from s3lora_serve.spectral.gram import MAX_ERROR_BOUND, Modules, Solution
+from s3lora_serve.spectral.gram import MAX_ERROR_BOUND, Solution
 from s3lora_serve.spectral.panels import Factors, HostModules
 
 GRAM_BYTES = 2**25
@@ -29,21 +30,15 @@ def solve(
     """Solve modules of one rank and any shapes and dtypes, in the order given.
 
     The values of a module with non-finite factors are NaN. Extra memory does not grow with the
-    size of the adapter. If the device runs out of memory, the host solves all modules.
+    size of the adapter. If the device fails, the host solves all modules.
 
     Shape: B (m, r), A (r, n) each -> fields of k = len(modules) rows, float64, on the host.
     """
-    parts = list(_parts(modules))
-    if device != "cpu":
-        try:
-            resident = devices.upload(parts, device, between_batches)
-            return _cat(
-                [_solve_chunk(*chunk, normalization, between_batches) for chunk in resident]
-            )
-        except torch.OutOfMemoryError:
-            pass  # the engine needs the device memory more than scoring needs speed
-    on_host = ((part, HostModules(part, between_batches)) for part in parts)
-    return _cat([_solve_chunk(*chunk, normalization, between_batches) for chunk in on_host])
+    if device != "cpu" and devices.fits(modules, normalization):
+        solved = fallback.attempt(partial(devices.solve, modules, device), between_batches)
+        if solved is not None:
+            return _again(_cat(solved), modules, normalization, between_batches)
+    return _solve_on_host(modules, normalization, between_batches)
 
 
 def _parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
@@ -53,36 +48,53 @@ def _parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
         yield modules[at : at + size]
 
 
-def _solve_chunk(
+def _again(
+    solution: Solution,
     modules: Sequence[Factors],
-    resident: Modules,
     normalization: str,
     between_batches: Callable[[], None],
 ) -> Solution:
+    """Solve the modules again on the host whose error bound on the device is too large."""
+    if inexact := _inexact(solution):
+        chosen = [modules[i] for i in inexact]
+        _replace(solution, inexact, _solve_on_host(chosen, normalization, between_batches))
+    return solution
+
+
+def _solve_on_host(
+    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+) -> Solution:
+    return _cat([_solve_part(part, normalization, between_batches) for part in _parts(modules)])
+
+
+def _solve_part(
+    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+) -> Solution:
+    place = HostModules(modules, between_batches)
+
     def grams(chosen: Sequence[int], dtype: torch.dtype) -> Solution:
-        return _to_host(gram.solve(*resident.sides(chosen, dtype), normalization))
+        return gram.solve(*place.sides(chosen, dtype), normalization)
 
     def by_qr(chosen: Sequence[int]) -> Solution:
         return _solve_by_qr([modules[i] for i in chosen], normalization, between_batches)
 
-    fastest, *slower = resident.arithmetics
+    fastest, *slower = place.arithmetics
     solution = grams(range(len(modules)), fastest)
     steps: list[Callable[[Sequence[int]], Solution]] = [partial(grams, dtype=d) for d in slower]
     for again in (*steps, by_qr):
-        inexact = (~(solution.error_bound <= MAX_ERROR_BOUND)).nonzero().flatten().tolist()
-        if inexact:
-            for kept, value in zip(solution, again(inexact), strict=True):
-                kept[inexact] = value
+        if inexact := _inexact(solution):
+            _replace(solution, inexact, again(inexact))
     return solution
 
 
-def _to_host(solution: Solution) -> Solution:
-    """Copy all fields to the host in one transfer."""
-    if solution.error_bound.device.type == "cpu":
-        return solution
-    packed = torch.cat([column.reshape(len(column), -1) for column in solution], 1).cpu()
-    rank = solution.normalised.shape[1]
-    return Solution(packed[:, :rank].clone(), *packed[:, rank:].T.clone())
+def _inexact(solution: Solution) -> list[int]:
+    found: list[int] = (~(solution.error_bound <= MAX_ERROR_BOUND)).nonzero().flatten().tolist()
+    return found
+
+
+def _replace(solution: Solution, places: list[int], by: Solution) -> None:
+    for kept, value in zip(solution, by, strict=True):
+        kept[places] = value
 
 
 def _solve_by_qr(

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral import alignment, baselines, precision, reference
+from s3lora_serve.spectral import alignment, baselines, fallback, precision, reference
 from s3lora_serve.spectral.alignment import SAFE_LORA, SPLORA, Subspace
 from s3lora_serve.spectral.low_rank import with_magnitudes
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
@@ -120,7 +121,12 @@ def _with_alignment(
     between_batches: Callable[[], None],
 ) -> list[ModuleScore]:
     updates = [(module.B, module.A, module.scaling) for module in modules]
-    products = alignment.products(updates, subspaces, between_batches, resolve_device(device))
+    chosen = resolve_device(device)
+    products = None
+    if chosen != "cpu":
+        on_device = partial(alignment.products, updates, subspaces, device=chosen)
+        products = fallback.attempt(on_device, between_batches)
+    products = products or alignment.products(updates, subspaces, between_batches)
     found = (
         alignment.cosines(products)
         if scorer.name == SAFE_LORA

@@ -19,7 +19,7 @@ from s3lora_serve.errors import (
     StoreFull,
 )
 from s3lora_serve.policy.schema import Policy
-from s3lora_serve.spectral import resolve_device
+from s3lora_serve.spectral import resolve_device, take_fallbacks
 from s3lora_serve.telemetry.audit_event import AuditEvent, Copy, Event, Requester
 from s3lora_serve.telemetry.audit_log import AuditLog
 from s3lora_serve.telemetry.audit_writer import AuditWriter
@@ -87,6 +87,8 @@ class AdmissionEvents:
             self._logger.warning if verdict.decision is Decision.REJECTED else self._logger.info
         )
         report("s3lora: adapter %r %s", verdict.name, _summary(verdict))
+        for cause, count in take_fallbacks().items():
+            self.metrics.device_fallbacks.labels(cause).inc(count)
         if door == EXPERIMENT:
             self.metrics.experiments.labels(verdict.decision.value).inc()
         else:

@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from s3lora_serve.admission.verdict import Decision, Verdict, served_stripped_count
 from s3lora_serve.errors import rejection_codes
+from s3lora_serve.spectral import FALLBACK_CAUSES
 from s3lora_serve.telemetry.per_adapter_gauge import OTHER, AdapterGauge
 from s3lora_serve.telemetry.policy_gauge import PolicyGauge
 
@@ -102,6 +103,11 @@ class Metrics:
         self.scoring_seconds = histogram(
             "scoring_seconds", "Time to score an adapter.", "device", SECONDS_BUCKETS
         )
+        self.device_fallbacks = counter(
+            "device_fallbacks_total",
+            "Adapters that the CPU scored, at least in part, in place of a device that failed.",
+            ("cause",),
+        )
         self.postponed_loads = counter(
             "postponed_loads_total",
             "Loads turned away before the adapter was looked at; they may be tried again.",
@@ -124,6 +130,8 @@ class Metrics:
             self.admission_seconds.labels(phase)
         for device in DEVICES:
             self.scoring_seconds.labels(device)
+        for cause in FALLBACK_CAUSES:
+            self.device_fallbacks.labels(cause)
         for selector in SELECTORS:
             self.selections.labels(selector)
         for source in SOURCES:

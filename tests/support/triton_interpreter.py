@@ -25,3 +25,28 @@ def for_all_processes(folder):
     program = f"{head}{inspect.getsource(enable_triton)}enable_triton()\n"
     (folder / "sitecustomize.py").write_text(program)
     return {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+
+
+def patch_once_a_launch(patch):
+    """Have the interpreter replace Triton's language once a launch, not at each function's call.
+
+    It looks through all of the language for each call of a function in a kernel, which takes most
+    of its time. `patch` is pytest's monkeypatch.
+    """
+    from triton.runtime import interpreter
+
+    replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced = set()
+
+    def replace_once(function):
+        if id(function.__globals__) in replaced:
+            return interpreter._LangPatchScope()
+        replaced.add(id(function.__globals__))
+        return replace(function)
+
+    def launch_anew(*arguments, **more):
+        replaced.clear()
+        return launch(*arguments, **more)
+
+    patch.setattr(interpreter, "_patch_lang", replace_once)
+    patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)

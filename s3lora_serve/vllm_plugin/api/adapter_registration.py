@@ -21,6 +21,7 @@ from s3lora_serve.errors import (
 )
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.owners import foreign_unload
+from s3lora_serve.spectral import resolve_device, warm_up
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.admissions import Admissions
@@ -67,6 +68,12 @@ class AdapterRegistration:
             controller, self._admissions, self._engine_load, self._tasks
         )
         self._loads = WorkThreads("load", load_places(), self._count_waiting)
+
+    def warm_up(self) -> None:
+        """Compile what scores on a device, so that the first adapter does not wait for that."""
+        device = resolve_device(self.controller.settings.device)
+        if device != "cpu":
+            WorkThreads("warm-up", 1).start(partial(warm_up, device))
 
     async def add_lora(
         self, engine: Any, request: Any, original: Callable[..., Awaitable[bool]]

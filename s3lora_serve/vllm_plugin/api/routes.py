@@ -49,6 +49,8 @@ class GateRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the gate's routes; those that read folders only if run-time loading is enabled."""
+        if (registration := self._registration()) is not None:
+            registration.warm_up()
         keys = compat.api_keys(app.state.args)
         app.add_middleware(ApiKeyGate, keys=keys)
         app.add_middleware(RequesterNote, keys=keys)

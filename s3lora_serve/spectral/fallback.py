@@ -1,0 +1,88 @@
+"""From a device that cannot score to the host: never a refusal, and never an error.
+
+A device without free memory is tried again with the next adapter. Any other failure (a kernel that
+cannot be compiled or launched, a missing library) would come again: the process uses its devices no
+more.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+MEMORY, FAILURE = "memory", "failure"
+CAUSES = (MEMORY, FAILURE)
+"""Why the host scored an adapter that a device should have scored."""
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+_counts: Counter[str] = Counter()
+_logged: set[str] = set()
+_failed = False
+
+
+class _Stopped(Exception):
+    """`between_batches` raised: the caller wants to stop, and the device is not the cause."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def attempt(
+    solve: Callable[[Callable[[], None]], T], between_batches: Callable[[], None]
+) -> T | None:
+    """What `solve(between_batches)` gives, or None if the device failed, now or earlier.
+
+    Raises:
+        Whatever `between_batches` raises.
+    """
+    global _failed
+    if _failed:
+        _counts[FAILURE] += 1
+        return None
+
+    def stopping() -> None:
+        try:
+            between_batches()
+        except BaseException as cause:  # noqa: BLE001 - it is raised again
+            raise _Stopped(cause) from None
+
+    try:
+        return solve(stopping)
+    except _Stopped as stopped:
+        raise stopped.cause from None
+    except torch.OutOfMemoryError as error:  # the engine needs the memory more
+        _report(MEMORY, "has no free memory; the CPU scores this adapter", error)
+    except Exception as error:  # noqa: BLE001 - compilers and drivers raise what they like
+        _failed = True
+        _report(FAILURE, "failed; from now on the CPU scores", error)
+    return None
+
+
+def take_counts() -> dict[str, int]:
+    """How many times the host stepped in since the last call, by cause."""
+    found = dict(_counts)
+    _counts.subtract(found)
+    return {cause: count for cause, count in found.items() if count}
+
+
+def reset() -> None:
+    """Use devices again, as in a new process."""
+    global _failed
+    _failed = False
+    _logged.clear()
+    _counts.clear()
+
+
+def _report(cause: str, what: str, error: BaseException) -> None:
+    _counts[cause] += 1
+    if cause not in _logged:
+        _logged.add(cause)
+        problem = str(error).strip().partition("\n")[0][:300]
+        _logger.warning(
+            "s3lora: the scoring device %s: %s: %s", what, type(error).__name__, problem
+        )
