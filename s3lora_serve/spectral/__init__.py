@@ -11,6 +11,7 @@
 from s3lora_serve.spectral.alignment import Subspace
 from s3lora_serve.spectral.device import warm_up
 from s3lora_serve.spectral.fallback import CAUSES as FALLBACK_CAUSES
+from s3lora_serve.spectral.fallback import report_to as report_fallbacks_to
 from s3lora_serve.spectral.fallback import take_counts as take_fallbacks
 from s3lora_serve.spectral.low_rank import mas_svd
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
@@ -31,6 +32,7 @@ __all__ = [
     "Subspace",
     "mas_svd",
     "relative_sharpness",
+    "report_fallbacks_to",
     "resolve_device",
     "score_modules",
     "spectral_sharpness",

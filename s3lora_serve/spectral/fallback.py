@@ -18,7 +18,7 @@ CAUSES = (MEMORY, FAILURE)
 
 T = TypeVar("T")
 
-_logger = logging.getLogger(__name__)
+_say: Callable[[str], object] = logging.getLogger(__name__).warning
 _counts: Counter[str] = Counter()
 _logged: set[str] = set()
 _failed = False
@@ -70,6 +70,12 @@ def take_counts() -> dict[str, int]:
     return {cause: count for cause, count in found.items() if count}
 
 
+def report_to(say: Callable[[str], object]) -> None:
+    """Have the one line for each cause written by `say`, in place of Python's own logging."""
+    global _say
+    _say = say
+
+
 def reset() -> None:
     """Use devices again, as in a new process."""
     global _failed
@@ -83,6 +89,4 @@ def _report(cause: str, what: str, error: BaseException) -> None:
     if cause not in _logged:
         _logged.add(cause)
         problem = str(error).strip().partition("\n")[0][:300]
-        _logger.warning(
-            "s3lora: the scoring device %s: %s: %s", what, type(error).__name__, problem
-        )
+        _say(f"s3lora: the scoring device {what}: {type(error).__name__}: {problem}")

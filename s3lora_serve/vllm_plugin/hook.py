@@ -3,6 +3,7 @@
 from s3lora_serve.errors import FrontEndUnguarded
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.settings import load_settings
+from s3lora_serve.spectral import report_fallbacks_to
 from s3lora_serve.telemetry.policy_gauge import leave_out_former_policies
 from s3lora_serve.vllm_plugin import compat, contract, front_end, patches, resolver_patches
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
@@ -39,6 +40,7 @@ def install() -> None:
         compat.logger.warning(
             "s3lora: vLLM %s was never checked; it has what the gate relies on", release
         )
+    report_fallbacks_to(compat.logger.warning)
     leave_out_former_policies()
     loader = AdapterLoader(controller)
     patches.after_create_lora_manager(loader.activate)

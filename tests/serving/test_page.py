@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from tests.support.adapters import copy_with, diverged
 from tests.support.browser import chromium
@@ -16,7 +17,11 @@ KEY = "a key"
 
 @pytest.fixture(scope="module")
 def server(browser, model, spiked, trained, policy_file, workplace):
-    environment = OPEN_LOADING | {"S3LORA_POLICY": str(policy_file), "VLLM_API_KEY": KEY}
+    environment = OPEN_LOADING | {
+        "S3LORA_POLICY": str(policy_file),
+        "VLLM_API_KEY": KEY,
+        "S3LORA_DEVICE": "cuda",  # which fails on a machine without one
+    }
     with Server(model, workplace / "page.log", (), environment, key=KEY) as server:
         broken = copy_with(spiked, workplace / "page-nan", diverged)
         for name, folder in (("acme/one", spiked), ("acme/two", trained), (HOSTILE, trained)):
@@ -63,6 +68,12 @@ def test_the_page_asks_for_the_key(browser, server):
     assert answer.status == 401
     assert answer.headers["www-authenticate"].startswith("Basic")  # a browser shows a prompt
     context.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_server_whose_scoring_device_fails_scores_on_the_cpu_and_says_so_once(server):
+    assert server.metrics()['s3lora_device_fallbacks_total{cause="failure"}'] >= 2
+    assert server.log.read_text().count("s3lora: the scoring device failed") == 1
 
 
 def test_it_lists_what_is_served_and_what_was_refused_and_why(page):

@@ -10,8 +10,9 @@ from tests.support.factors import gaussian
 
 
 @pytest.fixture(autouse=True)
-def anew():
+def anew(monkeypatch):
     fallback.reset()
+    monkeypatch.setattr(fallback, "_say", logging.getLogger(fallback.__name__).warning)
     yield
     fallback.reset()
 
