@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks import alignment_report, serving_report, sweep_report
+from tests.gpu import kernels
 
 COLUMNS = (
     "adapter", "r", "dtype", "modules", "ours, s", "over floor", "naive f64 over ours",
@@ -35,18 +36,14 @@ again in float64, and cost what the row with falling B shows. Ranks under 16 tak
 ## Scaling
 
 ![Seconds against rank, width and number of modules](scaling.svg)
-
-## CUDA
-
-The CUDA path is unmeasured: no machine with a GPU has run it. Its kernels are held equal to their
-twins in torch, and its scores to the dense definition, in Triton's interpreter
-(`tests/spectral/test_device.py`).
 """
 
 
 def write(folder: Path) -> None:
     """Write RESULTS.md from the figures of every benchmark that was run."""
     sections = [markdown(json.loads((folder / "results.json").read_text()))]
+    if (figures := folder / "kernels.json").exists():
+        sections.append(kernels.section(json.loads(figures.read_text())))
     if (figures := folder / "alignment.json").exists():
         sections.append(alignment_report.alignment(json.loads(figures.read_text())))
     if (figures := folder / "admission.json").exists():

@@ -6,18 +6,18 @@ its own, since a compiler may end its process. Prints a JSON object for each.
 
 import argparse
 import json
-import multiprocessing.pool
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 WARP = 32
+LAYOUTS = ("rows", "columns")
 
 
 class Variant(NamedTuple):
@@ -27,19 +27,19 @@ class Variant(NamedTuple):
     architecture: int  # 90 for sm_90
     rank: int
     dtype: str = ""
-    columns: bool = False
+    layout: str = ""
 
 
-def variants(architectures: list[int], ranks: list[int], dtypes: list[str]) -> Iterator[Variant]:
-    """All variants of all kernels, as `device` launches them."""
-    for architecture in architectures:
-        for rank in ranks:
-            for kernel in ("factorise", "spectrum"):
-                yield Variant(kernel, architecture, rank)
-            for dtype in dtypes:
-                for columns in (False, True):
-                    for kernel in ("gram", "normalised_gram"):
-                        yield Variant(kernel, architecture, rank, dtype, columns)
+def variants(
+    architectures: list[int], ranks: list[int], dtypes: list[str], layouts: list[str]
+) -> Iterator[Variant]:
+    """Variants of all kernels, as `device` launches them."""
+    for architecture, rank in product(architectures, ranks):
+        yield Variant("factorise", architecture, rank)
+        yield Variant("spectrum", architecture, rank)
+        for dtype, layout in product(dtypes, layouts):
+            yield Variant("gram", architecture, rank, dtype, layout)
+            yield Variant("normalised_gram", architecture, rank, dtype, layout)
 
 
 def compiled(variant: Variant) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _compile(variant: Variant) -> Any:
     driver.set_active(_Driver(variant.architecture))
     dtype = getattr(torch, variant.dtype or "float32")
     B, A = torch.zeros(96, variant.rank, dtype=dtype), torch.zeros(variant.rank, 96, dtype=dtype)
-    if variant.columns:
+    if variant.layout == "columns":
         B = B.mT.contiguous().mT
     else:
         A = A.mT.contiguous().mT
@@ -127,29 +127,51 @@ def _usage(image: bytes) -> dict[str, int]:
 
 
 def _in_a_process(variant: Variant) -> dict[str, Any]:
-    """What `compiled` gives, or why there is nothing."""
-    command = [sys.executable, "-m", "tests.gpu.compile_ahead", "--one", json.dumps(variant)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    return {**variant._asdict(), "failed": (done.stderr.strip().splitlines() or ["died"])[-1]}
+    """What `compiled` gives, or why there is nothing: a compiler may end its process."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        os.dup2(writer, 2)  # what it says goes the same way
+        try:
+            os.write(writer, b"\n" + json.dumps(compiled(variant)).encode() + b"\n")
+        except BaseException as error:  # noqa: BLE001 - the parent gets it
+            os.write(writer, f"\n{type(error).__name__}: {error}\n".encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as output:  # noqa: PTH123 - a file descriptor
+        said = output.read().splitlines()
+    os.waitpid(child, 0)
+    last = said[-1] if said else "died"
+    return json.loads(last) if last.startswith("{") else {**variant._asdict(), "failed": last}
 
 
 def main() -> None:
-    """Compile all variants, two at a time, and print what came of each."""
+    """Compile all variants, as many at a time as there are cores, and print what came of each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("architectures", type=int, nargs="*", default=[80, 90, 100])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     given = parser.parse_args()
-    if given.one:
-        print(json.dumps(compiled(Variant(*json.loads(given.one)))))
-        return
-    todo = list(variants(given.architectures, given.ranks, given.dtypes))
-    with multiprocessing.pool.ThreadPool(os.cpu_count() or 1) as pool:
-        for found in pool.imap_unordered(_in_a_process, todo):
-            print(json.dumps(found), flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        import torch  # noqa: F401 - once, before the forks
+        import triton  # noqa: F401
+
+        _run(list(variants(given.architectures, given.ranks, given.dtypes, given.layouts)))
+
+
+def _run(todo: list[Variant]) -> None:
+    """Each core's process takes every so-manieth variant, and forks for each."""
+    cores = os.cpu_count() or 1
+    children = []
+    for core in range(cores):
+        if not (child := os.fork()):
+            for variant in todo[core::cores]:
+                print(json.dumps(_in_a_process(variant)), flush=True)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":

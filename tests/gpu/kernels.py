@@ -1,0 +1,80 @@
+"""`make gpu-kernels`: what the device's kernels need of a GPU, compiled with both Tritons."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.gpu.oldest_triton import VERSION, oldest_triton
+
+ROOT = Path(__file__).parents[2]
+FIGURES = ROOT / "tests" / "benchmarks" / "kernels.json"
+NEEDS = ("registers", "stack_bytes", "shared_bytes")
+
+FOREWORD = """\
+The CUDA path is unmeasured: no machine with a GPU has run it. Its scores are held to the dense
+definition in Triton's interpreter (`tests/spectral/test_device.py`), and its kernels are compiled
+for three architectures with the oldest and the pinned Triton (`tests/gpu/test_compile.py`).
+
+An adapter of up to 256 MB, matrices included, is one upload, six launches and one copy back,
+whatever its number of modules; the host waits once. An 8B model's 224 modules at r = 16 took 30
+launches, about 890 other operations and 24 waits before. What is to be expected of an H100 is an
+estimate: 3.5 ms of PCIe for 84 MB, below which no pass can be.
+
+What a program needs (`make gpu-kernels`): registers of a thread, of 255; bytes of its stack, which
+hold what registers do not; KB of shared memory. Largest of all dtypes and layouts.
+"""
+
+
+def main() -> None:
+    """Compile all variants twice and write the figures and RESULTS.md."""
+    from tests.benchmarks import report
+
+    tritons = {version("triton"): None, VERSION: oldest_triton()}
+    found = {name: _compiled(folder) for name, folder in tritons.items()}
+    FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+    report.write(FIGURES.parent)
+
+
+def section(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The section of RESULTS.md on CUDA."""
+    most: dict[tuple[str, int, int, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for triton, variants in found.items():
+        for one in variants:
+            key = (one["kernel"], one["rank"], one["architecture"], triton)
+            most[key] = [max(*both) for both in zip(most[key], map(one.get, NEEDS), strict=True)]
+    columns = sorted({key[2:] for key in most}, key=lambda column: (column[1], column[0]))
+    head = [f"sm_{architecture}, Triton {triton}" for architecture, triton in columns]
+    rows = [
+        [f"`{kernel}`", f"{rank}"] + [_cell(most[kernel, rank, *column]) for column in columns]
+        for kernel, rank in sorted({key[:2] for key in most}, key=lambda row: (row[0], row[1]))
+    ]
+    return "\n".join(
+        [
+            "## CUDA", "", FOREWORD,
+            "| kernel | r | " + " | ".join(head) + " |",
+            "|---|---:|" + "---:|" * len(head),
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+        ]
+    )  # fmt: skip
+
+
+def _cell(needs: list[int]) -> str:
+    registers, stack, shared = needs
+    return f"{registers}, {stack}, {shared // 1024}"
+
+
+def _compiled(folder: Path | None) -> list[dict[str, Any]]:
+    environment = os.environ | {"PYTHONPATH": str(folder or ""), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.compile_ahead"]
+    output = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    return [json.loads(line) for line in output.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    main()
