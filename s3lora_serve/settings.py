@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     skip_stripped: bool = Field(
         True, description="skip the operations of modules without weights where possible"
     )
+    skip_captured: bool = Field(
+        False, description="skip them in compiled models and captured graphs too; not measured yet"
+    )
     audit_log: Path | None = Field(None, description="overrides the policy's audit.path")
     plans: Path | None = Field(None, description="overrides the policy's plans")
 

@@ -83,6 +83,30 @@ def adds_slice_by_slice(punica_wrapper: Any) -> bool:
     return isinstance(punica_wrapper, PunicaWrapperCPU)
 
 
+MAPPING_METADATA = ("token_mapping_meta", "prompt_mapping_meta")
+"""PunicaWrapperGPU's metadata of a batch: for all layers, and for the logits."""
+
+
+def slot_count(manager: Any) -> int:
+    """How many adapters a worker's batch may use.
+
+    NB: coupled to LoRAModelManager.lora_index_to_id.
+    """
+    return len(lora_manager(manager).lora_index_to_id)
+
+
+def slots_in_use(manager: Any) -> list[int]:
+    """The slots of a worker that hold an adapter."""
+    ids = lora_manager(manager).lora_index_to_id
+    return [slot for slot, lora_id in enumerate(ids) if lora_id is not None]
+
+
+def uses_gpu_operations(manager: Any) -> bool:
+    """Whether all known LoRA layers of a worker use vLLM's operations for GPUs."""
+    *_, on_gpu = skipping_classes()
+    return all(isinstance(each.punica_wrapper, on_gpu) for each in known_layers(manager))
+
+
 def is_warming_up(manager: Any) -> bool:
     """Whether a worker runs vLLM's dummy adapters, to measure memory and warm up."""
     return manager._cached_dummy_lora is not False

@@ -3,6 +3,7 @@
 A vLLM that lacks one that the gate needs does not start. Skipping is switched off instead.
 """
 
+import dataclasses
 import dis
 import inspect
 from typing import Any
@@ -176,6 +177,26 @@ def skipping_obstacle(manager: Any = None) -> str | None:
     known = compat.known_layers(manager)
     others = {type(each.punica_wrapper) for each in known} - set(wrappers)
     return f"unknown operations: {others}" if others else None
+
+
+def captured_skipping_obstacle(manager: Any, vllm_config: Any) -> str | None:
+    """Why captured graphs cannot skip in this vLLM or worker; None if they can.
+
+    See `skipping_obstacle` for the rest.
+    """
+    release = f"vLLM {compat.installed_version()}"
+    if not isinstance(getattr(vllm_config, "additional_config", None), dict):
+        return f"{release}: additional_config is no dict, which would mark the compiled graphs"
+    if not compat.uses_gpu_operations(manager):
+        return "LoRA operations of this platform do not end early"
+    for layer in compat.known_layers(manager):
+        for name in compat.MAPPING_METADATA:
+            metadata = getattr(layer.punica_wrapper, name, None)
+            if not dataclasses.is_dataclass(metadata) or not hasattr(metadata, "active_lora_ids"):
+                return f"{release}: PunicaWrapperGPU.{name} has no active_lora_ids"
+    found = compat.lora_manager(manager)
+    missing = [n for n in ("activate_adapter", "lora_index_to_id") if not hasattr(found, n)]
+    return f"{release}: LoRAModelManager has no {missing[0]}" if missing else None
 
 
 def broken(problem: str) -> None:

@@ -106,6 +106,24 @@ def test_vllms_operations_for_gpus_give_the_same_bits_with_and_without_skipping(
     assert sum(found[end]["skipped"] for end in ("embed_tokens", "logits")) >= 1, found
 
 
+@pytest.mark.parametrize("batch_invariant", ["0", "1"])
+@pytest.mark.slow
+def test_rows_of_ids_for_captured_graphs_give_the_same_bits_and_leave_idle_requests_alone(
+    model, batch_invariant
+):
+    pytest.importorskip("triton", reason="needs triton, whose interpreter runs them here")
+    more = PATHS | {"VLLM_BATCH_INVARIANT": batch_invariant}
+    found, log = run_program("-m", "tests.support.captured_operations", model, 60, **more)
+    assert "skipped in captured graphs" in log
+    for kind in found["kinds"].values():
+        assert kind["different"] == kind["touched"] == 0
+    assert min(kind["exits"] for kind in found["kinds"].values()) >= 2, found
+    assert set(found["emptied"]) == {-1}
+    assert 0 in found["warming up"]  # as vLLM has it: time and memory of real adapters
+    assert found["kept addresses"]
+    assert not found["stale weights act"]
+
+
 BROKEN = """
 import runpy, sys
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU

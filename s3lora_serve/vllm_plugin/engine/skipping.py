@@ -9,17 +9,18 @@ from functools import partial
 from typing import Any
 
 from s3lora_serve.vllm_plugin import compat, contract, patches
-from s3lora_serve.vllm_plugin.engine.packed_slices import runs, weights_given
-
-EVERY = -1
-"""All slots, as a set of them in the bits of a number."""
+from s3lora_serve.vllm_plugin.engine import captured_skipping
+from s3lora_serve.vllm_plugin.engine.packed_slices import runs
+from s3lora_serve.vllm_plugin.engine.slots_with_weights import EVERY, SlotsWithWeights
 
 
 class Skipping:
     """Skipping in one worker."""
 
-    def __init__(self, *, wanted: bool) -> None:
+    def __init__(self, *, wanted: bool, captured: bool = False) -> None:
+        """`wanted`: skip where Python runs in each step; `captured`: in other models too."""
         self._wanted = wanted
+        self._captured = captured
 
     def activate(self, manager: Any, vllm_config: Any) -> None:
         """Start to skip; called when the LoRA modules exist and hold no adapter yet."""
@@ -27,7 +28,12 @@ class Skipping:
             compat.logger.info("s3lora: modules without weights cost what others do: %s", why)
             return
         layers = compat.known_layers(manager)
-        modules = {id(layer.lora_b_stacked): _Module(layer) for layer in layers}
+        if not compat.runs_eagerly(vllm_config):
+            captured_skipping.install(manager, vllm_config, layers)
+            compat.logger.info("s3lora: modules without weights are skipped in captured graphs")
+            return
+        # The identity of its stacked weights names a layer in `_Batch`.
+        modules = {id(layer.lora_b_stacked): SlotsWithWeights(layer) for layer in layers}
         for wrapper in {
             id(layer.punica_wrapper): layer.punica_wrapper for layer in layers
         }.values():
@@ -42,48 +48,21 @@ class Skipping:
         if not self._wanted:
             return "S3LORA_SKIP_STRIPPED is off"
         if not compat.runs_eagerly(vllm_config):
-            return "the model is compiled or captured in graphs, which do the same in every batch"
+            if not self._captured:
+                return (
+                    "the model is compiled or captured in graphs, which do the same in every batch"
+                    " (S3LORA_SKIP_CAPTURED, not yet measured on a GPU, changes that)"
+                )
+            if problem := contract.captured_skipping_obstacle(manager, vllm_config):
+                return problem
         return contract.skipping_obstacle(manager)
-
-
-class _Module:
-    """One LoRA layer: the slots in which each slice (q, k, v of qkv) has weights, as bits."""
-
-    def __init__(self, layer: Any) -> None:
-        self.stacked = layer.lora_b_stacked  # its identity names the layer in `_Batch`
-        self._held = [EVERY] * (len(self.stacked) if isinstance(self.stacked, tuple) else 1)
-        patches.wrap_method(layer, "set_lora", self._set)
-        patches.wrap_method(layer, "reset_lora", self._reset)
-
-    def needed(self, slots: int) -> list[bool]:
-        """Which slices have weights in at least one of these slots."""
-        return [bool(held & slots) for held in self._held]
-
-    def _set(self, original: Callable[..., None], index: int, lora_a: Any, lora_b: Any) -> None:
-        held = [True] * len(self._held)
-        try:
-            original(index, lora_a, lora_b)
-            held = weights_given(lora_a, lora_b, len(self._held))
-        finally:  # the original resets the slot first, and may fail after that
-            self._note(index, held)
-
-    def _reset(self, original: Callable[..., None], index: int) -> None:
-        original(index)
-        self._note(index, [False] * len(self._held))
-
-    def _note(self, index: int, held: list[bool]) -> None:
-        bit = 1 << index
-        self._held = [
-            slots | bit if now else slots & ~bit
-            for slots, now in zip(self._held, held, strict=True)
-        ]
 
 
 @dataclass(slots=True)
 class _Batch:
     """The batch of one of vLLM's Punica wrappers: which slots have tokens in it."""
 
-    modules: dict[int, _Module]
+    modules: dict[int, SlotsWithWeights]
     in_one_call: bool  # one launch over a gap is cheaper than two
     slots: int = EVERY  # that have tokens
 
