@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load load-fleet compat fuzz generate dashboard-check lint format bench gpu-kernels bench-alignment bench-admission bench-signing bench-serving bench-scan evidence shares clean
+.PHONY: demo test test-fast test-all load load-fleet compat fuzz generate dashboard-check lint format bench gpu-pack gpu-kernels bench-alignment bench-admission bench-signing bench-serving bench-scan evidence shares clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -50,6 +50,9 @@ bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.alignment
 	$(BIN)/python -m tests.benchmarks.sweep
+
+gpu-pack: $(READY)  ## the folder .gpu, with which tests/gpu/check.sh runs on a bare GPU machine: five minutes
+	$(BIN)/python -m tests.gpu.pack
 
 gpu-kernels: $(READY)  ## what the CUDA kernels need of a GPU, by compiling them: five minutes, no GPU
 	$(BIN)/python -m tests.gpu.kernels

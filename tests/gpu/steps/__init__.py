@@ -1,0 +1,15 @@
+"""The steps of `check.sh`. Each prints a JSON object of what it has found so far, line by line."""
+
+import json
+import os
+from typing import Any
+
+DEVICE = os.environ.get("CHECK_DEVICE", "cuda")
+"""`cuda`, or `cpu` to try the steps themselves: sizes are small then, and times mean nothing."""
+
+ON_GPU = DEVICE == "cuda"
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what was found so far; the last line counts, also of a step that is stopped."""
+    print(json.dumps(found), flush=True)
