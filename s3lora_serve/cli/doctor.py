@@ -19,7 +19,8 @@ def doctor() -> None:
 def _skipping() -> Check:
     """Whether modules without weights are skipped; imports vLLM."""
     try:
-        if not load_settings().skip_stripped:
+        settings = load_settings()
+        if not settings.skip_stripped:
             return Check("skipping", True, "no: S3LORA_SKIP_STRIPPED is off")
         from s3lora_serve.vllm_plugin.contract import skipping_obstacle
 
@@ -28,4 +29,7 @@ def _skipping() -> Check:
         obstacle = f"{type(error).__name__}: {error}"
     if obstacle:
         return Check("skipping", False, f"no, the gate does without: {obstacle}", essential=False)
-    return Check("skipping", True, "modules without weights are skipped where vLLM runs eagerly")
+    where = "where vLLM runs eagerly"
+    if settings.skip_captured:
+        where += ", and on a GPU in captured graphs (unmeasured)"
+    return Check("skipping", True, f"modules without weights are skipped {where}")

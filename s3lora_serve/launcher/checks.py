@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from s3lora_serve.errors import PolicyInvalid, S3LoRAError
+from s3lora_serve.errors import PolicyInvalid, S3LoRAError, SettingInvalid
 from s3lora_serve.launcher.check import Check
 from s3lora_serve.launcher.front_end import front_end
 from s3lora_serve.launcher.resolvers import resolvers
@@ -170,8 +170,16 @@ def device() -> Check:
     """The device that scores modules; for `doctor` only, since torch takes seconds to import."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    detail = (
-        torch.cuda.get_device_name(0) if cuda else "no CUDA device: modules are scored on the CPU"
-    )
+    from s3lora_serve.spectral import resolve_device
+
+    try:
+        chosen = load_settings().device
+    except SettingInvalid:  # another check reports it
+        chosen = "auto"
+    if resolve_device(chosen) == "cpu":
+        return Check("device", True, f"S3LORA_DEVICE={chosen}: modules are scored on the CPU")
+    if not torch.cuda.is_available():
+        problem = "no CUDA device: modules would be scored on the CPU"
+        return Check("device", False, f"S3LORA_DEVICE={chosen}: {problem}", essential=False)
+    detail = f"{torch.cuda.get_device_name(0)} scores modules (unmeasured)"
     return Check("device", True, detail)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -171,6 +172,24 @@ def test_doctor_exits_with_one_when_vllm_would_skip_the_plugin():
 def test_doctor_says_whether_stripped_modules_are_skipped(switch, message):
     done = run("doctor", S3LORA_SKIP_STRIPPED=switch, COLUMNS="200")
     assert done.exit_code == 0
+    assert message in done.stdout
+
+
+def test_doctor_says_that_captured_graphs_are_skipped_only_if_asked_for():
+    asked = run("doctor", S3LORA_SKIP_CAPTURED="1", COLUMNS="200")
+    assert "in captured graphs" in asked.stdout
+    assert "captured graphs" not in run("doctor", COLUMNS="200").stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [("auto", "modules are scored on the CPU"), ("cuda", "would be scored on the CPU")],
+)
+def test_doctor_names_the_device_that_scores(chosen, message):
+    done = run("doctor", S3LORA_DEVICE=chosen, COLUMNS="200")
+    assert done.exit_code == 0  # guarded in any case
+    assert f"S3LORA_DEVICE={chosen}" in done.stdout
     assert message in done.stdout
 
 

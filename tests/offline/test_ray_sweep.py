@@ -75,6 +75,7 @@ def count_verdicts(output: Path) -> int:
     return len(output.read_bytes().splitlines()) if output.exists() else 0
 
 
+@pytest.mark.slow  # half a minute of Ray noticing that a node is gone
 def test_no_adapter_is_lost_or_counted_twice_when_a_worker_and_a_node_die(cluster, hub, tmp_path):
     output = tmp_path / "verdicts.jsonl"
     failing_node = cluster.add_node(num_cpus=1)

@@ -150,6 +150,7 @@ def test_sweep_measures_each_setting_and_recommends_the_plan(
     assert len(server.get("/v1/models").json()["data"]) == 1
 
 
+@pytest.mark.slow  # a task of another project; ours run in CI
 def test_task_of_inspect_evals_runs_on_the_guarded_server(server, chat, tmp_path):
     """The data lie in its wheel; the task is named by its file, so nothing else is loaded."""
     evals = pytest.importorskip("inspect_evals", reason="needs inspect-evals")
@@ -171,7 +172,7 @@ def test_task_of_inspect_evals_runs_on_the_guarded_server(server, chat, tmp_path
     assert registered(server) == []
 
 
-@pytest.mark.parametrize("judge", ["log-odds", "MODEL"])
+@pytest.mark.parametrize("judge", ["log-odds", pytest.param("MODEL", marks=pytest.mark.slow)])
 def test_refusals_are_judged_by_log_odds_or_by_a_model(server, chat, probes, tmp_path, judge):
     chosen = f"{server.url('/v1')}#base" if judge == "MODEL" else judge
     output = tmp_path / "sweep.json"
