@@ -60,11 +60,13 @@ def layers(found: Found) -> list[str]:
     kinds = found["milliseconds"]
     batches = sorted({batch for kind in kinds.values() for batch in kind}, key=int)
     rows = [[kind, *(_known(one.get(batch)) for batch in batches)] for kind, one in kinds.items()]
+    host = found.get("host microseconds", {})
+    rows = [[*row, _known(host.get(row[0]))] for row in rows]
     words = "Milliseconds of the LoRA operations of 128 linear layers of an 8B shape, r = 16, in"
     return [
         "## Skipping in a captured graph", "",
         f"{words} one CUDA graph, by batch. *Rows*: with the gate's rows of active ids.", "",
-        *table(["weights", *batches], rows),
+        *table(["weights", *batches, "host, µs a change of the batch"], rows),
     ]  # fmt: skip
 
 

@@ -6,6 +6,9 @@ vLLM's own layers and kernels, as stock vLLM calls them and with the gate's rows
 import random
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +22,7 @@ SMALL = (1, 64, 96, 4, 2, 16)
 SLOTS, RANK = 4, 16
 BATCHES = (1, 8, 32)
 REPLAYS = 200
+UPDATES = 100
 
 
 def make_layers(config: Any) -> list[Any]:
@@ -98,7 +102,19 @@ def milliseconds(layers: list[Any], batch: int) -> float:
     return statistics.median(times)
 
 
-def measure(kind: str, share: float, found: dict[str, Any]) -> None:
+def host_microseconds(update: Callable[[], object]) -> float:
+    """Median time of the host for one update of a batch's metadata, without the device's."""
+    times = []
+    for _ in range(UPDATES):
+        started = time.perf_counter()
+        update()
+        times.append(1e6 * (time.perf_counter() - started))
+        if ON_GPU:
+            torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def measure(kind: str, share: float, found: dict[str, Any], host: dict[str, float]) -> None:
     """All batches with `share` of the layers held; `rows`: with the gate's rows."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.layers import LoRAMapping
@@ -122,9 +138,11 @@ def measure(kind: str, share: float, found: dict[str, Any]) -> None:
     fill(layers, share)
     for batch in BATCHES if ON_GPU else BATCHES[:1]:
         mapping = LoRAMapping((1,) * batch, (1,) * batch, is_prefill=False)
-        wrapper.update_metadata(mapping, adapters.lora_index_to_id, SLOTS + 1, 1000)
-        found.setdefault(f"{kind}, {share:.0%} held", {})[str(batch)] = milliseconds(layers, batch)
-        show({"milliseconds": found})
+        arguments = (mapping, adapters.lora_index_to_id, SLOTS + 1, 1000)
+        name = f"{kind}, {share:.0%} held"
+        host[name] = host_microseconds(partial(wrapper.update_metadata, *arguments))
+        found.setdefault(name, {})[str(batch)] = milliseconds(layers, batch)
+        show({"milliseconds": found, "host microseconds": host})
 
 
 def main() -> None:
@@ -141,8 +159,9 @@ def main() -> None:
         initialize_model_parallel(1, 1)
         torch.set_default_device(DEVICE)
         found: dict[str, Any] = {}
+        host: dict[str, float] = {}
         for kind, share in (("stock", 1.0), ("rows", 1.0), ("rows", 0.7), ("rows", 0.0)):
-            measure(kind, share, found)
+            measure(kind, share, found, host)
 
 
 if __name__ == "__main__":
