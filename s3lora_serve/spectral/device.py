@@ -5,7 +5,9 @@ is float64 throughout: devices for serving have it at half their float32 speed o
 elsewhere the upload takes longer.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +35,11 @@ BLOCK_ROWS = 32
 """Rows that a program holds at a time. With 64, too few registers are left for its sums, and on
 sm_100 Triton 3.6 takes an instruction without float64."""
 
+WAITING_SECONDS = 1.0
+"""For a turn on the device; the host scores most adapters in that time. Ours."""
+
+_one_at_a_time = threading.Lock()  # the bound on memory is the process's
+
 FLOAT64 = torch.float64
 DTYPES = {torch.bfloat16, torch.float16, torch.float32, FLOAT64}
 
@@ -59,14 +66,25 @@ def solve(
     Shape: fields of k = len(modules) rows together, float64, on the host.
 
     Raises:
+        DeviceBusy: another thread has used the device for too long.
         torch.OutOfMemoryError: the device has not enough free memory.
         RuntimeError and others: a kernel cannot be compiled or launched.
     """
     target = torch.device(device)
-    return [
-        _unsolved(part) if cost(part[0]) > PART_BYTES else _solve(part, target, between_batches)
-        for part in parts(modules)
-    ]
+    # Kernels are launched on the thread's current device.
+    current = torch.cuda.device(target) if target.type == "cuda" else nullcontext()
+    if not _one_at_a_time.acquire(timeout=WAITING_SECONDS):
+        raise fallback.DeviceBusy(f"no turn within {WAITING_SECONDS:g} s")
+    try:
+        with current:
+            return [
+                _unsolved(part)
+                if cost(part[0]) > PART_BYTES
+                else _solve(part, target, between_batches)
+                for part in parts(modules)
+            ]
+    finally:
+        _one_at_a_time.release()
 
 
 def warm_up(device: str) -> None:

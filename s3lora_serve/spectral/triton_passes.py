@@ -36,7 +36,7 @@ def tile(
     return tl.sum(X.to(tl.float64)[:, :, None], 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def gram(
     weights, table, grams, rank,
     DTYPE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -51,7 +51,7 @@ def gram(
     save(grams, tl.load(entry + 3) * parts + part, total, BLOCK_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def normalised_gram(
     weights, table, lower, grams, sums, rank, FLOOR: tl.constexpr,
     DTYPE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,

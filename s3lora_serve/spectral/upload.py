@@ -14,8 +14,8 @@ ALIGNMENT = 16
 SLICE_BYTES = 2**24
 """Copied to pinned memory at a time: the device receives a slice while the next is copied. Ours."""
 
-PADDING = 2
-"""Largest size of a shared buffer over that of the factors in it."""
+MOST_GAPS = 2**25
+"""Most bytes between factors that are copied along with them, and no more than they have. Ours."""
 
 
 class Uploaded(NamedTuple):
@@ -38,7 +38,7 @@ def upload(
     """
     factors = [_dense(factor) for module in modules for factor in module]
     sizes = [factor.numel() * factor.itemsize for factor in factors]
-    shared = _shared_span(factors, PADDING * sum(sizes))
+    shared = _shared_span(factors, sum(sizes) + min(sum(sizes), MOST_GAPS))
     if shared is not None:
         sources, starts = [shared], [0]
         offsets = [factor.data_ptr() - shared.data_ptr() for factor in factors]
@@ -55,10 +55,12 @@ def upload(
             part = source[at : at + SLICE_BYTES]
             end = start + at + len(part)
             pinned[end - len(part) : end].copy_(part)
-            if end - sent >= SLICE_BYTES or end == size:
+            if end - sent >= SLICE_BYTES:
                 between_batches()
                 memory[sent:end].copy_(pinned[sent:end], non_blocking=True)
                 sent = end
+    if sent < size:
+        memory[sent:].copy_(pinned[sent:], non_blocking=True)
     return Uploaded(memory, offsets, factors)
 
 

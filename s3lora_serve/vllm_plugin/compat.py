@@ -83,20 +83,13 @@ def adds_slice_by_slice(punica_wrapper: Any) -> bool:
     return isinstance(punica_wrapper, PunicaWrapperCPU)
 
 
-def input_batch() -> Any:
-    """The class in which model runner V1 keeps the requests of its batch."""
-    from vllm.v1.worker.gpu_input_batch import InputBatch
-
-    return InputBatch
-
-
-def lora_state() -> Any | None:
-    """The class in which model runner V2 keeps its requests' adapters; None: there is no V2."""
+def is_classification_head(layer: Any) -> bool:
+    """Whether a LoRA layer is a classifier's head."""
     try:
-        from vllm.v1.worker.gpu.lora_utils import LoraState
-    except ImportError:
-        return None
-    return LoraState
+        from vllm.lora.layers import ClassificationHeadWithLoRA
+    except ImportError:  # vLLM before it had them
+        return False
+    return isinstance(layer, ClassificationHeadWithLoRA)
 
 
 MAPPING_METADATA = ("token_mapping_meta", "prompt_mapping_meta")

@@ -187,6 +187,8 @@ def captured_skipping_obstacle(manager: Any, vllm_config: Any) -> str | None:
     release = f"vLLM {compat.installed_version()}"
     if not isinstance(getattr(vllm_config, "additional_config", None), dict):
         return f"{release}: additional_config is no dict, which would mark the compiled graphs"
+    if getattr(compat.lora_manager(manager), "supports_mm", True):
+        return "models of several modalities compile parts with configurations of their own"
     if not compat.uses_gpu_operations(manager):
         return "LoRA operations of this platform do not end early"
     for layer in compat.known_layers(manager):
@@ -197,18 +199,6 @@ def captured_skipping_obstacle(manager: Any, vllm_config: Any) -> str | None:
     found = compat.lora_manager(manager)
     missing = [n for n in ("activate_adapter", "lora_index_to_id") if not hasattr(found, n)]
     return f"{release}: LoRAModelManager has no {missing[0]}" if missing else None
-
-
-def idle_adapters_obstacle(manager: Any) -> str | None:
-    """Why requests of adapters without effect cannot be batched as the base model's."""
-    contract: list[tuple[Any, str, tuple[str, ...]]] = [
-        (compat.input_batch(), "add_request", ("self", "request"))
-    ]
-    if (state := compat.lora_state()) is not None:
-        contract.append((state, "add_request", ("self", "req_id", "req_index", "lora_request")))
-    contract.append((type(compat.lora_manager(manager)), "get_adapter", ("self", "adapter_id")))
-    problem = _deviation(tuple(contract))
-    return f"vLLM {compat.installed_version()}: {problem}" if problem else None
 
 
 def broken(problem: str) -> None:

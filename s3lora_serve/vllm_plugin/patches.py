@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from s3lora_serve.errors import AdapterRejected, TooLong, is_postponed, refusal_in
 from s3lora_serve.policy.lengths import check_lengths
-from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
     LLMEngine,
@@ -149,31 +148,6 @@ def separate_quarantined_blocks(is_quarantined: Callable[[str], bool]) -> None:
 def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace one object's method by `wrapper(original, …)`."""
     setattr(owner, name, functools.partial(wrapper, getattr(owner, name)))
-
-
-def wrap_batched_requests(is_base: Callable[[Any], bool]) -> None:
-    """Have model runners batch a request as the base model's if `is_base(lora_request)`.
-
-    NB: coupled to InputBatch.add_request and LoraState.add_request.
-    """
-    owner = compat.input_batch()
-    add = owner.add_request
-
-    def add_request(self: Any, request: Any) -> Any:
-        if is_base(request.lora_request):
-            request.lora_request = None  # the runner's own record; the scheduler has another
-        return add(self, request)
-
-    owner.add_request = add_request
-    state = compat.lora_state()
-    if state is None:  # this vLLM has no second model runner
-        return
-    note = state.add_request
-
-    def add_request_v2(self: Any, req_id: str, req_index: int, lora_request: Any) -> Any:
-        return note(self, req_id, req_index, None if is_base(lora_request) else lora_request)
-
-    state.add_request = add_request_v2
 
 
 def wrap_unload(check: Callable[[str], None], removed: Callable[[Any, str], None]) -> None:

@@ -22,7 +22,8 @@ STEPS = {  # seconds
 """What may take longest is last: a step that has no time left is left out."""
 
 TOTAL_SECONDS = 530.0
-GRACE_SECONDS = 5
+GRACE_SECONDS = 15
+"""For a step to stop its servers."""
 
 
 def run_step(name: str, seconds: float) -> dict[str, Any]:

@@ -15,8 +15,13 @@ if [ "$CHECK_DEVICE" = cuda ]; then
     rm -rf "$site" && mkdir -p "$site"
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
         --target "$site" "$GPU_PACK"/wheels/*.whl
-    tar -xJf "$GPU_PACK/vllm.tar.xz" -C "$site"
-    xz -dc "$GPU_PACK/library.so.xz" >"$site/vllm/_C_stable_libtorch.abi3.so"
+    "$python" - "$GPU_PACK" "$site" <<'PYTHON'
+import lzma, pathlib, sys, tarfile
+pack, site = map(pathlib.Path, sys.argv[1:])
+tarfile.open(pack / "vllm.tar.xz").extractall(site, filter="data")
+library = lzma.decompress((pack / "library.so.xz").read_bytes())
+(site / "vllm" / "_C_stable_libtorch.abi3.so").write_bytes(library)
+PYTHON
     export PYTHONPATH=$site
 fi
 exec "$python" -m tests.gpu.check "$@"

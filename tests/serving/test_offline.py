@@ -149,6 +149,7 @@ def test_an_engine_with_a_bad_policy_does_not_start(model, spiked):
         generate(model, spiked, spiked, S3LORA_POLICY="/nowhere.yaml")
 
 
+@pytest.mark.slow  # as with a bad policy, by another variable
 def test_an_engine_with_a_bad_setting_does_not_start(model, spiked):
     with pytest.raises(AssertionError, match="S3LORA_MODE='sometimes'"):
         generate(model, spiked, spiked, S3LORA_MODE="sometimes")

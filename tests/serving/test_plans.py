@@ -323,6 +323,7 @@ def test_a_server_whose_plans_others_can_write_does_not_start(model, plan, tmp_p
         Server(model, tmp_path / "log", (), environment).__enter__()
 
 
+@pytest.mark.slow  # as with a bad policy; the check itself is tests/plans'
 def test_an_engine_whose_plans_others_can_write_does_not_start(model, trained, tmp_path):
     """`s3lora serve` checks before it starts vLLM; here the plugin does."""
     (tmp_path / "plans").mkdir()

@@ -15,6 +15,7 @@ def wide(tensors):
     tensors[key(LAST_MODULE, "A")] = tensors[key(LAST_MODULE, "A")].repeat(1, 2)
 
 
+@pytest.mark.slow  # a minute for two stages to start
 def test_an_adapter_is_decided_on_once_and_loaded_by_both_stages(
     model, spiked, policy_file, tmp_path
 ):

@@ -77,7 +77,9 @@ def test_rows_that_are_lost_leave_a_module_to_the_host():
     assert found.error_bound[1] < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("case", [case for case in HARD if case not in ("no modules", "rank 256")])
 def test_index_on_a_device_is_within_the_promised_accuracy(case, dtype):
     B, A = (factor[:1].to(dtype) for factor in HARD[case]())
@@ -109,6 +111,19 @@ def test_device_and_host_rank_alike_wherever_the_gap_exceeds_their_accuracy():
     host, device = (index(precision.solve(modules, "two_sided", device=d)) for d in ("cpu", DEVICE))
     order = host.argsort()
     assert (device[order].diff()[host[order].diff() > 2 * ACCURACY] > 0).all()
+
+
+@pytest.mark.parametrize("sharp", [0.25, 1.0])
+def test_equal_eigenvalues_beside_a_sharp_one_are_exact(sharp):
+    """Rows that repeat the identity, and rows along one direction: P·Q is αI + β·uuᵀ."""
+    identity, direction = torch.eye(16), torch.full((100, 16), sharp)
+    direction[:, ::3] *= -0.7
+    B = torch.cat([*[identity] * 8, direction]).bfloat16()
+    A = torch.cat([identity] * 4, 1).bfloat16()
+    found = on_device([(B, A)])
+    exact = qr.solve(B[None].double(), A[None].double(), "two_sided")
+    assert abs(float(index(found) - index(exact))) <= 1e-12
+    assert float(found.error_bound) < 1e-6
 
 
 def mixed_modules():

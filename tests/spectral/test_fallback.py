@@ -67,6 +67,30 @@ def test_a_full_device_is_tried_again_with_the_next_adapter(monkeypatch, caplog,
     assert fallback.take_counts() == {"memory": 3}
 
 
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [(RuntimeError("Triton Error [CUDA]: out of memory"), "memory"),
+     (fallback.DeviceBusy("no turn within 1 s"), "busy")],
+    ids=["of the driver", "busy"],
+)  # fmt: skip
+def test_what_may_pass_is_tried_again(monkeypatch, modules, error, cause):
+    tries = failing(monkeypatch, error)
+    for _ in range(2):
+        precision.solve(modules, "two_sided", device="cuda")
+    assert len(tries) == 2
+    assert fallback.take_counts() == {cause: 2}
+
+
+def test_a_device_that_another_thread_holds_is_left_to_it(monkeypatch, modules):
+    monkeypatch.setattr(device, "WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(device, "fits", lambda *_: True)
+    expected = precision.solve(modules, "two_sided")
+    with device._one_at_a_time:
+        found = precision.solve(modules, "two_sided", device="cpu:0")
+    assert torch.equal(found.normalised, expected.normalised)
+    assert fallback.take_counts() == {"busy": 1}
+
+
 class PastDeadline(Exception):
     pass
 

@@ -43,7 +43,10 @@ def prepared(model):
     for layer in layers.values():
         layer.set_mapping(wrapper)
     adapters = SimpleNamespace(
-        modules=layers, lora_index_to_id=IDS, activate_adapter=lambda _lora_id: True
+        supports_mm=False,
+        modules=layers,
+        lora_index_to_id=IDS,
+        activate_adapter=lambda _lora_id: True,
     )
     manager = SimpleNamespace(_adapter_manager=adapters, _cached_dummy_lora=False)
     compilation = vllm_config.compilation_config

@@ -88,7 +88,11 @@ class Server:
 
     def __enter__(self) -> Self:
         self.start()
-        self.wait()
+        try:
+            self.wait()
+        except BaseException:  # a signal too: the server is in a session of its own
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -32,6 +32,8 @@ def install(manager: Any, vllm_config: Any, layers: Sequence[Any]) -> None:
     vllm_config.additional_config[CACHE_KEY] = 1
     by_wrapper: dict[int, list[Any]] = {}
     for layer in layers:
+        if compat.is_classification_head(layer):  # vLLM compares its wrapper with its own
+            continue
         by_wrapper.setdefault(id(layer.punica_wrapper), []).append(layer)
     rows = [Rows(manager, members) for members in by_wrapper.values()]
     # vLLM writes no metadata while the batch's adapters and their slots are what they were.
@@ -40,9 +42,17 @@ def install(manager: Any, vllm_config: Any, layers: Sequence[Any]) -> None:
 
 def _activate(rows: Sequence["Rows"], original: Callable[[int], bool], lora_id: int) -> bool:
     added = original(lora_id)
-    for each in rows:
-        each.refresh()
+    if added:  # vLLM asks for each adapter in each step
+        for each in rows:
+            each.refresh()
     return added
+
+
+def _aligned_rows(count: int, like: Tensor) -> Tensor:
+    """(count, len(like)) of NONE, each row at 16 bytes as vLLM's own: kernels are compiled so."""
+    width = -(-len(like) // 4) * 4
+    rows = torch.full((count, width), NONE, dtype=like.dtype, device=like.device)
+    return rows[:, : len(like)]
 
 
 class Rows:
@@ -54,10 +64,7 @@ class Rows:
         self._is_stale = True  # slots have changed since the device was told
         self._slots = [SlotsWithWeights(layer, self._note_change) for layer in layers]
         ids = [getattr(wrapper, name).active_lora_ids for name in compat.MAPPING_METADATA]
-        self._rows = [
-            torch.full((len(layers), len(each)), NONE, dtype=each.dtype, device=each.device)
-            for each in ids
-        ]
+        self._rows = [_aligned_rows(len(layers), each) for each in ids]
         self._count = compat.slot_count(manager)
         self._all_held = True
         self._held = torch.ones(len(layers), self._count, dtype=torch.bool, device=ids[0].device)
@@ -75,7 +82,7 @@ class Rows:
             rows.copy_(ids.expand_as(rows) if everything else self._where_held(ids))
 
     def _where_held(self, ids: Tensor) -> Tensor:
-        held = self._held.index_select(1, ids.clamp(min=0))
+        held = self._held.index_select(1, ids.clamp(0, self._count - 1))
         return torch.where(held, ids, NONE)
 
     def _read_slots(self) -> None:

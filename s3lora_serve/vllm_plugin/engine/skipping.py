@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from s3lora_serve.vllm_plugin import compat, contract, patches
-from s3lora_serve.vllm_plugin.engine import captured_skipping, idle_adapters
+from s3lora_serve.vllm_plugin.engine import captured_skipping
 from s3lora_serve.vllm_plugin.engine.packed_slices import runs
 from s3lora_serve.vllm_plugin.engine.slots_with_weights import EVERY, SlotsWithWeights
 
@@ -24,8 +24,6 @@ class Skipping:
 
     def activate(self, manager: Any, vllm_config: Any) -> None:
         """Start to skip; called when the LoRA modules exist and hold no adapter yet."""
-        if self._captured:
-            self._batch_as_base(manager)
         if why := self._obstacle(manager, vllm_config):
             compat.logger.info("s3lora: modules without weights cost what others do: %s", why)
             return
@@ -45,13 +43,6 @@ class Skipping:
             patches.wrap_method(wrapper, "add_lora_embedding", partial(batch.add_whole, 0))
             patches.wrap_method(wrapper, "add_lora_logits", partial(batch.add_whole, 1))
         compat.logger.info("s3lora: modules without weights are skipped")
-
-    def _batch_as_base(self, manager: Any) -> None:
-        if problem := contract.idle_adapters_obstacle(manager):
-            compat.logger.info("s3lora: adapters without effect cost what others do: %s", problem)
-            return
-        idle_adapters.batch_as_base(manager)
-        compat.logger.info("s3lora: adapters without effect are batched as the base model")
 
     def _obstacle(self, manager: Any, vllm_config: Any) -> str | None:
         if not self._wanted:

@@ -15,8 +15,9 @@ from tests.support.tiny_model import PROMPT
 PACK = Path(os.environ.get("GPU_PACK", Path(__file__).parents[3] / ".gpu")) / "model"
 TOP_K = 3
 PROMPTS = [PROMPT.format(country) for country in ("Peru", "France", "Kenya")]
-TOLERANCE = 5e-3
-"""Between log-probabilities of a GPU and of a CPU in float32, whose sums have other orders."""
+TOLERANCE = 5e-2
+"""Between log-probabilities of float16 on a GPU, where LoRA kernels have no float32, and of float32
+on a CPU. What is stripped changes them by more."""
 
 ON_A_GPU = ("--attention-backend", "TRITON_ATTN", "--gpu-memory-utilization", "0.3")
 
@@ -87,7 +88,7 @@ def doors(server: Server, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Compare with the pack's answers, then try the doors."""
-    more = ON_A_GPU if ON_GPU else ()
+    more = (*ON_A_GPU, "--dtype", "float16") if ON_GPU else ()
     expected = json.loads((PACK / "answers.json").read_text())
     with guarded(PACK, DEVICE, *more) as server:
         for name in ("trained", "spiked"):
