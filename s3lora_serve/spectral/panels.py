@@ -1,4 +1,4 @@
-"""Passes over one side of many modules, on its weights' device, in batches that fit the cache.
+"""Passes over one side of many modules, on the host, in batches that fit the cache.
 
 Weights are read as stored and converted batch by batch into reused memory. Memory never holds a
 converted copy of a whole adapter, and passes do not touch fresh pages.
@@ -63,7 +63,7 @@ def float32_is_whole() -> bool:
 
 
 class PanelSide:
-    """A `gram.Side` that converts panels of rows to the working dtype, on the weights' device."""
+    """A `gram.Side` that converts panels of rows to the working dtype."""
 
     def __init__(
         self,
@@ -78,10 +78,9 @@ class PanelSide:
         self._elements = max(1, BATCH_BYTES // dtype.itemsize)
         self._batches = list(_batches(factors, self._elements))
         most = max((self._size(batch) for batch in self._batches), default=0)
-        self._device = factors[0].device
         # Both sides of a module share this memory, because their passes alternate.
-        self._memory = _scratch.memory("panel", most, dtype, self._device)
-        self._scratch = _scratch.memory("scratch", most, dtype, self._device)
+        self._memory = _scratch.memory("panel", most, dtype)
+        self._scratch = _scratch.memory("scratch", most, dtype)
 
     def gram(self) -> Tensor:
         """See `gram.Side.gram`."""
@@ -93,7 +92,7 @@ class PanelSide:
     def normalised_gram(self, lower: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `gram.Side.normalised_gram`; modules that are not `chosen` get zeros."""
         total, sums, lost = self._zeros(self._rank, self._rank), self._zeros(), self._zeros()
-        for batch, chunk in self._chunks(chosen.cpu()):
+        for batch, chunk in self._chunks(chosen):
             parts = normalised_gram(chunk, lower[batch], self._scratch[: chunk.numel()])
             for whole, part in zip((total, sums, lost), parts, strict=True):
                 whole[batch] += part
@@ -104,7 +103,7 @@ class PanelSide:
         return self.factors[0].shape[1]
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(len(self.factors), *shape, dtype=torch.float64, device=self._device)
+        return torch.zeros(len(self.factors), *shape, dtype=torch.float64)
 
     def _size(self, batch: Tensor) -> int:
         rows, rank = self.factors[int(batch[0])].shape
@@ -147,10 +146,8 @@ class _ScratchMemory(threading.local):
     def __init__(self) -> None:
         self._pages: dict[str, Tensor] = {}
 
-    def memory(self, use: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def memory(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for `count` numbers, valid until the next call with this `use`."""
-        if device.type != "cpu":
-            return torch.empty(count, dtype=dtype, device=device)
         size = count * dtype.itemsize
         pages = self._pages.get(use)
         if pages is None or len(pages) < size:
@@ -166,7 +163,7 @@ _scratch = _ScratchMemory()
 def row_counts(factors: Sequence[Tensor]) -> Tensor:
     """Number of rows of each factor, at least 1: the divisor for means. Shape: (k,) float64."""
     counts = [max(1, factor.shape[0]) for factor in factors]
-    return torch.tensor(counts, dtype=torch.float64, device=factors[0].device)
+    return torch.tensor(counts, dtype=torch.float64)
 
 
 def alike(factors: Sequence[Tensor]) -> list[list[int]]:

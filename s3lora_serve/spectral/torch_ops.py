@@ -1,4 +1,4 @@
-"""The two passes over a LoRA factor, in torch. `triton_ops` has the same names and signatures."""
+"""The two passes over a LoRA factor, in torch. `triton_passes` has their twins."""
 
 import torch
 from torch import Tensor

@@ -35,7 +35,7 @@ def main() -> None:
     from tests.benchmarks import report
 
     tritons = {version("triton"): None, VERSION: oldest_triton()}
-    found = {name: _compiled(folder) for name, folder in tritons.items()}
+    found = {name: compiled(folder) for name, folder in tritons.items()}
     FIGURES.write_text(json.dumps(found, indent=1) + "\n")
     report.write(FIGURES.parent)
 
@@ -69,9 +69,11 @@ def _cell(needs: list[int]) -> str:
     return f"{registers}, {stack}, {shared // 1024}"
 
 
-def _compiled(folder: Path | None) -> list[dict[str, Any]]:
-    environment = os.environ | {"PYTHONPATH": str(folder or ""), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.compile_ahead"]
+def compiled(triton: Path | None, *arguments: str) -> list[dict[str, Any]]:
+    """What `compile_ahead` prints with a Triton in a folder; None: the installed one."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(triton or ""), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.compile_ahead", *arguments]
     output = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
     return [json.loads(line) for line in output.stdout.splitlines()]
 

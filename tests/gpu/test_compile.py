@@ -1,18 +1,12 @@
 """The kernels compile for GPUs that are not here, with the oldest Triton and the pinned one."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.gpu import oldest_triton
+from tests.gpu.kernels import compiled
+from tests.gpu.oldest_triton import oldest_triton
 
 pytest.importorskip("triton", reason="needs Triton, whose wheel has ptxas")
 
-ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90, 100)
 MOST_STACK = 256
 """Bytes of a thread that do not fit into registers: read and written a few times a kernel."""
@@ -22,22 +16,10 @@ MOST_STACK_SM_100 = 8192
 What is slow there is right all the same."""
 
 
-def compiled(first_on_path, *arguments):
-    """What `compile_ahead` prints, by variant."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(first_on_path or ""), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.compile_ahead", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(params=["oldest", "pinned"])
 def triton(request):
     """The folder of a Triton; None: the pinned one, which is installed."""
-    return oldest_triton.oldest_triton() if request.param == "oldest" else None
+    return oldest_triton() if request.param == "oldest" else None
 
 
 def check(found, triton, count):

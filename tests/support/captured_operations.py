@@ -7,41 +7,26 @@ results, and how many changed the output of a request whose adapter has no weigh
 
 import random
 import sys
-import tempfile
 from types import SimpleNamespace
 
 import torch
 
 from tests.support import gpu_operations
-from tests.support.gpu_operations import DTYPE, RANK, SLOTS, WORDS
+from tests.support.gpu_operations import DTYPE, IDS, SLOTS
 from tests.support.programs import print_result
 from tests.support.random_batches import _operation
 from tests.support.triton_interpreter import enable_triton
 
-IDS = list(range(1, SLOTS + 1))
 METADATA = "token_mapping_meta", "prompt_mapping_meta"
 
 
 def prepared(model):
     """Layers of each kind with rows, vLLM's wrapper, and a manager of both."""
-    from vllm.config import CompilationMode, CUDAGraphMode, set_current_vllm_config
-    from vllm.config.lora import LoRAConfig
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.lora.punica_wrapper import punica_gpu
+    from vllm.config import CompilationMode, CUDAGraphMode
 
     from s3lora_serve.vllm_plugin.engine.skipping import Skipping
 
-    arguments = EngineArgs(model, dtype="float16", max_model_len=64, enforce_eager=True)
-    vllm_config = arguments.create_engine_config()
-    config = LoRAConfig(max_loras=SLOTS, max_lora_rank=RANK, lora_dtype=DTYPE)
-    wrapper = punica_gpu.PunicaWrapperGPU(64, 8, "cpu", lora_config=config)
-    with set_current_vllm_config(vllm_config), tempfile.TemporaryDirectory() as folder:
-        init_distributed_environment(1, 0, f"file://{folder}/meeting", 0, "gloo")
-        initialize_model_parallel(1, 1)
-        layers = gpu_operations.layers(config)
-    for layer in layers.values():
-        layer.set_mapping(wrapper)
+    vllm_config, layers, wrapper = gpu_operations.prepared(model)
     adapters = SimpleNamespace(
         supports_mm=False,
         modules=layers,
@@ -84,10 +69,7 @@ class Trial:
             self.held[name, slot] = False
 
     def update(self, requests, tokens):
-        from vllm.lora.layers import LoRAMapping
-
-        mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
-        self.wrapper.update_metadata(mapping, IDS, SLOTS + 1, WORDS)
+        gpu_operations.update_metadata(self.wrapper, requests, tokens)
 
     def rows(self, name):
         own = self.layers[name].punica_wrapper
@@ -96,8 +78,7 @@ class Trial:
     def step(self):
         name = self.picked.choice(list(self.layers))
         self.place(name, self.picked.randrange(SLOTS))
-        requests = self.picked.choices(range(SLOTS + 1), k=self.picked.randint(1, 4))
-        tokens = tuple(each for each in requests for _ in range(self.picked.randint(1, 4)))
+        requests, tokens = gpu_operations.random_batch(self.picked)
         self.update(requests, tokens)
         layer, found = self.layers[name], self.found[name]
         op, rows, width, out, rest = _operation(layer, tokens, requests)

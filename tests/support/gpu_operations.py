@@ -17,6 +17,7 @@ from tests.support.random_batches import both_ways
 from tests.support.triton_interpreter import enable_triton
 
 SLOTS, RANK, WIDTH, INNER, WORDS = 3, 16, 64, 96, 128
+IDS = list(range(1, SLOTS + 1))
 DTYPE = torch.float16  # the interpreter reads the bits of bfloat16 as integers
 
 
@@ -68,30 +69,51 @@ def weights(layer, picked, numbers):
     )  # fmt: skip
 
 
-def main():
-    """Change slots and batches at random and run each operation with and without skipping."""
-    enable_triton()
-    os.environ["VLLM_BATCH_INVARIANT"] = "1"  # one partial sum instead of 64 to interpret
+def prepared(model):
+    """An engine's configuration, layers of each kind, and vLLM's GPU wrapper, on the CPU."""
     from vllm.config import set_current_vllm_config
     from vllm.config.lora import LoRAConfig
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.punica_wrapper import punica_gpu
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-    from s3lora_serve.vllm_plugin.engine.skipping import Skipping
-
-    model, number = sys.argv[1], int(sys.argv[2])
     eager = EngineArgs(model, dtype="float16", max_model_len=64, enforce_eager=True)
     vllm_config = eager.create_engine_config()
     config = LoRAConfig(max_loras=SLOTS, max_lora_rank=RANK, lora_dtype=DTYPE)
-    wrapper = punica_gpu.PunicaWrapperGPU(64, 8, "cpu", lora_config=config)
+    wrapper = PunicaWrapperGPU(64, 8, "cpu", lora_config=config)
     with set_current_vllm_config(vllm_config), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/meeting", 0, "gloo")
         initialize_model_parallel(1, 1)
         modules = layers(config)
     for layer in modules.values():
         layer.set_mapping(wrapper)
+    return vllm_config, modules, wrapper
+
+
+def random_batch(picked):
+    """The adapters (0: none) of some requests, and of each of their tokens."""
+    requests = picked.choices(range(SLOTS + 1), k=picked.randint(1, 4))
+    return requests, tuple(each for each in requests for _ in range(picked.randint(1, 4)))
+
+
+def update_metadata(wrapper, requests, tokens):
+    """Tell the wrapper of a batch, as vLLM does before a step."""
+    from vllm.lora.layers import LoRAMapping
+
+    mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
+    wrapper.update_metadata(mapping, IDS, SLOTS + 1, WORDS)
+
+
+def main():
+    """Change slots and batches at random and run each operation with and without skipping."""
+    enable_triton()
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"  # one partial sum instead of 64 to interpret
+    from vllm.lora.punica_wrapper import punica_gpu
+
+    from s3lora_serve.vllm_plugin.engine.skipping import Skipping
+
+    model, number = sys.argv[1], int(sys.argv[2])
+    vllm_config, modules, wrapper = prepared(model)
     manager = SimpleNamespace(
         _adapter_manager=SimpleNamespace(modules=modules), _cached_dummy_lora=False
     )
@@ -122,10 +144,8 @@ def main():
             layer.set_lora(slot, *weights(layer, picked, numbers))
         else:
             layer.reset_lora(slot)
-        requests = picked.choices(range(SLOTS + 1), k=picked.randint(1, 4))
-        tokens = tuple(each for each in requests for _ in range(picked.randint(1, 4)))
-        mapping = LoRAMapping(tokens, tuple(requests), is_prefill=True)
-        wrapper.update_metadata(mapping, list(range(1, SLOTS + 1)), SLOTS + 1, WORDS)
+        requests, tokens = random_batch(picked)
+        update_metadata(wrapper, requests, tokens)
         result = both_ways(layer, tokens, requests, numbers, counted, DTYPE)
         found[name] = {what: found[name][what] + result[what] for what in result}
     print_result(found)
