@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,19 +88,38 @@ def open_stored_copy(path: Path) -> StoredCopy:
     Raises:
         StoreDamaged: it is missing, unreadable, or not what was admitted.
     """
-    try:
-        verdict = Verdict.from_json(json.loads((path / VERDICT_NAME).read_bytes()))
+    verdict = read_verdict(path)
+    with _damage_of(path):
         copy = _read_copy(path) if is_servable(verdict) else None
-        named = path.name.partition("-")[0] == store_key(verdict)
-        intact = named and (copy is None or _matches(copy, verdict))
         os.utime(path)
+    if copy is not None and not _matches(copy, verdict):
+        raise StoreDamaged(f"{path} does not hold what it is named after")
+    return StoredCopy(path, verdict, copy)
+
+
+def read_verdict(path: Path) -> Verdict:
+    """Read the verdict of a stored copy and check it against the name of its folder.
+
+    Raises:
+        StoreDamaged: as `open_stored_copy`; the adapter's files are not looked at.
+    """
+    with _damage_of(path):
+        verdict = Verdict.from_json(json.loads((path / VERDICT_NAME).read_bytes()))
+        key = store_key(verdict)
+    if path.name.partition("-")[0] != key:
+        raise StoreDamaged(f"{path} does not hold what it is named after")
+    return verdict
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Raise what a damaged stored copy's files lead to as StoreDamaged."""
+    try:
+        yield
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise StoreDamaged(f"{path}: {type(error).__name__}") from None
     except OSError as error:  # this process cannot read it; the copy itself may be intact
         raise StoreDamaged(f"{path}: {error.strerror}") from None
-    if not intact:
-        raise StoreDamaged(f"{path} does not hold what it is named after")
-    return StoredCopy(path, verdict, copy)
 
 
 def _read_copy(path: Path) -> PrivateCopy:

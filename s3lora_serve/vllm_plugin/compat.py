@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver a
 from vllm.plugins.lora_resolvers.hf_hub_resolver import HfHubResolver as HfHubResolver
 from vllm.v1.core import kv_cache_utils as kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM as AsyncLLM
+from vllm.v1.engine.core import EngineCore as EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient as AsyncMPClient
 from vllm.v1.engine.llm_engine import LLMEngine as LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor as OutputProcessor
@@ -94,6 +96,16 @@ def is_classification_head(layer: Any) -> bool:
 
 MAPPING_METADATA = ("token_mapping_meta", "prompt_mapping_meta")
 """PunicaWrapperGPU's metadata of a batch: for all layers, and for the logits."""
+
+
+def model_runners() -> list[type]:
+    """The classes of model runners, V1's and V2's, that this process has imported.
+
+    Importing V2's takes Triton and a second; a worker imports the one that it runs.
+    """
+    modules = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+    found = (getattr(sys.modules.get(name), "GPUModelRunner", None) for name in modules)
+    return [each for each in found if each is not None]
 
 
 def slot_count(manager: Any) -> int:
@@ -286,6 +298,11 @@ def with_path(request: LoRARequest, folder: Path, number: int | None = None) -> 
         lora_int_id=number or request.lora_int_id,
         load_inplace=False,
     )
+
+
+def for_base_model(request: Any) -> Any:
+    """The same engine request without its adapter."""
+    return msgspec.structs.replace(request, lora_request=None)
 
 
 def has_resolvers(models: Any) -> bool:

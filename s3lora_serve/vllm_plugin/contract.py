@@ -13,6 +13,7 @@ from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
     AsyncMPClient,
+    EngineCore,
     FilesystemResolver,
     HfHubResolver,
     LLMEngine,
@@ -115,6 +116,20 @@ def check_contract() -> None:
         broken("WeightsMapper has no get_rename_mapper")
 
 
+def check_model_runners() -> None:
+    """Check that model runners, V1's or V2's, load adapters by the methods that the gate replaces.
+
+    V2 differs in how it batches requests and picks graphs, which the gate leaves alone.
+
+    Raises:
+        ContractBroken: one loads or removes adapters by methods of its own.
+    """
+    for runner in compat.model_runners():
+        for name in ("load_lora_model", "add_lora", "remove_lora"):
+            if getattr(runner, name, None) is not getattr(LoRAModelRunnerMixin, name):
+                broken(f"{runner.__module__}.GPUModelRunner has a {name} of its own")
+
+
 def _deviation(contract: _Contract) -> str | None:
     """The first name that is missing or takes other parameters, in words; None if all fit."""
     for owner, name, expected in contract:
@@ -199,6 +214,12 @@ def captured_skipping_obstacle(manager: Any, vllm_config: Any) -> str | None:
     found = compat.lora_manager(manager)
     missing = [n for n in ("activate_adapter", "lora_index_to_id") if not hasattr(found, n)]
     return f"{release}: LoRAModelManager has no {missing[0]}" if missing else None
+
+
+def base_requests_obstacle() -> str | None:
+    """Why the engine cannot take requests without effect as the base model's; None if it can."""
+    problem = _deviation(((EngineCore, "preprocess_add_request", ("self", "request")),))
+    return f"vLLM {compat.installed_version()}: {problem}" if problem else None
 
 
 def broken(problem: str) -> None:

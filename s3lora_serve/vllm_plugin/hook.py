@@ -15,6 +15,7 @@ from s3lora_serve.vllm_plugin.api.resolver_guard import ResolverGuard
 from s3lora_serve.vllm_plugin.engine.base_model_tokens import clear_base_model_tokens
 from s3lora_serve.vllm_plugin.engine.loader import AdapterLoader
 from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import match_patterns
+from s3lora_serve.vllm_plugin.engine.requests_without_effect import RequestsWithoutEffect
 from s3lora_serve.vllm_plugin.engine.skipping import Skipping
 from s3lora_serve.vllm_plugin.engine.worker_methods import WorkerMethods
 from s3lora_serve.vllm_plugin.vllm_version import is_supported
@@ -43,6 +44,7 @@ def install() -> None:
     report_fallbacks_to(compat.logger.warning)
     leave_out_former_policies()
     loader = AdapterLoader(controller)
+    patches.after_create_lora_manager(lambda *_: contract.check_model_runners())
     patches.after_create_lora_manager(loader.activate)
     WorkerMethods(loader).install()
     if controller.policy.mode != "off":
@@ -53,6 +55,8 @@ def install() -> None:
         match_patterns()
         skipping = Skipping(wanted=settings.skip_stripped, captured=settings.skip_captured)
         patches.after_create_lora_manager(skipping.activate)
+        if settings.skip_stripped:
+            _take_as_base_requests(controller)
         patches.wrap_load_adapter(loader.load)
         patches.wrap_add_adapter(loader.add)
         patches.around_registration(loader.registration)
@@ -67,6 +71,13 @@ def install() -> None:
         patches.wrap_unload(_registration.check_unload, _registration.served.remove)
         patches.separate_quarantined_blocks(loader.is_quarantined)
     _installed = True
+
+
+def _take_as_base_requests(controller: AdmissionController) -> None:
+    if problem := contract.base_requests_obstacle():
+        compat.logger.info("s3lora: adapters without effect cost what others do: %s", problem)
+        return
+    patches.without_adapter_if(RequestsWithoutEffect(controller.store))
 
 
 def _check_front_end(policy: Policy) -> None:

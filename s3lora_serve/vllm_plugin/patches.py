@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 from s3lora_serve.errors import AdapterRejected, TooLong, is_postponed, refusal_in
 from s3lora_serve.policy.lengths import check_lengths
+from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.compat import (
     AsyncLLM,
+    EngineCore,
     LLMEngine,
     LoRAModelRunnerMixin,
     LoRARequest,
@@ -143,6 +145,23 @@ def separate_quarantined_blocks(is_quarantined: Callable[[str], bool]) -> None:
         return keys
 
     kv_cache_utils._gen_lora_extra_hash_keys = _gen_lora_extra_hash_keys
+
+
+def without_adapter_if(has_none: Callable[[LoRARequest], bool]) -> None:
+    """Have the engine take a request as the base model's if `has_none(its lora_request)`.
+
+    NB: coupled to EngineCore.preprocess_add_request, which runs beside the engine's steps. The API
+    server's own record of the request keeps the adapter, for vLLM's metrics.
+    """
+    original = EngineCore.preprocess_add_request
+
+    @functools.wraps(original)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        if request.lora_request is not None and has_none(request.lora_request):
+            request = compat.for_base_model(request)
+        return original(self, request)
+
+    EngineCore.preprocess_add_request = preprocess_add_request
 
 
 def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

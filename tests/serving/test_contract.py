@@ -17,7 +17,16 @@ BREAKERS = {
     "attribute gone": "C.AsyncMPClient.__mro__[1].__init__ = lambda self: None",
     "no loras": "M.LoRAModel.__init__ = lambda self, lora_model_id: None",
 }
+RUNNER = (
+    "from s3lora_serve.vllm_plugin import contract, plugin; plugin.register();"
+    "from vllm.v1.worker.gpu_model_runner import GPUModelRunner as R;{}"
+    "contract.check_model_runners()"
+)
+"""What a worker checks once its model has LoRA modules."""
+
+BREAKERS["a model runner of its own"] = RUNNER.format("R.remove_lora = lambda self, lora_id: True;")
 STARTERS = {
+    "model runner": RUNNER.format(""),
     "loading twice": (
         "from s3lora_serve.vllm_plugin.plugin import register; register();"
         "once = W._load_adapter; register(); assert W._load_adapter is once"
@@ -81,6 +90,10 @@ def test_a_vllm_that_breaks_the_contract_stops_the_process(logs, case):
 
 def test_the_installed_vllm_keeps_the_contract_and_loading_twice_is_harmless(logs):
     assert "STARTED" in logs["loading twice"], logs["loading twice"]
+
+
+def test_the_installed_model_runner_keeps_the_contract(logs):
+    assert "STARTED" in logs["model runner"], logs["model runner"]
 
 
 def test_an_unknown_version_that_keeps_the_contract_starts_with_a_warning(logs):
