@@ -8,7 +8,17 @@ from pathlib import Path
 from tests.compat.environment import FOLDER, clean_variables
 from tests.compat.pins import ROOT
 
-TESTS = ("test_doors.py", "test_mediation.py", "test_contract.py")
+TESTS = (
+    "test_doors.py",
+    "test_mediation.py",
+    "test_contract.py",
+    "test_requests_without_effect.py",
+)
+OPERATIONS = (
+    "test_skipping.py::test_rows_of_ids_for_captured_graphs_give_the_same_bits_and_leave_idle_"
+    "requests_alone[1]"
+)
+"""vLLM's own operations for GPUs, in Triton's interpreter: slow elsewhere, two minutes here."""
 
 
 @dataclass
@@ -26,10 +36,10 @@ def run(version: str, python: Path) -> Outcome:
     report = FOLDER / f"{version}.xml"
     report.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider"]
-    chosen = [str(Path("tests/serving") / name) for name in TESTS]
+    chosen = [str(Path("tests/serving") / name) for name in (*TESTS, OPERATIONS)]
     with (FOLDER / f"{version}.log").open("wb") as log:
         done = subprocess.run(
-            [*command, f"--junitxml={report}", *chosen],
+            [*command, f"--junitxml={report}", "-m", "slow or not slow", *chosen],
             cwd=ROOT, env=clean_variables(), stdout=log, stderr=log,
         )  # fmt: skip
     if not report.exists():

@@ -7,7 +7,8 @@ HEADER = """# vLLM versions
 
 Written by `make compat` (`results.json` holds the data). Each version has an environment of its
 own, made of `deploy/requirements-cpu.txt` and what `deploy/compat.toml` says it needs otherwise,
-and runs the tests of the doors on real engines: {tests}.
+and runs the tests of the doors on real engines: {tests};
+and vLLM's operations for GPUs in Triton's interpreter, as captured graphs skip in them.
 A version that is built for GPUs only is not run: the hook's own check of names and signatures is
 made on its source.
 
