@@ -41,6 +41,7 @@ def scoring(found: Found) -> list[str]:
     """The pass, beside the CPU's and its floor."""
     head = ["adapter", "r", "MB", "first, ms", "then, ms", "CPU over it", "over floor"]
     head += ["kernels, copies, waits", "modules for the CPU", "largest difference of SSI"]
+    head += ["staging, ms", "of hashing"]
     rows = [
         [
             one["model"] + (", B falls a decade" if one["decades"] else ""), f"{one['rank']}",
@@ -48,10 +49,12 @@ def scoring(found: Found) -> list[str]:
             f"{one['cpu'] / one['warm']:.2f}", f"{one['warm'] / one['floor']:.2f}",
             ", ".join(str(one.get(name, "–")) for name in ("kernels", "copies", "waits")),
             f"{one['to the host']} of {one['modules']}", f"{one['largest difference']:.1e}",
+            _ms(one["staging"]), f"{one['staging'] / one['hashing']:.2f}",
         ]
         for one in found["cases"]
     ]  # fmt: skip
-    words = "Upload included. The floor is the weights' transfer from pinned memory."
+    words = "Upload included. The floor is the weights' transfer from pinned memory. *Staging*: the"
+    words += " copy into it, which an upload that starts while the file is hashed would hide."
     return ["## Scoring", "", words, "", *table(head, rows)]
 
 

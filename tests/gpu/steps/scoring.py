@@ -1,5 +1,6 @@
 """Step 3: the pass over adapters of well-known shapes, beside the CPU's and beside its floor."""
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable
@@ -61,10 +62,23 @@ def case(model: str, rank: int, decades: float, bytes_a_second: float) -> dict[s
     return {
         "model": model, "rank": rank, "decades": decades, "modules": len(modules), "bytes": size,
         "cold": cold, "warm": statistics.median(warm), "cpu": seconds(lambda: on("cpu")),
-        "floor": size / bytes_a_second, "to the host": inexact,
+        "floor": size / bytes_a_second, "to the host": inexact, **before_the_upload(modules),
         "largest difference": float(difference.abs().max()), "fallbacks": fallback.take_counts(),
         **(counts(lambda: on(where)) if ON_GPU else {}),
     }  # fmt: skip
+
+
+def before_the_upload(modules: Modules) -> dict[str, float]:
+    """Seconds of what precedes the first copy to the device: hashing, and staging for it.
+
+    Staging is what an upload that starts while the file is hashed would hide.
+    """
+    storage = modules[0][0].untyped_storage()
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    pinned = torch.empty(len(whole), dtype=torch.uint8, pin_memory=ON_GPU)
+    hashing = [seconds(lambda: hashlib.sha256(whole.numpy())) for _ in range(3)]
+    staging = [seconds(lambda: pinned.copy_(whole)) for _ in range(3)]
+    return {"hashing": statistics.median(hashing), "staging": statistics.median(staging)}
 
 
 def counts(work: Callable[[], object]) -> dict[str, int]:
