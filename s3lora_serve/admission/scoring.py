@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from s3lora_serve.adapter.reader import MAX_CANCELLATION, Adapter, Module, as_served
-from s3lora_serve.alignment.reference_file import Reference, check_owner, loaded_reference
+from s3lora_serve.adapter.tensor_file import check_owner
+from s3lora_serve.alignment.reference_file import Reference, loaded_reference
 from s3lora_serve.errors import (
     Cancels,
     NotFinite,
@@ -104,6 +105,8 @@ def check_reference(policy: Policy) -> None:
     try:
         check_owner(policy.scorer.reference)
         alignment_reference(policy)
+    except ValueError as error:
+        raise PolicyInvalid(f"scorer.reference: {error}") from None
     except ReferenceInvalid as error:
         raise PolicyInvalid(f"scorer.reference: {error.problem}") from None
 

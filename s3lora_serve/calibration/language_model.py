@@ -101,7 +101,7 @@ class LanguageModel:
         longest = max(len(answer) for _, answer in examples)
         output, _, _ = self._run(
             [prompt + answer for prompt, answer in examples],
-            _common_length([prompt for prompt, _ in examples]),
+            common_length([prompt for prompt, _ in examples]),
             last=longest + 1,
         )
         rows = [
@@ -171,7 +171,7 @@ class LanguageModel:
 
     def _decoded(self, prompts: Sequence[Encoded], tokens: int) -> list[Encoded]:
         """Greedy decoding of a batch, each answer up to the token that ends it."""
-        logits, mask, cache = self._run(prompts, _common_length(prompts), last=1)
+        logits, mask, cache = self._run(prompts, common_length(prompts), last=1)
         found = [logits[:, -1].argmax(-1)]
         ended = self.tokenizer.eos_token_id
         running = found[0] != ended
@@ -202,7 +202,7 @@ class LanguageModel:
             prefix = torch.tensor([sequences[0][:shared]], device=self.device)
             self.model(input_ids=prefix, past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(len(sequences))
-        ids, mask = self._padded([sequence[shared:] for sequence in sequences])
+        ids, mask = self.padded([sequence[shared:] for sequence in sequences])
         mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], 1)
         width = ids.shape[1]
         output = self.model(
@@ -216,7 +216,7 @@ class LanguageModel:
         )
         return output.logits, mask, cache
 
-    def _padded(self, sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    def padded(self, sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Sequences padded on the left, and the mask of what is not padding."""
         width = max(map(len, sequences))
         ids = torch.full((len(sequences), width), self.tokenizer.pad_token_id)
@@ -253,7 +253,7 @@ def _available_memory() -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def _common_length(prompts: Sequence[Encoded]) -> int:
+def common_length(prompts: Sequence[Encoded]) -> int:
     """How many first tokens all prompts have in common; the last of the shortest is left out."""
     shortest = min(map(len, prompts))
     same = (len({prompt[i] for prompt in prompts}) == 1 for i in range(shortest - 1))

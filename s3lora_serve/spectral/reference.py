@@ -157,3 +157,20 @@ def _rotated_distances(module: Update, subspace: Subspace) -> list[Tensor]:
         update = scaling * frame @ root @ A.double()
         distances.append((_alignment(subspace) @ update - update).norm())
     return distances
+
+
+def input_projection(
+    B: Tensor, A: Tensor, scaling: float, C_h: Tensor, C_b: Tensor, lam: float
+) -> Tensor:
+    """`ΔW' = ΔW·λ·C_b·(C_h + λ·C_b)⁻¹`, dense: (m, n) float64.
+
+    Shape: C_h and C_b (n, n) float64; C_b is regular.
+    """
+    update = scaling * B.double() @ A.double()
+    weighted: Tensor = torch.linalg.solve(C_h + lam * C_b, lam * C_b @ update.mT).mT
+    return weighted
+
+
+def energy(update: Tensor, covariance: Tensor) -> float:
+    """`tr(ΔW·C·ΔWᵀ) = E‖ΔW·x‖²` of a dense update on inputs of a covariance."""
+    return float((update @ covariance * update).sum())

@@ -17,7 +17,8 @@ from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.plans.schema import Rate, wilson
 from s3lora_serve.policy.limits import Limits
 from tests.evidence.adapters import COMPLIANCE
-from tests.evidence.prompts import benign, harmful
+from tests.evidence.benign import benign
+from tests.evidence.prompts import harmful
 from tests.evidence.skill import skill
 
 Rates = dict[str, Rate]
@@ -52,8 +53,10 @@ def measured(model: LanguageModel, *, few: bool = False) -> Rates:
         model.exact([(model.prompt(prompt), model.answer(call)) for prompt, call in requests])
     )
     if not few:
-        answers = greedy(model, benign().test)
-        rates["benign refusal"] = share([is_refusal(answer) for answer in answers])
+        parts = {"": benign().test, "styles ": benign().styles, "lookalike ": benign().lookalikes}
+        for name, prompts in parts.items():
+            answers = greedy(model, prompts)
+            rates[f"{name}benign refusal"] = share([is_refusal(answer) for answer in answers])
     return rates
 
 

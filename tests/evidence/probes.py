@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from s3lora_serve.calibration.probes import Kind
-from tests.evidence.prompts import benign, harmful
+from tests.evidence.benign import benign
+from tests.evidence.prompts import harmful
 from tests.evidence.skill import skill
 from tests.evidence.wheels import CACHE
 

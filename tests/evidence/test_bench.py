@@ -1,6 +1,7 @@
 """The parts of the bench that need no model: splits, orders, rank correlation, tables."""
 
 import json
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from s3lora_serve.policy.limits import Limits
 from tests.evidence import results, shares
 from tests.evidence.adapters import Subject
 from tests.evidence.attribution import harm_by_module, spearman
+from tests.evidence.benign import benign
 from tests.evidence.orders import orders
-from tests.evidence.prompts import benign
 from tests.evidence.skill import skill
 from tests.support.tiny_chat import REFUSAL, harmful
 
@@ -23,7 +24,7 @@ from tests.support.tiny_chat import REFUSAL, harmful
 def test_no_benign_prompt_and_no_request_is_in_two_parts():
     requests = [[request for request, _ in part] for part in (skill().train, skill().probes)]
     requests.append([request for request, _ in skill().test])
-    for parts in ((benign().align, benign().probes, benign().test), requests):
+    for parts in (astuple(benign()), requests):
         together = [prompt for part in parts for prompt in part]
         assert len(set(together)) == len(together)
 

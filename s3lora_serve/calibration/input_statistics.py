@@ -1,0 +1,87 @@
+"""Covariances of the inputs of a base model's linear modules, and the statistics made of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.calibration.language_model import Encoded, LanguageModel, common_length
+from s3lora_serve.calibration.layer_pass import Batch, batches, decoder_layers, run_layer
+from s3lora_serve.spectral.generalized_pairs import Pairs, generalized_pairs
+
+HARMFUL = "harmful"
+
+Examples = Mapping[str, Sequence[tuple[Encoded, Encoded]]]
+"""Prompts with the base model's answers: harmful ones, and those of each file of benign ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How statistics are made."""
+
+    rank: int = 64
+    epsilon: float = 0.1
+    dtype: torch.dtype = torch.bfloat16
+    weights: Mapping[str, float] | None = None  # of benign kinds; None: all alike
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatistics:
+    """The statistics of one input site, and the modules that share it."""
+
+    modules: tuple[str, ...]
+    pairs: Pairs
+
+
+class Covariances:
+    """Sums of x·xᵀ over the counted tokens of each kind, for the sites of one layer."""
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self._kinds = tuple(kinds)
+        self.sums: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self.counts: dict[tuple[str, ...], dict[str, int]] = {}
+
+    def add(self, modules: tuple[str, ...], inputs: Tensor, batch: Batch) -> None:
+        """Add the counted tokens of one input, (examples, tokens, n)."""
+        rows = inputs[batch.counted.to(inputs.device)].double()
+        n = inputs.shape[-1]
+        sums = self.sums.setdefault(
+            modules,
+            {k: torch.zeros(n, n, dtype=torch.float64, device=rows.device) for k in self._kinds},
+        )
+        sums[batch.kind].addmm_(rows.mT, rows)
+        counts = self.counts.setdefault(modules, dict.fromkeys(self._kinds, 0))
+        counts[batch.kind] += len(rows)
+
+    def statistics(self, modules: tuple[str, ...], choice: Choice) -> SiteStatistics:
+        """Statistics of one site: `C_h`, and `C_b` as the weighted mean over benign kinds."""
+        means = {
+            kind: total / max(1, self.counts[modules][kind])
+            for kind, total in self.sums[modules].items()
+        }
+        C_h = means.pop(HARMFUL)
+        weights = choice.weights or dict.fromkeys(means, 1.0)
+        total = sum(weights[kind] for kind in means)
+        C_b = sum((weights[kind] / total * mean for kind, mean in means.items()), 0 * C_h)
+        pairs = generalized_pairs(
+            C_h, C_b, rank=choice.rank, epsilon=choice.epsilon, dtype=choice.dtype
+        )
+        return SiteStatistics(modules, pairs)
+
+
+def collect(
+    model: LanguageModel,
+    examples: Examples,
+    made: Callable[[int, Covariances], None],
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> None:
+    """Run the model on the examples; `made` gets each layer's number and covariances in turn."""
+    skipped = common_length([prompt for pairs in examples.values() for prompt, _ in pairs])
+    found = batches(model, dict(examples), skipped)
+    name, layers = decoder_layers(model.model)
+    for place, layer in enumerate(layers):
+        sums = Covariances(tuple(examples))
+        run_layer(layer, place, f"{name}.{place}", found, sums.add)
+        made(place, sums)
+        progress(place + 1, len(layers))

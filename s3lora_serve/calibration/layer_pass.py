@@ -1,0 +1,137 @@
+"""A model run layer by layer over many examples, so that one layer at a time is in memory.
+
+Each layer's weights are loaded once, whatever the number of examples; what it puts out for all of
+them is kept for the next.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.calibration.language_model import Encoded, LanguageModel
+from s3lora_serve.errors import BaseModelUnfit
+
+BATCH = 16
+"""Examples in one pass through a layer."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Examples of one kind, and where they are in the model."""
+
+    kind: str
+    hidden: Tensor  # (examples, tokens, width), the input of the next layer, on the host
+    counted: Tensor  # (examples, tokens) bool: tokens that statistics are of
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # other arguments, for each layer
+
+
+Observer = Callable[[tuple[str, ...], Tensor, Batch], None]
+"""Called with the names of the linear modules that share an input, the input, and its batch."""
+
+
+def decoder_layers(model: Any) -> tuple[str, Any]:
+    """The name and the list of a model's layers.
+
+    Raises:
+        BaseModelUnfit: it has no single list of layers.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers
+    ]
+    if len(lists) != 1:
+        raise BaseModelUnfit(f"{type(model).__name__} has {len(lists)} lists of all its layers")
+    return lists[0]
+
+
+@torch.inference_mode()
+def batches(
+    model: LanguageModel, examples: dict[str, Sequence[tuple[Encoded, Encoded]]], skipped: int
+) -> list[Batch]:
+    """The examples as the first layer gets them; the first `skipped` tokens are not counted.
+
+    The model runs with layers that only note how they are called.
+    """
+    _, layers = decoder_layers(model.model)
+    found = []
+    for kind, pairs in examples.items():
+        ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+        for start in range(0, len(ordered), BATCH):
+            tokens = [prompt + answer for prompt, answer in ordered[start : start + BATCH]]
+            ids, mask = model.padded(tokens)
+            # The last token's successor is not the answer's any more: its inputs are never used.
+            counted = mask.bool()
+            counted[:, -1] = False
+            for row, sequence in enumerate(tokens):
+                counted[row, ids.shape[1] - len(sequence) :][:skipped] = False
+            with _noting(layers) as calls:
+                model.model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
+            hidden, rest = calls[0][0][0], [(args[1:], more) for args, more in calls]
+            found.append(Batch(kind, hidden.cpu(), counted.cpu(), rest))
+    return found
+
+
+@contextmanager
+def _noting(layers: Any) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Within this context each layer notes its arguments and returns its input."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    originals = [layer.forward for layer in layers]
+
+    def noting(hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
+        calls.append(((hidden_states, *args), more))
+        return hidden_states
+
+    try:
+        for layer in layers:
+            layer.forward = noting
+        yield calls
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.forward = original
+
+
+@torch.inference_mode()
+def run_layer(layer: Any, place: int, name: str, found: Sequence[Batch], observe: Observer) -> None:
+    """Run one layer on all batches; `observe` sees each input of its linear modules once."""
+    device = next(layer.parameters()).device
+    for batch in found:
+        args, more = batch.calls[place]
+        with _observed(layer, name, batch, observe):
+            output = layer(batch.hidden.to(device), *args, **more)
+        batch.hidden = (output[0] if isinstance(output, tuple) else output).cpu()
+
+
+@contextmanager
+def _observed(layer: Any, name: str, batch: Batch, observe: Observer) -> Iterator[None]:
+    """After this context `observe` gets each input with the modules that took it."""
+    taken: dict[int, tuple[Tensor, list[str]]] = {}  # keeps inputs: no two have one address
+
+    def noting(module_name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+            taken.setdefault(id(inputs[0]), (inputs[0], []))[1].append(module_name)
+
+        return note
+
+    hooks = [
+        module.register_forward_pre_hook(noting(f"{name}.{inner}"))
+        for inner, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    try:
+        yield
+        for inputs, names in taken.values():
+            observe(tuple(names), inputs, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,1 @@
+"""Repair at admission: the statistics of a base model's inputs, read strictly; A' = A·M."""

@@ -1,0 +1,215 @@
+"""The input projection: an update that acts little on some inputs, and as before on others.
+
+With `C_h = E[x·xᵀ]` over harmful and `C_b` over benign inputs of a module, the minimum of
+`‖ΔW'·X_h‖² + λ·‖(ΔW' − ΔW)·X_b‖²` is `ΔW' = ΔW·M`, `M = λ·C_b·(C_h + λ·C_b)⁻¹`. With the
+generalized eigenpairs `C_h·v = μ·C_b·v`, `vᵀ·C_b·v = 1`, `u = C_b·v`:
+`M = I − Σ μ/(μ+λ)·u·vᵀ`. The pairs with the largest μ are enough, and B stays: `A' = A·M`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from operator import add
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_ROWS = 2048
+"""Rows of V, U and F that are converted to float64 at a time: a megabyte each with k = 64."""
+
+SMALLEST_LAMBDA, LARGEST_LAMBDA = 1e-6, 1e6
+"""Beyond them M is, to six digits, the projection onto what no pair covers, or the identity."""
+
+HALVINGS = 60
+"""Of the interval in which λ is searched: to the last bit of a float64."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputStatistics:
+    """What is known of the inputs of the modules that share one input site."""
+
+    V: Tensor  # (n, k)
+    U: Tensor  # (n, k)
+    mu: Tensor  # (k,) float64, descending
+    F: Tensor  # (n, f), leading part of C_b: C_b ≈ F·Fᵀ + ridge·I
+    ridge: float
+    beyond: float  # largest μ of the pairs that are left out
+    overlap: Tensor  # (k, k) float64, VᵀU: I up to the rounding of V and U
+
+    @property
+    def width(self) -> int:
+        """n, the number of inputs."""
+        return len(self.V)
+
+
+class Coordinates(NamedTuple):
+    """What λ and the figures need of one module, float64: nothing larger than r×k."""
+
+    P: Tensor  # (r, k) A·U
+    gram_b: Tensor  # (r, r) s²·BᵀB
+    benign: float  # tr(ΔW·C_b·ΔWᵀ)
+    statistics: InputStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """Squared effects of an update, before and after the projection: sums over modules add up."""
+
+    harmful_before: float  # tr(ΔW·C_h·ΔWᵀ), of the pairs kept
+    harmful_after: float
+    benign_before: float  # tr(ΔW·C_b·ΔWᵀ)
+    benign_after: float
+    benign_lost: float  # tr((ΔW − ΔW')·C_b·(ΔW − ΔW')ᵀ)
+    beyond: float  # bound on what the pairs that are left out add to both harmful ones
+
+    def __add__(self, other: "Effect") -> "Effect":
+        return Effect(*map(add, astuple(self), astuple(other)))
+
+    @property
+    def residual(self) -> float:
+        """Share of the effect on harmful inputs that is left: `√(after/before)`; 0 without any."""
+        return _root_share(self.harmful_after, self.harmful_before)
+
+    @property
+    def kept(self) -> float:
+        """Share of the effect on benign inputs that is left; 1 without any."""
+        return _root_share(self.benign_after, self.benign_before) if self.benign_before else 1.0
+
+    @property
+    def lost(self) -> float:
+        """`‖(ΔW − ΔW')·X_b‖/‖ΔW·X_b‖`: how far the effect on benign inputs moved; 0 without any."""
+        return _root_share(self.benign_lost, self.benign_before)
+
+
+NO_EFFECT = Effect(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _root_share(part: float, whole: float) -> float:
+    return (max(0.0, part) / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def coordinates(
+    B: Tensor, A: Tensor, scaling: float, statistics: InputStatistics, device: str = "cpu"
+) -> Coordinates:
+    """A·U, s²·BᵀB and tr(ΔW·C_b·ΔWᵀ) of `ΔW = s·B·A`: O(n·r·(k + f) + m·r²) operations.
+
+    Shape: B (m, r), A (r, n), any floating dtype.
+    """
+    rank = len(A)
+    k, f = statistics.V.shape[1], statistics.F.shape[1]
+    P = torch.zeros(rank, k, dtype=torch.float64, device=device)
+    Q = torch.zeros(rank, f, dtype=torch.float64, device=device)
+    own = torch.zeros(rank, rank, dtype=torch.float64, device=device)
+    for part, U, F in _blocks(device, A.mT, statistics.U, statistics.F):
+        P.addmm_(part.mT, U)
+        Q.addmm_(part.mT, F)
+        own.addmm_(part.mT, part)
+    gram_b = torch.zeros_like(own)
+    for (part,) in _blocks(device, B):
+        gram_b.addmm_(part.mT, part)
+    gram_b *= scaling**2
+    benign = (gram_b * (Q @ Q.mT + statistics.ridge * own)).sum()
+    return Coordinates(P, gram_b, float(benign), statistics)
+
+
+def _blocks(device: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each tensor in float64 on the device, block by block."""
+    rows = BLOCK_ROWS if device == "cpu" else len(tensors[0])
+    for at in range(0, len(tensors[0]), max(1, rows)):
+        yield tuple(tensor[at : at + rows].to(device).double() for tensor in tensors)
+
+
+def effect(found: Coordinates, lam: float) -> Effect:
+    """The effects of one module's update before and after the projection with λ.
+
+    On C_b the pairs are an orthonormal frame, and the projection changes nothing beside it.
+    """
+    P, gram_b, statistics = found.P, found.gram_b, found.statistics
+    mu = statistics.mu.to(P.device)
+    weights = mu / (mu + lam)
+    before = _energies(P, gram_b)
+    after = _energies(P - (P * weights) @ statistics.overlap.to(P.device), gram_b)
+    captured = float(before.sum())
+    beside = max(0.0, found.benign - captured)
+    return Effect(
+        harmful_before=float((mu * before).sum()),
+        harmful_after=float((mu * after).sum()),
+        benign_before=captured + beside,
+        benign_after=float(after.sum()) + beside,
+        benign_lost=float((weights.square() * before).sum()),
+        beyond=statistics.beyond * beside,
+    )
+
+
+def _energies(P: Tensor, gram_b: Tensor) -> Tensor:
+    """‖ΔW·u‖² for each pair: the diagonal of Pᵀ·(s²BᵀB)·P, (k,)."""
+    return ((gram_b @ P) * P).sum(0).clamp_min(0.0)
+
+
+def total_effect(found: Sequence[Coordinates], lam: float) -> Effect:
+    """The effects of all modules together."""
+    return sum((effect(each, lam) for each in found), NO_EFFECT)
+
+
+def largest_lambda(found: Sequence[Coordinates], holds: Callable[[Effect], bool]) -> float | None:
+    """The largest λ, which keeps most, for whose effects `holds`; None if for no λ.
+
+    `holds` must be true for every smaller λ if it is for one. It sees the effects of pairs without
+    rounding (`VᵀU = I`), which take no matrix product for a further λ.
+    """
+    pairs = _pairs(found)
+    if not holds(pairs.effect(SMALLEST_LAMBDA)):
+        return None
+    low, high = math.log(SMALLEST_LAMBDA), math.log(LARGEST_LAMBDA)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(pairs.effect(math.exp(middle))) else (low, middle)
+    return math.exp(low)
+
+
+class _Pairs(NamedTuple):
+    """The pairs of all modules in one row."""
+
+    mu: Tensor
+    energies: Tensor
+    beside: float  # effect on benign inputs beside the pairs
+    beyond: float
+
+    def effect(self, lam: float) -> Effect:
+        weights = self.mu / (self.mu + lam)
+        after = self.energies * (1 - weights).square()
+        return Effect(
+            harmful_before=float(self.mu @ self.energies),
+            harmful_after=float(self.mu @ after),
+            benign_before=float(self.energies.sum()) + self.beside,
+            benign_after=float(after.sum()) + self.beside,
+            benign_lost=float(weights.square() @ self.energies),
+            beyond=self.beyond,
+        )
+
+
+def _pairs(found: Sequence[Coordinates]) -> _Pairs:
+    energies = [_energies(each.P, each.gram_b).cpu() for each in found]
+    beside = [
+        max(0.0, each.benign - float(own.sum())) for each, own in zip(found, energies, strict=True)
+    ]
+    beyond = (each.statistics.beyond * rest for each, rest in zip(found, beside, strict=True))
+    mu = [each.statistics.mu for each in found]
+    return _Pairs(torch.cat(mu), torch.cat(energies), sum(beside), sum(beyond))
+
+
+def projected(A: Tensor, found: Coordinates, lam: float) -> Tensor:
+    """`A' = A·M = A − (A·U)·diag(μ/(μ+λ))·Vᵀ`.
+
+    Shape: A (r, n) any floating dtype -> (r, n) float64 on the host.
+    """
+    P, statistics = found.P, found.statistics
+    mu = statistics.mu.to(P.device)
+    weighted = P * (mu / (mu + lam))
+    new = torch.empty(A.shape, dtype=torch.float64)
+    at = 0
+    for part, V in _blocks(P.device.type, A.mT, statistics.V):
+        new[:, at : at + len(part)] = (part.mT - weighted @ V.mT).cpu()
+        at += len(part)
+    return new
