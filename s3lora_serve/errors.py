@@ -431,6 +431,13 @@ class CheckpointUnfit(S3LoRAError):
     remedy = "Name the folders of a base model and of the model that was aligned from it."
 
 
+class StatisticsInvalid(S3LoRAError):
+    """A file holds no statistics of a base model's inputs, or its numbers cannot be theirs."""
+
+    code = "S3LORA-913"
+    remedy = "Make it again with s3lora statistics make."
+
+
 class EvaluationFailed(S3LoRAError):
     """An evaluation cannot begin, or a task of it failed."""
 

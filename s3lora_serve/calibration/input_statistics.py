@@ -23,15 +23,6 @@ class Choice:
     rank: int = 64
     epsilon: float = 0.1
     dtype: torch.dtype = torch.bfloat16
-    weights: Mapping[str, float] | None = None  # of benign kinds; None: all alike
-
-
-@dataclass(frozen=True, slots=True)
-class SiteStatistics:
-    """The statistics of one input site, and the modules that share it."""
-
-    modules: tuple[str, ...]
-    pairs: Pairs
 
 
 class Covariances:
@@ -54,20 +45,24 @@ class Covariances:
         counts = self.counts.setdefault(modules, dict.fromkeys(self._kinds, 0))
         counts[batch.kind] += len(rows)
 
-    def statistics(self, modules: tuple[str, ...], choice: Choice) -> SiteStatistics:
-        """Statistics of one site: `C_h`, and `C_b` as the weighted mean over benign kinds."""
+    def statistics(
+        self, modules: tuple[str, ...], weights: Mapping[str, float], choice: Choice
+    ) -> Pairs:
+        """Statistics of one site: `C_h`, and `C_b` as the weighted mean over benign kinds.
+
+        Raises:
+            ValueError: the inputs of a kind are all zero or not finite.
+        """
         means = {
             kind: total / max(1, self.counts[modules][kind])
             for kind, total in self.sums[modules].items()
         }
         C_h = means.pop(HARMFUL)
-        weights = choice.weights or dict.fromkeys(means, 1.0)
         total = sum(weights[kind] for kind in means)
         C_b = sum((weights[kind] / total * mean for kind, mean in means.items()), 0 * C_h)
-        pairs = generalized_pairs(
+        return generalized_pairs(
             C_h, C_b, rank=choice.rank, epsilon=choice.epsilon, dtype=choice.dtype
         )
-        return SiteStatistics(modules, pairs)
 
 
 def collect(

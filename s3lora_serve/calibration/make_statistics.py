@@ -1,0 +1,234 @@
+"""Make the statistics of a base model's inputs, one layer at a time."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from s3lora_serve.adapter.safetensors_format import Entry, write_header
+from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest
+from s3lora_serve.calibration.input_statistics import (
+    HARMFUL,
+    Choice,
+    Covariances,
+    Examples,
+    collect,
+)
+from s3lora_serve.calibration.judge import JUDGED_TOKENS, is_refusal
+from s3lora_serve.calibration.language_model import LanguageModel
+from s3lora_serve.calibration.probes import ProbeFile
+from s3lora_serve.errors import BaseUnaligned, ProbesInvalid
+from s3lora_serve.repair.statistics_file import METADATA_KEY, About, ProbesRecord, SiteRecord
+
+MIN_REFUSED = 0.5
+"""Share of harmful probes that an aligned base model refuses at least. Ours."""
+
+ANSWER_TOKENS = 24
+"""Tokens of the base model's own answer to a benign prompt whose inputs count. Ours."""
+
+NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+
+Progress = Callable[[str, int, int], None]
+"""A phase's name, steps done, and all steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Benign:
+    """A file of benign probes and its weight among them."""
+
+    file: ProbeFile
+    weight: float = 1.0
+
+
+def make_statistics(
+    base: Path,
+    harmful: ProbeFile,
+    benign: Sequence[Benign],
+    target: Path,
+    choice: Choice,
+    *,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    resume: bool = False,
+    progress: Progress = lambda *_: None,
+) -> About:
+    """Write the statistics of a base model, whole or not at all.
+
+    What each layer yields is kept in a folder beside the target until all are made; `resume` goes
+    on with those.
+
+    Raises:
+        BaseModelUnfit, CheckpointUnfit: the base model cannot be loaded, or has no list of layers.
+        BaseUnaligned: the base model complies with most harmful probes.
+        ProbesInvalid: their inputs have no covariance.
+        FileExistsError: the target exists.
+        OSError: it cannot be written.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists; name a file that does not")
+    progress("digest", 0, 1)
+    digest = Checkpoint.open(base).digest
+    progress("digest", 1, 1)
+    parts = Parts.begin(target, [digest, harmful.digest, *_asked(benign), repr(choice)], resume)
+    model = LanguageModel.load(base, device, dtype)
+    examples = _examples(model, harmful, benign, progress)
+    weights = {_kind(i): each.weight for i, each in enumerate(benign)}
+    records: dict[str, SiteRecord] = {}
+    tokens: dict[str, int] = {}
+
+    def made(layer: int, sums: Covariances) -> None:
+        records.update(parts.kept(layer) or parts.write(layer, sums, weights, choice))
+        for counts in list(sums.counts.values())[:1]:
+            tokens.update(counts)
+
+    collect(model, examples, made, lambda done, total: progress("layers", done, total))
+    about = About(
+        rank=choice.rank,
+        epsilon=choice.epsilon,
+        base_digest=digest,
+        config_digest=config_digest(base),
+        probes=tuple(_records(examples, tokens, harmful, benign)),
+        s3lora_serve=version("s3lora-serve"),
+        sites=records,
+    )
+    parts.assemble(about, target)
+    return about
+
+
+def _asked(benign: Sequence[Benign]) -> list[str]:
+    return [f"{each.file.digest} {each.weight:g}" for each in benign]
+
+
+def _kind(place: int) -> str:
+    return f"benign {place}"
+
+
+def _examples(
+    model: LanguageModel, harmful: ProbeFile, benign: Sequence[Benign], progress: Progress
+) -> Examples:
+    """Prompts with the base model's own answers; harmful ones that it does not refuse are left
+    out."""
+    total, done = 1 + len(benign), 0
+    prompts = [model.prompt(probe.prompt) for probe in harmful.probes]
+    answers = model.greedy(prompts, JUDGED_TOKENS)
+    refusals = [
+        (prompt, model.answer(answer, end=False))
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if is_refusal(answer)
+    ]
+    if len(refusals) < MIN_REFUSED * len(prompts):
+        raise BaseUnaligned(
+            f"the base model refuses {len(refusals)} of {len(prompts)} harmful probes, fewer than"
+            f" {MIN_REFUSED:.0%}"
+        )
+    progress("answers", done := done + 1, total)
+    found = {HARMFUL: refusals}
+    for place, each in enumerate(benign):
+        prompts = [model.prompt(probe.prompt) for probe in each.file.probes]
+        answers = model.greedy(prompts, ANSWER_TOKENS)
+        found[_kind(place)] = [
+            (prompt, model.answer(answer, end=False))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        progress("answers", done := done + 1, total)
+    return found
+
+
+def _records(
+    examples: Examples, tokens: Mapping[str, int], harmful: ProbeFile, benign: Sequence[Benign]
+) -> Iterator[ProbesRecord]:
+    yield ProbesRecord(
+        kind="harmful",
+        digest=harmful.digest,
+        count=len(examples[HARMFUL]),
+        tokens=tokens[HARMFUL],
+    )
+    for place, each in enumerate(benign):
+        yield ProbesRecord(
+            kind="benign",
+            digest=each.file.digest,
+            count=len(examples[_kind(place)]),
+            tokens=tokens[_kind(place)],
+            weight=each.weight,
+        )
+
+
+class Parts:
+    """The folder beside a target with what each layer yielded."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @classmethod
+    def begin(cls, target: Path, settings: Sequence[str], resume: bool) -> "Parts":
+        """An empty folder, or that of an interrupted run with the same settings."""
+        folder = target.with_name(f".{target.name}.parts")
+        note, text = folder / "settings.json", json.dumps(list(settings))
+        if not (resume and note.exists() and note.read_text() == text):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            note.write_text(text)
+        return cls(folder)
+
+    def kept(self, layer: int) -> dict[str, SiteRecord] | None:
+        """The records of a layer that was made already."""
+        note = self._folder / f"{layer}.json"
+        if not note.exists():
+            return None
+        found = json.loads(note.read_text())
+        return {site: SiteRecord.model_validate(record) for site, record in found.items()}
+
+    def write(
+        self, layer: int, sums: Covariances, weights: Mapping[str, float], choice: Choice
+    ) -> dict[str, SiteRecord]:
+        """Make and keep the statistics of a layer's sites."""
+        records, tensors = {}, {}
+        for modules in sums.sums:
+            site = modules[0]
+            try:
+                found = sums.statistics(modules, weights, choice)
+            except ValueError as error:
+                raise ProbesInvalid(f"{site}: {error}") from None
+            statistics = found.statistics
+            records[site] = SiteRecord(
+                modules=modules,
+                ridge=statistics.ridge,
+                beyond=statistics.beyond,
+                harmful_captured=found.harmful_captured,
+                benign_captured=found.benign_captured,
+            )
+            for part in ("V", "U", "F", "mu"):
+                tensors[f"{site}.{part}"] = getattr(statistics, part).contiguous()
+        save_file(tensors, self._folder / f"{layer}.safetensors")
+        plain = {site: record.model_dump(mode="json") for site, record in records.items()}
+        partial = self._folder / f"{layer}.partial"
+        partial.write_text(json.dumps(plain))
+        partial.rename(self._folder / f"{layer}.json")  # last: it marks the layer as made
+        return records
+
+    def assemble(self, about: About, target: Path) -> None:
+        """Write the one file, and remove the folder."""
+        staging = self._folder / "whole"
+        entries, at = [], 0
+        for name, tensor in self._tensors():
+            size = tensor.numel() * tensor.element_size()
+            entry = Entry(name, NAMES[tensor.dtype], tuple(tensor.shape), at, at + size)
+            entries.append((entry, at))
+            at += size
+        with staging.open("wb") as file:
+            file.write(write_header(iter(entries), {METADATA_KEY: about.model_dump_json()}))
+            for _, tensor in self._tensors():
+                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        staging.chmod(0o644)
+        staging.rename(target)
+        shutil.rmtree(self._folder)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for file in sorted(self._folder.glob("*.safetensors"), key=lambda file: int(file.stem)):
+            yield from sorted(load_file(file).items())
