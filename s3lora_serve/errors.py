@@ -180,6 +180,13 @@ class ReferenceUnfit(AdapterRejected):
     remedy = "Make a reference of all modules that the policy selects: s3lora reference make."
 
 
+class RepairImpossible(AdapterRejected):
+    """The policy's statistics lack a module of the adapter, or repairing it breaks a bound."""
+
+    code = "S3LORA-225"
+    remedy = "Make statistics of the served model, or let a rule turn repair off for this adapter."
+
+
 class NameReserved(AdapterRejected):
     """The name is one of the policy's names for experiments, and this is none; or the reverse."""
 

@@ -1,7 +1,7 @@
-"""The weights file of an adapter with some lora_B replaced; header, layout and other bytes stay."""
+"""The weights file of an adapter with factors replaced; header, layout and other bytes stay."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,12 @@ from s3lora_serve.adapter.reader import MAX_CANCELLATION, Adapter, Module, as_se
 
 
 class NewFactor(NamedTuple):
-    """A module's new lora_B, with the norms of its update without scaling."""
+    """A module's new lora_A or lora_B, with the norms of its update without scaling."""
 
-    B: Tensor  # (m, r), in the dtype that the module's own is stored in
+    key: str  # name of the tensor in the file
+    tensor: Tensor  # in the dtype that the module's own is stored in
     before: float  # ‖B·A‖_F
-    after: float  # ‖B'·A‖_F
+    after: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +30,13 @@ class ChangedWeights:
     replaced: dict[str, tuple[int, bytes]]  # by tensor name: offset in the file, new bytes
 
     @classmethod
-    def of(cls, adapter: Adapter, factors: Mapping[str, Tensor]) -> "ChangedWeights":
-        """The weights of an adapter with a new lora_B for the modules named."""
-        modules = {module.name: module for module in adapter.modules}
+    def of(cls, adapter: Adapter, factors: Iterable[NewFactor]) -> "ChangedWeights":
+        """The weights of an adapter with new factors in the place of its own."""
         entries = {entry.name: entry for entry in adapter.header.entries}
         replaced = {}
-        for name, B in factors.items():
-            key = modules[name].keys[1]
-            data = B.contiguous().view(torch.uint8).numpy().tobytes()
-            replaced[key] = entries[key].start, data
+        for new in factors:
+            data = new.tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            replaced[new.key] = entries[new.key].start, data
         return cls(adapter.copy.weights, replaced)
 
     def chunks(self) -> Iterator[memoryview]:
@@ -74,7 +73,7 @@ class ChangedWeights:
                 file.write(chunk)
 
 
-def rounded_factor(module: Module, B: Tensor) -> NewFactor:
+def rounded_lora_b(module: Module, B: Tensor) -> NewFactor:
     """B' rounded to the dtype that B is stored in, checked.
 
     Shape: B (m, r) float64.
@@ -83,17 +82,38 @@ def rounded_factor(module: Module, B: Tensor) -> NewFactor:
         ValueError: it holds NaN or Inf as served, or ‖B'‖_F·‖A‖_F exceeds the larger of both
             updates by more than MAX_CANCELLATION. The message names no cause: the caller does.
     """
-    new = B.to(module.B.dtype).contiguous()
+    new = _rounded(module, "lora_B", B, module.B)
+    return _checked(module, module.keys[1], new, (new, module.A))
+
+
+def rounded_lora_a(module: Module, A: Tensor) -> NewFactor:
+    """A' rounded to the dtype that A is stored in, checked as `rounded_lora_b` does.
+
+    Shape: A (r, n) float64.
+
+    Raises:
+        ValueError: as `rounded_lora_b`.
+    """
+    new = _rounded(module, "lora_A", A, module.A)
+    return _checked(module, module.keys[0], new, (module.B, new))
+
+
+def _rounded(module: Module, what: str, factor: Tensor, own: Tensor) -> Tensor:
+    new = factor.to(own.dtype).contiguous()
     if not as_served(new).isfinite().all():
-        raise ValueError(f"makes the lora_B of {module.name} NaN or Inf")
-    A = module.A.double()
-    before, after = update_norm(module.B.double(), A), update_norm(new.double(), A)
-    update, factors = max(before, after), float(new.double().norm() * A.norm())
+        raise ValueError(f"makes the {what} of {module.name} NaN or Inf")
+    return new
+
+
+def _checked(module: Module, key: str, new: Tensor, pair: tuple[Tensor, Tensor]) -> NewFactor:
+    B, A = (factor.double() for factor in pair)
+    before, after = update_norm(module.B.double(), module.A.double()), update_norm(B, A)
+    update, factors = max(before, after), float(B.norm() * A.norm())
     if not factors <= MAX_CANCELLATION * update:
         raise ValueError(
             f"makes factors of {factors:g} for {module.name} that cancel: its update is {update:g}"
         )
-    return NewFactor(new, before, after)
+    return NewFactor(key, new, before, after)
 
 
 def update_norm(B: Tensor, A: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 
-from s3lora_serve.adapter.changed_weights import ChangedWeights, rounded_factor
+from s3lora_serve.adapter.changed_weights import ChangedWeights, rounded_lora_b
 from s3lora_serve.adapter.reader import Adapter
 from s3lora_serve.alignment.reference_file import Reference
 from s3lora_serve.errors import ReferenceUnfit
@@ -24,7 +24,7 @@ def projected_weights(
     Raises:
         ReferenceUnfit: a B' is not finite, or mere rounding.
     """
-    factors = {}
+    factors = []
     for module in adapter.modules:
         if module.name in names:
             between_modules()
@@ -33,8 +33,7 @@ def projected_weights(
             over = 1 / subspace.frobenius if subspace.frobenius else 0.0
             weights = subspace.singular_values.square().unsqueeze(-1) * over
             try:
-                new = rounded_factor(module, U @ (weights * (U.mT @ module.B.double())))
+                factors.append(rounded_lora_b(module, U @ (weights * (U.mT @ module.B.double()))))
             except ValueError as error:
                 raise ReferenceUnfit(f"the projection {error}") from None
-            factors[module.name] = new.B
     return ChangedWeights.of(adapter, factors)

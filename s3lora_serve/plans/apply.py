@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from s3lora_serve.adapter.changed_weights import ChangedWeights, rounded_factor
+from s3lora_serve.adapter.changed_weights import ChangedWeights, NewFactor, rounded_lora_b
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.errors import PlanInvalid
 from s3lora_serve.plans.schema import Plan
@@ -25,22 +25,22 @@ def transformed_weights(
         PlanInvalid: a transform makes an update larger, not finite, or mere rounding.
     """
     modules = {module.name: module for module in adapter.modules}
-    factors = {}
+    factors = []
     for planned in plan.modules:
         if planned.action == "transform":
             between_modules()
-            factors[planned.name] = transformed(modules[planned.name], planned.matrix())
+            factors.append(transformed(modules[planned.name], planned.matrix()))
     return ChangedWeights.of(adapter, factors) if factors else None
 
 
-def transformed(module: Module, transform: Tensor) -> Tensor:
+def transformed(module: Module, transform: Tensor) -> NewFactor:
     """B' = B·T, computed in float64 and rounded to the dtype that B is stored in.
 
     Raises:
         PlanInvalid: B' holds NaN or Inf as served, or its update is larger than the module's.
     """
     try:
-        new = rounded_factor(module, module.B.double() @ transform.double())
+        new = rounded_lora_b(module, module.B.double() @ transform.double())
     except ValueError as error:
         raise PlanInvalid(f"a transform {error}") from None
     if not new.after <= new.before * (1 + MAX_GROWTH):
@@ -48,4 +48,4 @@ def transformed(module: Module, transform: Tensor) -> Tensor:
             f"the transform of {module.name} makes ‖ΔW‖_F {new.after:g} of {new.before:g} (without"
             " scaling): a plan may not increase an update"
         )
-    return new.B
+    return new
