@@ -1,7 +1,7 @@
 """Compute the admission decision from scores and a policy. Pure: no files, no vLLM."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ class Outcome:
     uninformative: bool = False
     transformed: Mapping[str, float] = field(default_factory=dict)  # share of ‖ΔW‖_F² removed
     projected: Mapping[str, float] = field(default_factory=dict)  # the same; < 0 if ΔW grows
-    by_plan: bool = False
+    repairs: bool = False  # the modules that are not stripped are to be repaired
 
 
 def decide(
@@ -70,7 +70,9 @@ def decide(
         return _planned(plan, scores, policy)
     if policy.require_plan:
         return _rejected(PlanMissing(f"there is no plan for {digest} in {policy.plans}"))
-    return _chosen_by_index(scores, policy)
+    outcome = _chosen_by_index(scores, policy)
+    repairs = policy.repair is not None and outcome.decision is not Decision.REJECTED
+    return replace(outcome, repairs=repairs)
 
 
 def settle(
@@ -104,11 +106,12 @@ def _planned(plan: "Plan", scores: Sequence["ModuleScore"], policy: Policy) -> O
         stripped=plan.stripped,
         uninformative=isinstance(obstacle, Uninformative),
         transformed=transformed,
-        by_plan=True,
     )
 
 
 def _chosen_by_index(scores: Sequence["ModuleScore"], policy: Policy) -> Outcome:
+    if policy.repair is not None and policy.strip.picks_none:
+        return Outcome(Decision.ADMITTED)  # whether the index can rank does not matter
     negligible = negligible_modules(scores, policy.negligible)
     significant = [score for score in scores if score.name not in negligible]
     if obstacle := _ranking_obstacle(significant, len(negligible)):

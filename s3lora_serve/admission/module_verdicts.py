@@ -7,11 +7,16 @@ from s3lora_serve.admission.decision import Outcome
 from s3lora_serve.admission.strip_rules import energy_shares, negligible_modules
 from s3lora_serve.admission.verdict import ModuleVerdict
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.repair.apply import RepairedAdapter
 from s3lora_serve.spectral import ModuleScore
 
 
 def module_verdicts(
-    adapter: Adapter, scores: Sequence[ModuleScore], outcome: Outcome, policy: Policy
+    adapter: Adapter,
+    scores: Sequence[ModuleScore],
+    outcome: Outcome,
+    policy: Policy,
+    repair: RepairedAdapter | None = None,
 ) -> tuple[ModuleVerdict, ...]:
     """A verdict for each module of the adapter, those that were not scored included."""
     shares = energy_shares(scores)
@@ -23,6 +28,7 @@ def module_verdicts(
             *scored.get(module.name, (None, None)),
             outcome=outcome,
             negligible=module.name in negligible,
+            repair=repair,
         )
         for module in adapter.modules
     )
@@ -35,9 +41,12 @@ def _module_verdict(
     *,
     outcome: Outcome,
     negligible: bool,
+    repair: RepairedAdapter | None,
 ) -> ModuleVerdict:
     stripped = module.name in outcome.stripped
-    removed = outcome.transformed.get(module.name, outcome.projected.get(module.name, 0.0))
+    changes = outcome.transformed, outcome.projected, repair.removed if repair else {}
+    removed = next((each[module.name] for each in changes if module.name in each), 0.0)
+    effect = repair.effects.get(module.name) if repair else None
     return ModuleVerdict(
         name=module.name,
         layer=module.layer,
@@ -55,6 +64,9 @@ def _module_verdict(
         transformed=module.name in outcome.transformed,
         removed_share=1.0 if stripped else removed,
         projected=module.name in outcome.projected,
+        repaired=effect is not None,
+        residual=effect.residual if effect else None,
+        kept=effect.kept if effect else None,
         alignment=score.alignment if score else None,
         captured=score.captured if score else None,
     )

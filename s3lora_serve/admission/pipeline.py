@@ -16,6 +16,7 @@ from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
 from s3lora_serve.admission.decision import Outcome, decide, settle
 from s3lora_serve.admission.module_verdicts import module_verdicts
+from s3lora_serve.admission.repairing import repair_facts, repair_of
 from s3lora_serve.admission.scoring import (
     alignment_reference,
     attested_scores,
@@ -42,6 +43,7 @@ from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.lengths import MAX_NAME, MAX_PATH
 from s3lora_serve.policy.owners import foreign_load
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.repair.apply import RepairedAdapter
 from s3lora_serve.signatures.records import Vouchers
 from s3lora_serve.signatures.vouch import Vouched, vouch
 from s3lora_serve.spectral import ModuleScore
@@ -72,6 +74,7 @@ class Admission:
             modules=module_verdicts(self.adapter, self.scores, outcome, policy),
             selected_by="index",
             plan_digest=None,
+            repair=None,
             served_digest=_served_digest(self.adapter.copy, None, outcome, self.verdict.mode),
         )
 
@@ -125,6 +128,7 @@ def admit(
     vouched = Vouched()
     attested: list[ModuleScore] | None = None
     weights: ChangedWeights | None = None
+    repair: RepairedAdapter | None = None
     read = scored = started
     try:
         limits = effective.limits
@@ -163,6 +167,9 @@ def admit(
             outcome = Outcome(Decision.REJECTED, objection)
         if outcome.projected and (reference := alignment_reference(effective)):
             weights = projected_weights(adapter, reference, outcome.projected, check_deadline)
+        if outcome.repairs and (repair := repair_of(adapter, effective, outcome, check_deadline)):
+            outcome = replace(outcome, decision=Decision.STRIPPED)
+            weights = repair.weights
         if weights is not None and into is not None and policy.mode == "enforce":
             _write(weights, into())
     except AdapterRejected as refusal:
@@ -172,7 +179,7 @@ def admit(
     finally:
         resources.close()
     if outcome.decision is Decision.REJECTED:
-        weights = None
+        weights = repair = None
     served = _served_digest(copy, weights, outcome, policy.mode) if scores else None
     ended = time.perf_counter()
     unscorable = adapter.unscorable if adapter else ()
@@ -187,17 +194,20 @@ def admit(
         mode=policy.mode,
         scorer=effective.scorer.as_json(),
         policy_digest=policy.digest,
-        modules=module_verdicts(adapter, scores, outcome, effective) if adapter and scores else (),
+        modules=module_verdicts(adapter, scores, outcome, effective, repair)
+        if adapter and scores
+        else (),
         removed=unscorable if effective.on_unscorable == "strip" else (),
         unscored=unscorable if effective.on_unscorable == "admit" else (),
         seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
-        selected_by="plan" if used else "index",
+        selected_by="plan" if used else "repair" if repair else "index",
         plan_digest=used.digest if used else None,
         served_digest=served,
         signed_by=vouched.by.signed_by,
         attested_by=vouched.by.attested_by,
         scored_by="attestation" if attested else "gate",
         config_file_digest=_sha256(copy.config) if copy else None,
+        repair=repair_facts(repair, effective) if repair else None,
     )
     return Admission(verdict, adapter, tuple(scores), weights)
 

@@ -40,6 +40,9 @@ class ModuleVerdict:
     transformed: bool = False  # served with B' = B·T of a plan
     removed_share: float = 0.0  # of ‖ΔW‖_F²: 1 if stripped, < 0 if projecting makes ΔW larger
     projected: bool = False  # served with B' = C·B of the alignment reference
+    repaired: bool = False  # served with A' = A·M of the statistics
+    residual: float | None = None  # share of its effect on harmful inputs that is left
+    kept: float | None = None  # share of its effect on benign inputs that is left
     alignment: float | None = None  # score of safe-lora or splora; None: another scorer, or ΔW = 0
     captured: float | None = None  # share of the alignment's energy that the reference holds
 
@@ -51,7 +54,18 @@ class ModuleVerdict:
     @property
     def changed(self) -> bool:
         """Whether the module is served otherwise than its adapter has it."""
-        return self.stripped or self.transformed or self.projected
+        return self.stripped or self.transformed or self.projected or self.repaired
+
+
+@dataclass(frozen=True, slots=True)
+class RepairFacts:
+    """How an adapter was repaired, and what that leaves of its whole effect."""
+
+    statistics_digest: str
+    strength: float  # λ of the input projection: the larger, the more is kept
+    residual: float  # share of the effect on harmful inputs that is left
+    kept: float  # share of the effect on benign inputs that is left
+    lost: float  # how far the effect on benign inputs moved, relative to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +95,14 @@ class Verdict:
     removed: tuple[str, ...] = ()  # unscorable tensors that are removed (policy: strip)
     unscored: tuple[str, ...] = ()  # unscorable tensors that are served unscored (policy: admit)
     seconds: Seconds = field(default_factory=Seconds)
-    selected_by: Literal["plan", "index"] = "index"  # what chose the changed modules
+    selected_by: Literal["plan", "repair", "index"] = "index"  # what chose the changed modules
     plan_digest: str | None = None  # of the plan that was read, also where it is refused
     served_digest: str | None = None  # sha256 of the weights file as served; None: not served
     signed_by: Signer | None = None  # of the policy's signers; None: of none
     attested_by: Attester | None = None  # of the policy's keys for attestations; None: of none
     scored_by: Literal["gate", "attestation"] = "gate"  # where the scores are from
     config_file_digest: str | None = None  # sha256 of adapter_config.json, byte for byte
+    repair: RepairFacts | None = None  # None: not repaired
 
     @property
     def vouchers(self) -> Vouchers:
@@ -108,6 +123,11 @@ class Verdict:
     def projected(self) -> tuple[str, ...]:
         """PEFT names of the projected modules."""
         return tuple(module.name for module in self.modules if module.projected)
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """PEFT names of the repaired modules."""
+        return tuple(module.name for module in self.modules if module.repaired)
 
     @property
     def stripped(self) -> tuple[str, ...]:
@@ -149,6 +169,7 @@ class Verdict:
             "attested_by": self.attested_by and asdict(self.attested_by),
             "scored_by": self.scored_by,
             "config_file_digest": self.config_file_digest,
+            "repair": self.repair and asdict(self.repair),
         }
 
     @classmethod
@@ -169,6 +190,7 @@ class Verdict:
                 "seconds": Seconds(**data["seconds"]),
                 "signed_by": Signer(**signed) if (signed := data.get("signed_by")) else None,
                 "attested_by": Attester(**key) if (key := data.get("attested_by")) else None,
+                "repair": RepairFacts(**facts) if (facts := data.get("repair")) else None,
             }
         )
 
@@ -190,19 +212,23 @@ def differs(before: Verdict, after: Verdict) -> bool:
 
 def _outcome(verdict: Verdict) -> tuple[object, ...]:
     reason = verdict.reason and verdict.reason.code
-    changed = tuple(map(frozenset, (verdict.stripped, verdict.transformed, verdict.projected)))
+    parts = verdict.stripped, verdict.transformed, verdict.projected, verdict.repaired
+    changed = tuple(map(frozenset, parts))
     plan = verdict.plan_digest, verdict.served_digest
     return verdict.decision, verdict.mode, reason, changed, verdict.removed, verdict.unscored, plan
 
 
+_UNCHANGED: dict[str, Any] = {
+    "stripped": False, "transformed": False, "projected": False, "removed_share": 0.0,
+    "repaired": False, "residual": None, "kept": None,
+}  # fmt: skip
+
+
 def with_rejection(verdict: Verdict, reason: Reason) -> Verdict:
     """The verdict, rejected after its decision. No module counts as changed."""
-    kept = tuple(
-        replace(module, stripped=False, transformed=False, projected=False, removed_share=0.0)
-        for module in verdict.modules
-    )
+    kept = tuple(replace(module, **_UNCHANGED) for module in verdict.modules)
     rejected = replace(verdict, decision=Decision.REJECTED, reason=reason, modules=kept)
-    return replace(rejected, served_digest=None)
+    return replace(rejected, served_digest=None, repair=None)
 
 
 def unread_verdict(name: str, path: str, policy: Policy) -> Verdict:
@@ -260,6 +286,9 @@ def _module_json(module: ModuleVerdict, spectra: bool) -> dict[str, Any]:
         "transformed": module.transformed,
         "removed_share": module.removed_share,
         "projected": module.projected,
+        "repaired": module.repaired,
+        "residual": module.residual,
+        "kept": module.kept,
         "alignment": module.alignment,
         "captured": module.captured,
     }

@@ -14,6 +14,7 @@ from s3lora_serve.cli import (
     report,
     scan,
     serve,
+    statistics,
     strip,
     summary,
 )
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.add_typer(policy.policy_app, name="policy")
 app.add_typer(audit.audit_app, name="audit")
 app.add_typer(reference.reference_app, name="reference")
+app.add_typer(statistics.statistics_app, name="statistics")
 app.command()(scan.scan)
 app.command()(strip.strip)
 app.command()(attest.attest)

@@ -48,6 +48,10 @@ PolicyOption: TypeAlias = Annotated[
 ReferenceOption: TypeAlias = Annotated[
     Path | None, typer.Option(help="An alignment reference, in the place of the policy's.")
 ]
+StatisticsOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--repair", help="Statistics to repair with, in the place of the policy's."),
+]
 DeviceOption: TypeAlias = Annotated[
     Device, typer.Option(help="Where to score.", envvar="S3LORA_DEVICE")
 ]

@@ -19,8 +19,8 @@ policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
 def policy_check(file: Annotated[Path, typer.Argument(help="YAML or JSON policy.")]) -> None:
     """Validate a policy and print the effective one, the environment over the file.
 
-    Its folder of plans, its alignment reference and its signers' keys are checked too, as a server
-    does at start.
+    Its folder of plans, its alignment reference, its statistics and its signers' keys are checked
+    too, as a server does at start.
 
     Exit code: 0, or 2 if it is not valid.
     """
@@ -32,6 +32,10 @@ def policy_check(file: Annotated[Path, typer.Argument(help="YAML or JSON policy.
             from s3lora_serve.admission.scoring import check_reference  # imports torch
 
             check_reference(checked)
+        if checked.repair:
+            from s3lora_serve.admission.repairing import check_statistics  # imports torch
+
+            check_statistics(checked)
     except S3LoRAError as error:
         stop(str(error))
     typer.echo(yaml.safe_dump(checked.as_json(), sort_keys=False), nl=False)

@@ -29,6 +29,7 @@ from s3lora_serve.cli.options import (
     PolicyOption,
     ReferenceOption,
     Scorer,
+    StatisticsOption,
     check_device,
     stop,
     stop_at,
@@ -57,6 +58,7 @@ def scan(
         Scorer | None, typer.Option(help="Another index than the policy's, to compare.")
     ] = None,
     reference: ReferenceOption = None,
+    repair: StatisticsOption = None,
     device: DeviceOption = Device.AUTO,
     jobs: Annotated[
         int, typer.Option(min=0, help="Processes; 0: one a core where there are many adapters.")
@@ -82,7 +84,7 @@ def scan(
         stop("--resume takes --format jsonl and --output FILE")
     if ray is not None and jobs:
         stop("--ray scores on all CPUs of the cluster: leave --jobs out")
-    chosen = _policy(policy, scorer, reference)
+    chosen = _policy(policy, scorer, reference, repair)
     try:
         folders = list(find_adapters(_listed(paths)))
     except OSError as error:
@@ -106,9 +108,12 @@ def scan(
     raise typer.Exit(REJECTED if rejected else 0)
 
 
-def _policy(file: Path | None, scorer: Scorer | None, reference: Path | None) -> Policy:
+def _policy(
+    file: Path | None, scorer: Scorer | None, reference: Path | None, repair: Path | None
+) -> Policy:
     try:
-        return with_options(effective_policy(file=file), scorer, reference)
+        chosen = effective_policy(file=file)
+        return with_options(chosen, scorer, reference, statistics=repair)
     except S3LoRAError as error:
         stop(str(error))
 

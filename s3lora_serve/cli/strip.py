@@ -14,6 +14,7 @@ from s3lora_serve.cli.options import (
     PolicyOption,
     ReferenceOption,
     Scorer,
+    StatisticsOption,
     check_device,
     stop,
     stop_at,
@@ -46,12 +47,16 @@ def strip(
     ] = None,
     scorer: Annotated[Scorer | None, typer.Option(help="Another index than the policy's.")] = None,
     reference: ReferenceOption = None,
+    repair: StatisticsOption = None,
 ) -> None:
     """Write an adapter without its sharp modules, whole or not at all; the source is only read.
 
     With --action project their updates are projected on what alignment changed (safe-lora).
 
     With a plan, the plan says which modules are left out, and which are written transformed.
+
+    With --repair the modules that are not left out are projected away from what harmful prompts
+    produce in the base model.
 
     Beside it, s3lora-provenance.json says what it was made of and by which policy.
 
@@ -61,7 +66,7 @@ def strip(
     try:
         source.stat()
         chosen = effective_policy(file=policy)
-        chosen = with_options(chosen, scorer, reference, action)
+        chosen = with_options(chosen, scorer, reference, action, repair)
         used = _read_plan(plan) if plan else None
         verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value, used)
     except OSError as error:

@@ -58,14 +58,13 @@ def _vouched(verdict: Verdict) -> str:
 
 
 def _decided(verdict: Verdict) -> str:
-    by_plan = verdict.selected_by == "plan" and not verdict.reason
-    return f"{verdict.decision.value}{' (plan)' if by_plan else ''}"
+    by = verdict.selected_by
+    return f"{verdict.decision.value}{'' if by == 'index' or verdict.reason else f' ({by})'}"
 
 
 def _changed(verdict: Verdict) -> Table:
-    """The modules that are stripped, transformed or projected, with what that removes."""
-    by_plan = verdict.selected_by == "plan"
-    partly = by_plan or bool(verdict.projected)
+    """The modules that are served changed, with what that removes."""
+    partly = any(module.changed and not module.stripped for module in verdict.modules)
     table = Table(
         "changed module" if partly else "stripped module",
         "SSI",
@@ -73,12 +72,12 @@ def _changed(verdict: Verdict) -> Table:
         "σ̃₁",
         "rank",
         "‖ΔW‖²",
-        *(("removed",) if partly else ()),
-        title=plain(f"{verdict.name}: {_plan(verdict)}" if by_plan else verdict.name),
+        *(("left" if verdict.repair else "removed",) if partly else ()),
+        title=plain(_title(verdict)),
     )
     changed = [module for module in verdict.modules if module.changed]
     for module in sorted(changed, key=lambda module: -(module.strip_order or 0)):
-        removed = "stripped" if module.stripped else f"{module.removed_share:.1%}"
+        removed = "stripped" if module.stripped else _left(module)
         table.add_row(
             plain(module.name),
             _number(module.ssi),
@@ -89,6 +88,22 @@ def _changed(verdict: Verdict) -> Table:
             *((removed,) if partly else ()),
         )
     return table
+
+
+def _left(module: ModuleVerdict) -> str:
+    """What is removed of a module, or what repair leaves of its effects: harmful, benign."""
+    if module.residual is None or module.kept is None:
+        return f"{module.removed_share:.1%}"
+    return f"{module.residual:.0%}, {module.kept:.0%}"
+
+
+def _title(verdict: Verdict) -> str:
+    if verdict.selected_by == "plan":
+        return f"{verdict.name}: {_plan(verdict)}"
+    if (repair := verdict.repair) is not None:
+        left = f"{repair.residual:.1%} left on harmful inputs, {repair.kept:.1%} on benign ones"
+        return f"{verdict.name}: {len(verdict.repaired)} repaired, λ {repair.strength:.3g}; {left}"
+    return verdict.name
 
 
 def _plan(verdict: Verdict) -> str:
@@ -135,7 +150,7 @@ def _experiments(adapters: Sequence[dict[str, Any]]) -> Table:
 def _outcome(verdict: dict[str, Any]) -> str:
     stripped = sum(module["stripped"] for module in verdict["modules"])
     told = f"{stripped} of {len(verdict['modules'])} modules stripped"
-    for change in ("transformed", "projected"):
+    for change in ("transformed", "projected", "repaired"):
         if count := sum(module[change] for module in verdict["modules"]):
             told += f", {count} {change}"
     return f"{verdict['decision']} ({told})"

@@ -27,7 +27,7 @@ class TrialResult(_Record):
 
     label: str
     decision: str
-    changed: int  # modules stripped, transformed or projected
+    changed: int  # modules stripped, transformed, projected or repaired
     snippet: dict[str, object]  # policy keys that make it the server's
     scores: tuple[TaskScore, ...]
 

@@ -47,7 +47,7 @@ def run(
         progress(trial.label)
         with server.experiment(name, adapter, trial) as verdict:
             found = [_score(server, name, task, logs, connections) for task in tasks]
-        kinds = ("stripped", "transformed", "projected")
+        kinds = ("stripped", "transformed", "projected", "repaired")
         yield TrialResult(
             label=trial.label,
             decision=verdict["decision"],

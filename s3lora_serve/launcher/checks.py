@@ -33,6 +33,7 @@ def checks(arguments: Sequence[str] = ()) -> Iterator[Check]:
     yield _policy()
     yield from _plans()
     yield from _reference()
+    yield from _statistics()
     yield from _signers()
     yield front_end(arguments)
     yield resolvers()
@@ -120,6 +121,25 @@ def _reference() -> Iterator[Check]:
         yield Check("reference", False, str(error))
         return
     yield Check("reference", True, f"{policy.scorer.reference}, for {policy.scorer.name}")
+
+
+def _statistics() -> Iterator[Check]:
+    """The statistics of a valid policy that repairs adapters, and whether others can write them."""
+    try:
+        policy = serving_policy()
+    except S3LoRAError:
+        return
+    if policy.repair is None or policy.mode == "off":
+        return
+    from s3lora_serve.admission.repairing import check_statistics  # torch takes seconds to import
+
+    try:
+        check_statistics(policy)
+    except S3LoRAError as error:
+        yield Check("statistics", False, str(error))
+        return
+    detail = f"{policy.repair.statistics}, residual {policy.repair.residual:g}"
+    yield Check("statistics", True, detail)
 
 
 def _signers() -> Iterator[Check]:

@@ -68,6 +68,7 @@ def _statement(copy: PrivateCopy, admission: Admission, effective: Policy) -> St
             scorer=verdict.scorer,
             stripped=verdict.stripped,
             projected=verdict.projected,
+            repaired=verdict.repaired,
             scores=tuple(
                 AttestedScore.model_validate({k: v for k, v in asdict(s).items() if k != "finite"})
                 for s in admission.scores

@@ -4,6 +4,7 @@ Source: in-toto Attestation Framework, Statement v1; SLSA Provenance v1.
 """
 
 import hashlib
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def statement(verdict: Verdict, source: dict[str, str], target: Path) -> dict[st
                     "planDigest": verdict.plan_digest,
                     "transformedModules": list(verdict.transformed),
                     "projectedModules": list(verdict.projected),
+                    "repairedModules": list(verdict.repaired),
+                    "repair": verdict.repair and asdict(verdict.repair),
                 },
                 "resolvedDependencies": [_resource(*item) for item in sorted(source.items())],
             },

@@ -25,6 +25,9 @@ UNALIGNED = "S3LORA-UNALIGNED"
 PLANNED = "S3LORA-PLAN"
 """Rule id of adapters that a plan changes."""
 
+REPAIRED = "S3LORA-REPAIRED"
+"""Rule id of adapters that are repaired."""
+
 WHOLE_FILE = {"startLine": 1, "startColumn": 1, "endLine": 1, "endColumn": 1}
 """Code-scanning pages require a line, but a weights file has none."""
 
@@ -45,6 +48,12 @@ class SarifLog:
             counts = f"{len(verdict.stripped)} modules and transforms {len(verdict.transformed)}"
             message = f"Plan {verdict.plan_digest} strips {counts} of {len(verdict.modules)}"
             self._add(verdict, PLANNED, "note", message)
+        elif verdict.decision is Decision.STRIPPED and verdict.repair is not None:
+            left = f"{verdict.repair.residual:.1%} of its effect on harmful inputs"
+            kept = f"{verdict.repair.kept:.1%} on benign ones"
+            counts = f"{len(verdict.repaired)} of {len(verdict.modules)} modules are repaired"
+            stripped = f", {len(verdict.stripped)} stripped" if verdict.stripped else ""
+            self._add(verdict, REPAIRED, "note", f"{counts}{stripped}: {left} is left, {kept}")
         elif verdict.decision is Decision.STRIPPED:
             changed = verdict.projected or verdict.stripped
             rule, found = (
@@ -112,6 +121,15 @@ def _rules() -> Iterator[dict[str, Any]]:
         "The operator's plan for this adapter says which modules are stripped or transformed, in"
         " the place of the policy's strip rule.",
         "Nothing, if the plan is wanted. Otherwise remove it from the policy's folder of plans.",
+    )
+    yield _rule(
+        REPAIRED,
+        "Repaired",
+        "note",
+        "Repaired.",
+        "The adapter's update is projected away from what harmful prompts produce in the base"
+        " model, as far as the policy's repair says.",
+        "Nothing, if repair is wanted. A plan for the adapter takes its place and keeps more.",
     )
     short = meanings()
     for cause in rejections():

@@ -18,7 +18,7 @@ class Cell:
     modules: tuple[ModuleVerdict, ...]
     ssi: float | None  # the largest index; None if no module has one
     stripped: int  # number of stripped modules
-    transformed: int  # number of modules that a plan transforms, or that are projected
+    transformed: int  # number of modules that are served changed, but not stripped
     shade: int | None  # from 0 for the adapter's smallest index to SHADES for its largest
 
     @property
@@ -64,5 +64,5 @@ def _cell(modules: list[ModuleVerdict] | None, low: float, high: float) -> Cell 
     if ssi is not None:
         shade = round(SHADES * (ssi - low) / (high - low)) if high > low else 0
     stripped = sum(module.stripped for module in modules)
-    transformed = sum(module.transformed or module.projected for module in modules)
+    transformed = sum(module.changed and not module.stripped for module in modules)
     return Cell(tuple(modules), ssi, stripped, transformed, shade)

@@ -28,9 +28,10 @@ class Row:
     quarantined: bool = False
     code: str | None = None
     reason: str | None = None
-    by_plan: bool = False
+    selected_by: str = "index"
     transformed: int = 0
     projected: int = 0
+    repaired: int = 0
     experiment: bool = False
 
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import yaml
 
 from s3lora_serve.errors import PolicyInvalid
+from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.method import ALIGNMENT, ScorerChoice
-from s3lora_serve.policy.reference_digest import with_reference_digest
 from s3lora_serve.policy.schema import Policy, parse_policy
 from s3lora_serve.settings import Settings, load_settings
 
@@ -38,7 +38,7 @@ def effective_policy(
         changes["mode"] = settings.mode
     if settings.audit_log:
         changes["audit"] = policy.audit.model_copy(update={"path": settings.audit_log})
-    return with_reference_digest(policy.model_copy(update=changes) if changes else policy)
+    return with_file_digests(policy.model_copy(update=changes) if changes else policy)
 
 
 def with_options(
@@ -46,19 +46,24 @@ def with_options(
     scorer: str | None = None,
     reference: Path | None = None,
     action: str | None = None,
+    statistics: Path | None = None,
 ) -> Policy:
     """The policy with those options of a command that are given, in the place of its own.
 
     Raises:
         PolicyInvalid: the scorer needs a reference, or the action another scorer.
     """
-    if scorer is None and reference is None and action is None:
+    if scorer is None and reference is None and action is None and statistics is None:
         return policy
     choice = policy.scorer.model_dump() | ({"name": scorer} if scorer else {})
     if reference is not None:
         choice |= {"reference": reference, "reference_digest": None}
     changes = {"scorer": choice} | ({"action": action} if action else {})
-    return with_reference_digest(parse_policy(policy.as_json() | changes, "policy"))
+    if statistics is not None:
+        kept = policy.repair.model_dump(mode="json") if policy.repair else {}
+        own = {"statistics": statistics, "statistics_digest": None}
+        changes["repair"] = kept | own
+    return with_file_digests(parse_policy(policy.as_json() | changes, "policy"))
 
 
 def serving_policy(settings: Settings | None = None, text: bytes | None = None) -> Policy:

@@ -42,6 +42,17 @@ class ScorerChoice(Section):
         return {"name": self.name, "parameters": self.model_dump(mode="json", exclude=unused)}
 
 
+class RepairChoice(Section):
+    """Repair at admission: the update is projected away from what harmful prompts produce."""
+
+    statistics: Path  # a file of `s3lora statistics make`
+    statistics_digest: Digest | None = None  # of that file; None: as it is when the policy is read
+    # Share of the adapter's effect on harmful inputs that is left. Ours, between the λ that kept
+    # most of the skill and the λ that removed most of the harm: tests/evidence/RESULTS.md
+    residual: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    on_missing: Literal["reject", "leave"] = "reject"  # modules that the statistics lack
+
+
 class Strip(Section):
     """The rule that picks the modules to strip: exactly one of the four."""
 
@@ -55,6 +66,11 @@ class Strip(Section):
         if len(self.model_fields_set) != 1 or self.rule[1] is None:
             raise ValueError("expected exactly one of top_k, fraction, threshold, outliers")
         return self
+
+    @property
+    def picks_none(self) -> bool:
+        """Whether the rule strips no module of any adapter."""
+        return self.top_k == 0 or self.fraction == 0
 
     @property
     def rule(self) -> tuple[str, float]:

@@ -105,6 +105,8 @@ STRICTER: Mapping[str, Callable[[Any, Any], bool]] = {
     "limits.max_rank": _at_most,
     "limits.formats": _fewer,
     "limits.roots": _below,
+    "repair.residual": _at_most,
+    "repair.on_missing": _one_of("reject", "leave"),
     "deny": _more,
     "on_uninformative": _one_of("reject", "admit"),
     "on_unscorable": _one_of("reject", "strip", "admit"),

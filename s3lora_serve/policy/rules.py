@@ -46,6 +46,7 @@ SERVERS = frozenset(
 """Keys that no rule may set."""
 
 _REFERENCE = {"reference", "reference_digest"}
+_STATISTICS = {"statistics", "statistics_digest"}
 
 _BEFORE_SIGNATURE = {"signatures", "attestations", "scorer", "modules"}
 _LIMITS_BEFORE_SIGNATURE = {"max_bytes", "formats", "roots", "seconds", "download_seconds"}
@@ -63,6 +64,8 @@ def check_keys(rule: Rule) -> None:
         raise ValueError(f"{', '.join(unfit)} cannot be set by a rule: they are the server's")
     if _REFERENCE & _keys(own.get("scorer")):
         raise ValueError("scorer.reference cannot be set by a rule: it is the server's")
+    if _STATISTICS & _keys(own.get("repair")):
+        raise ValueError("repair.statistics cannot be set by a rule: it is the server's")
     if rule.match.signer is None:
         return
     early = _LIMITS_BEFORE_SIGNATURE & _keys(own.get("limits"))

@@ -15,7 +15,7 @@ from s3lora_serve.policy.canonical import canonical_digest
 from s3lora_serve.policy.globs import GlobText, selects
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.limits import Allowed, Limits
-from s3lora_serve.policy.method import Action, ScorerChoice, Strip
+from s3lora_serve.policy.method import Action, RepairChoice, ScorerChoice, Strip
 from s3lora_serve.policy.owners import Owner
 from s3lora_serve.policy.rules import SERVERS, Rule, check_keys, check_names_relax_nothing
 from s3lora_serve.policy.section import Digest, Section
@@ -34,6 +34,7 @@ class Policy(Section):
     scorer: ScorerChoice = ScorerChoice()
     modules: tuple[GlobText, ...] = ("*",)
     action: Action = "strip"  # what happens to the modules that `strip` picks
+    repair: RepairChoice | None = None  # None: no adapter is repaired
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
     # Share of Σ‖ΔW‖_F². Ours: under a tenth of the smallest share of any module of an adapter
     # trained with AdamW, tests/evidence/SHARES.md
@@ -66,6 +67,8 @@ class Policy(Section):
     def _action_and_threshold_suit_the_scorer(self) -> Self:
         if self.action == "project" and self.scorer.name != "safe-lora":
             raise ValueError(f"action: project needs scorer.name safe-lora, not {self.scorer.name}")
+        if self.action == "project" and self.repair is not None:
+            raise ValueError("action: project changes B, repair changes A: choose one of them")
         bound = self.strip.threshold
         if bound is not None and self.scorer.name != "splora" and not 0 <= bound <= 1:
             raise ValueError(f"strip.threshold is {bound:g}, outside of [0, 1]")
@@ -112,6 +115,8 @@ class Policy(Section):
         """
         data = {key: value for key, value in self.as_json().items() if key not in _NOT_DECIDING}
         data["scorer"] = data["scorer"] | {"reference": None}  # its digest decides
+        if data["repair"] is not None:
+            data["repair"] = data["repair"] | {"statistics": None}
         data["limits"] = data["limits"] | {"roots": []}
         return canonical_digest(data)
 

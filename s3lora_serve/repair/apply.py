@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from s3lora_serve.adapter.changed_weights import ChangedWeights, NewFactor, rounded_lora_a
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.errors import RepairImpossible
+from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.statistics_file import StatisticsFile
 from s3lora_serve.spectral import Effect
 from s3lora_serve.spectral.input_projection import (
+    NO_EFFECT,
     Coordinates,
     coordinates,
     effect,
@@ -22,40 +24,50 @@ expressed by others. 2.6 was the most at ε = 0.1 on real adapters (docs/repair.
 
 
 @dataclass(frozen=True, slots=True)
-class Repair:
+class RepairedAdapter:
     """What repairing does to one adapter."""
 
-    lam: float
+    strength: float  # λ
     effects: Mapping[str, Effect]  # by module
     removed: Mapping[str, float]  # by module: 1 − ‖ΔW'‖_F²/‖ΔW‖_F², < 0 if it grows
     weights: ChangedWeights
+
+    @property
+    def effect(self) -> Effect:
+        """Of all repaired modules together."""
+        return sum(self.effects.values(), NO_EFFECT)
 
 
 def repaired(
     adapter: Adapter,
     statistics: StatisticsFile,
-    residual: float,
-    left_out: Collection[str] = (),
+    choice: RepairChoice,
+    stripped: Collection[str] = (),
     between_modules: Callable[[], None] = lambda: None,
-) -> Repair:
-    """Repair the modules of an adapter that the statistics cover, but those left out.
+) -> RepairedAdapter | None:
+    """Repair the modules of an adapter that are not stripped; None if there are none to repair.
 
-    λ is the largest, one for all modules, that leaves `residual` of the whole effect on harmful
+    λ is the largest, one for all modules, that leaves `choice.residual` of their effect on harmful
     inputs. `between_modules` runs before each module and may raise to stop.
 
     Raises:
-        RepairImpossible: a module's statistics are of another width, or A' is not finite, cancels
-            or makes an update MAX_GROWTH times larger.
+        RepairImpossible: the statistics lack a module, or have it with another width; A' is not
+            finite, cancels, or makes an update MAX_GROWTH times larger.
     """
-    modules = [m for m in adapter.modules if m.name in statistics.by_module]
-    modules = [m for m in modules if m.name not in left_out]
+    modules = [module for module in adapter.modules if module.name not in stripped]
+    missing = [module.name for module in modules if module.name not in statistics.by_module]
+    if missing and choice.on_missing == "reject":
+        raise RepairImpossible(f"the statistics lack {missing[0]} (of {len(missing)} they lack)")
+    modules = [module for module in modules if module.name in statistics.by_module]
+    if not modules:
+        return None
     found = {}
     for module in modules:
         between_modules()
         found[module.name] = _coordinates(module, statistics)
-    lam = largest_lambda(list(found.values()), lambda effect: effect.residual <= residual)
+    lam = largest_lambda(list(found.values()), lambda effect: effect.residual <= choice.residual)
     if lam is None:
-        raise RepairImpossible(f"no λ leaves {residual:g} of the effect on harmful inputs")
+        raise RepairImpossible(f"no λ leaves {choice.residual:g} of the effect on harmful inputs")
     factors, effects, removed = [], {}, {}
     for module in modules:
         between_modules()
@@ -63,7 +75,7 @@ def repaired(
         factors.append(new)
         effects[module.name] = effect(found[module.name], lam)
         removed[module.name] = 1.0 - (new.after / new.before) ** 2 if new.before else 1.0
-    return Repair(lam, effects, removed, ChangedWeights.of(adapter, factors))
+    return RepairedAdapter(lam, effects, removed, ChangedWeights.of(adapter, factors))
 
 
 def _coordinates(module: Module, statistics: StatisticsFile) -> Coordinates:

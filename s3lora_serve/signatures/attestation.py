@@ -64,6 +64,7 @@ class Predicate(_Record):
     scorer: dict[str, Any]
     stripped: tuple[str, ...]
     projected: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
     scores: tuple[AttestedScore, ...]
     versions: dict[str, str]
 

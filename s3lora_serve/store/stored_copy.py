@@ -74,6 +74,8 @@ def store_key(verdict: Verdict) -> str:
         verdict.served_digest,
         sorted(verdict.transformed),
         sorted(verdict.projected),
+        sorted(verdict.repaired),
+        verdict.repair and asdict(verdict.repair),
         verdict.signed_by and asdict(verdict.signed_by),
         verdict.attested_by and asdict(verdict.attested_by),
     ]

@@ -20,7 +20,7 @@ MAX_TEXT_BYTES = 1024
 with one in each of a line's fields, the line stays within its bound."""
 
 _MARK = "…"
-_LISTS = ("stripped", "transformed", "projected")
+_LISTS = ("stripped", "transformed", "projected", "repaired")
 _CUT_LIST_BYTES = 128  # `"transformed":{"sha256":"…","count":…},`, and the commas around it
 
 Entry = dict[str, Any]
@@ -75,6 +75,8 @@ def _entry(event: AuditEvent, vllm_version: str) -> Entry:
         "stripped": list(verdict.stripped),
         "transformed": list(verdict.transformed),
         "projected": list(verdict.projected),
+        "repaired": list(verdict.repaired),
+        "repair": verdict.repair and asdict(verdict.repair),
         "seconds": verdict.seconds.total,
     }
 

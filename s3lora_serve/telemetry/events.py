@@ -191,6 +191,13 @@ def _summary(verdict: Verdict) -> str:
             f"plan {verdict.plan_digest} strips {len(stripped)} of {count} modules {stripped} and"
             f" transforms {len(verdict.transformed)} {list(verdict.transformed)}"
         )
+    elif verdict.repair is not None:
+        said = (
+            f"repairs {len(verdict.repaired)} of {count} modules, which leaves"
+            f" {verdict.repair.residual:.3g} of their effect on harmful inputs and"
+            f" {verdict.repair.kept:.3g} on benign ones"
+        )
+        said += f"; strips {len(stripped)} {stripped}" if stripped else ""
     elif verdict.projected:
         said = f"projects {len(verdict.projected)} of {count} modules {list(verdict.projected)}"
     else:

@@ -20,7 +20,7 @@ PHASES = ("read", "score", "strip", "total")
 DEVICES = ("cpu", "cuda")
 FAILURES = ("audit", "score", "deadline", "store", "policy")
 SOURCES = ("store", "path")
-SELECTORS = ("plan", "index")
+SELECTORS = ("plan", "repair", "index")
 POSTPONED = ("queue", "rate")
 
 SSI_BUCKETS = (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
@@ -44,6 +44,9 @@ ALIGNMENT_BUCKETS = (
     4.0,
 )
 """safe-lora lies in [0, 1], and near 0 for most modules; splora counts quartile distances."""
+
+SHARE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+"""Shares of an effect: what is wanted lies near 0 for harmful and near 1 for benign inputs."""
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """From the time for one small module to the default deadline."""
@@ -96,6 +99,21 @@ class Metrics:
         )
         self.modules_projected = counter(
             "modules_projected_total", "LoRA modules projected.", ("layer", "projection")
+        )
+        self.modules_repaired = counter(
+            "modules_repaired_total", "LoRA modules repaired.", ("layer", "projection")
+        )
+        self.repair_residual = Histogram(
+            "s3lora_repair_residual",
+            "Share of a repaired adapter's effect on harmful inputs that is left.",
+            buckets=SHARE_BUCKETS,
+            registry=registry,
+        )
+        self.repair_kept = Histogram(
+            "s3lora_repair_kept",
+            "Share of a repaired adapter's effect on benign inputs that is left.",
+            buckets=SHARE_BUCKETS,
+            registry=registry,
         )
         self.admission_seconds = histogram(
             "admission_seconds", "Time to decide on an adapter.", "phase", SECONDS_BUCKETS
@@ -152,6 +170,7 @@ class Metrics:
             self.module_ssi.labels(projection)
             self.module_alignment.labels(projection)
             self.modules_projected.labels(layer, projection)
+            self.modules_repaired.labels(layer, projection)
 
     def activate(self, policy_digest: str, mode: str, version: str) -> None:
         """Set the gauges that show the policy in force, and whether the gate is active.
@@ -192,6 +211,9 @@ class Metrics:
         if verdict.modules:
             self._observe("score", verdict.seconds.score)
             self.scoring_seconds.labels(device).observe(verdict.seconds.score)
+        if verdict.repair is not None:
+            self.repair_residual.observe(verdict.repair.residual)
+            self.repair_kept.observe(verdict.repair.kept)
         for module in verdict.modules:
             layer, projection = self._labels_of(module.layer, module.projection)
             if module.ssi is not None:
@@ -203,6 +225,8 @@ class Metrics:
                 self.modules_stripped.labels(layer, projection).inc()
             if module.projected and verdict.mode == "enforce":
                 self.modules_projected.labels(layer, projection).inc()
+            if module.repaired and verdict.mode == "enforce":
+                self.modules_repaired.labels(layer, projection).inc()
 
     def set_waiting_loads(self, count: int) -> None:
         """Record how many loads wait for their turn. Only API servers have the gauge."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from s3lora_serve.adapter.local_folder import LocalFolder
 from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.repairing import check_statistics
 from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
 from s3lora_serve.errors import (
@@ -203,9 +204,10 @@ def _policy_for(
 
 
 def _check_files(policy: Policy) -> None:
-    """Check the files that a policy names: plans, alignment reference, keys of its signers."""
+    """Check the files that a policy names: plans, reference, statistics, keys of its signers."""
     check_plans(policy)
     check_reference(policy)
+    check_statistics(policy)
     check_trusted(policy)
 
 

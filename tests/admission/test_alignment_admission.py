@@ -13,8 +13,8 @@ from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.alignment.reference_file import read_reference
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file import with_options
+from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.method import ScorerChoice
-from s3lora_serve.policy.reference_digest import with_reference_digest
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import parse_policy
 from s3lora_serve.settings import Settings
@@ -36,7 +36,7 @@ def adapter(tmp_path_factory):
 
 def policy_with(reference, scorer="safe-lora", **keys):
     data = {"scorer": {"name": scorer, "reference": str(reference)}, **keys}
-    return with_reference_digest(parse_policy(data, "policy"))
+    return with_file_digests(parse_policy(data, "policy"))
 
 
 @pytest.mark.parametrize("scorer", ["safe-lora", "splora"])
@@ -82,7 +82,7 @@ def test_reference_is_part_of_the_policy_digest(reference, tmp_path):
     copy = tmp_path / "copy"
     copy.write_bytes(reference.read_bytes())
     choice = ScorerChoice(name="safe-lora", reference=reference)
-    one, two = (with_reference_digest(Policy(scorer=choice)) for _ in range(2))
+    one, two = (with_file_digests(Policy(scorer=choice)) for _ in range(2))
     assert one.digest == two.digest
     assert policy_with(other).digest != policy_with(reference).digest
 
@@ -127,10 +127,10 @@ def test_reference_that_was_exchanged_after_the_policy_was_read_admits_nothing(a
 def test_policy_may_pin_the_reference_by_its_digest(reference):
     digest = read_reference(reference).digest
     scorer = {"name": "safe-lora", "reference": str(reference), "reference_digest": digest}
-    assert with_reference_digest(parse_policy({"scorer": scorer}, "p")).scorer.reference_digest
+    assert with_file_digests(parse_policy({"scorer": scorer}, "p")).scorer.reference_digest
     scorer["reference_digest"] = "sha256:" + "0" * 64
     with pytest.raises(PolicyInvalid, match="the policy says"):
-        with_reference_digest(parse_policy({"scorer": scorer}, "p"))
+        with_file_digests(parse_policy({"scorer": scorer}, "p"))
 
 
 @pytest.mark.parametrize(

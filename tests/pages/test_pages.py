@@ -224,6 +224,6 @@ def test_the_page_shows_what_a_plan_chose_and_what_it_transforms():
         (True, False),
         (False, True),
     ]
-    listed = listing([replace(row("acme"), by_plan=True, transformed=5)], []).text
+    listed = listing([replace(row("acme"), selected_by="plan", transformed=5)], []).text
     assert "by plan" in listed
     assert "5 transformed" in listed

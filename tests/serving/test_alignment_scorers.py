@@ -8,7 +8,7 @@ import pytest
 from s3lora_serve import scan_adapter
 from s3lora_serve.alignment.reference_file import read_reference
 from s3lora_serve.policy.file import read_policy
-from s3lora_serve.policy.reference_digest import with_reference_digest
+from s3lora_serve.policy.file_digests import with_file_digests
 from tests.serving.conftest import answers, evicting_server, log_of_failed_start
 from tests.support.adapters import copy_with, key, without
 from tests.support.references import reference_for_model
@@ -54,7 +54,7 @@ def loaded(server, trained):
 
 
 def _verdict(trained, policy_file, name):
-    policy = with_reference_digest(read_policy(policy_file)).for_adapter(name, "", None)
+    policy = with_file_digests(read_policy(policy_file)).for_adapter(name, "", None)
     return scan_adapter(trained, policy.model_copy(update={"rules": ()}))
 
 

@@ -53,9 +53,10 @@ def _served(controller: AdmissionController, adapter: ServedAdapter) -> Row:
         seconds=verdict.seconds.total,
         time=adapter.time,
         quarantined=controller.store.is_quarantined(adapter.path),
-        by_plan=verdict.selected_by == "plan",
+        selected_by=verdict.selected_by,
         transformed=len(verdict.transformed) if verdict.mode == "enforce" else 0,
         projected=len(verdict.projected) if verdict.mode == "enforce" else 0,
+        repaired=len(verdict.repaired) if verdict.mode == "enforce" else 0,
         experiment=adapter.experiment is not None,
     )
 

@@ -1,0 +1,192 @@
+"""`s3lora statistics`: makes the statistics that repair needs of a base model, and shows them."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from s3lora_serve.cli.options import (
+    REJECTED,
+    Device,
+    Dtype,
+    Format,
+    check_device,
+    stop,
+    stop_at,
+)
+from s3lora_serve.cli.tables import plain
+from s3lora_serve.errors import BaseUnaligned, S3LoRAError
+
+if TYPE_CHECKING:
+    from s3lora_serve.calibration.make_statistics import Benign
+    from s3lora_serve.repair.statistics_file import StatisticsFile
+
+WEAK = 0.8
+"""Captured share of the harmful inputs' energy under which a site is named. Ours."""
+
+statistics_app = typer.Typer(
+    no_args_is_help=True, help="Work on statistics of a base model's inputs, for repair."
+)
+
+
+@statistics_app.command("make")
+def make(
+    base: Annotated[Path, typer.Argument(help="The served, aligned base model: a folder.")],
+    harmful: Annotated[Path, typer.Option(help="Prompts that it refuses, as JSON Lines.")],
+    benign: Annotated[
+        list[str],
+        typer.Option(
+            help="Prompts that it answers, as JSON Lines; FILE or FILE=WEIGHT, repeatable. Requests"
+            " of the kinds that tenants send matter most."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Directions to keep of each input.")] = 64,
+    epsilon: Annotated[
+        float, typer.Option(min=1e-6, help="Weight of inputs that no benign prompt has.")
+    ] = 0.1,
+    dtype: Annotated[Dtype, typer.Option(help="How directions are stored.")] = Dtype.BFLOAT16,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.AUTO,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the layers of an interrupted run.")
+    ] = False,
+) -> None:
+    """Measure what harmful and benign prompts produce inside a base model, once for all adapters.
+
+    One layer at a time is run on all prompts. The file appears complete or not at all.
+
+    Exit code: 0 written, 1 the base model does not refuse the harmful prompts, 2 wrong usage.
+    """
+    check_device(device)
+    try:
+        from s3lora_serve.calibration.make_statistics import make_statistics  # an extra
+        from s3lora_serve.calibration.probes import read_probes
+    except ImportError:
+        stop("statistics make needs transformers: install s3lora-serve with its extra [calibrate]")
+    where = "cpu" if device is Device.AUTO else device.value
+    try:
+        with _bars() as progress:
+            about = make_statistics(
+                base,
+                read_probes(harmful, "harmful"),
+                [_benign(each) for each in benign],
+                output,
+                _choice(rank, epsilon, dtype),
+                device=where,
+                resume=resume,
+                progress=progress,
+            )
+    except BaseUnaligned as error:
+        typer.echo(f"s3lora: {error}", err=True)
+        raise typer.Exit(REJECTED) from None
+    except OSError as error:
+        stop_at(error)
+    except S3LoRAError as error:
+        stop(str(error))
+    typer.echo(f"{output}: {len(about.sites)} input sites, rank {about.rank}")
+
+
+@statistics_app.command("show")
+def show(
+    file: Annotated[Path, typer.Argument(help="A file of statistics.")],
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+) -> None:
+    """Print what statistics were made of, and how much of each input's energy they hold.
+
+    Exit code: 0, or 2 if the file holds no valid statistics.
+    """
+    from s3lora_serve.repair.statistics_file import read_statistics  # imports torch
+
+    try:
+        found = read_statistics(file)
+    except S3LoRAError as error:
+        stop(str(error))
+    if form is Format.JSON:
+        typer.echo(json.dumps({"digest": found.digest, **_as_json(found)}))
+        return
+    _print(found)
+
+
+def _choice(rank: int, epsilon: float, dtype: Dtype) -> Any:
+    import torch
+
+    from s3lora_serve.calibration.input_statistics import Choice
+
+    return Choice(rank, epsilon, getattr(torch, dtype.value))
+
+
+def _benign(text: str) -> "Benign":
+    """A file with its weight, from FILE or FILE=WEIGHT."""
+    from s3lora_serve.calibration.make_statistics import Benign
+    from s3lora_serve.calibration.probes import read_probes
+
+    name, separator, weight = text.rpartition("=")
+    if not separator or Path(text).exists():
+        return Benign(read_probes(Path(text), "benign"))
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        stop(f"--benign {text}: the weight is {weight!r}, expected a number above 0")
+    return Benign(read_probes(Path(name), "benign"), value)
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    """A bar for each phase, on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield progress
+
+
+def _as_json(found: "StatisticsFile") -> dict[str, Any]:
+    about = found.about.model_dump(mode="json")
+    for name, site in about["sites"].items():
+        statistics = found.sites[name]
+        site["width"] = statistics.width
+        site["largest"] = float(statistics.mu[0])
+        site["smallest"] = float(statistics.mu[-1])
+    return about
+
+
+def _print(found: "StatisticsFile") -> None:
+    about, console = found.about, Console()
+    console.print(plain(f"digest   {found.digest}"))
+    console.print(plain(f"base     {about.base_digest}"))
+    for probes in about.probes:
+        weight = f", weight {probes.weight:g}" if probes.kind == "benign" else ""
+        told = f"{probes.count} prompts, {probes.tokens} tokens{weight}"
+        console.print(plain(f"{probes.kind:8} {probes.digest[:19]}…: {told}"))
+    table = Table("input of", "width", "μ₁", "μ_k", "harmful held", "benign held")
+    sites = sorted(about.sites.items(), key=lambda item: item[1].harmful_captured)
+    for name, site in sites:
+        statistics = found.sites[name]
+        others = f" (+{len(site.modules) - 1})" if len(site.modules) > 1 else ""
+        table.add_row(
+            plain(f"{name}{others}"),
+            str(statistics.width),
+            f"{float(statistics.mu[0]):.3g}",
+            f"{float(statistics.mu[-1]):.3g}",
+            f"{site.harmful_captured:.1%}",
+            f"{site.benign_captured:.1%}",
+        )
+    console.print(table)
+    weak = sum(site.harmful_captured < WEAK for site in about.sites.values())
+    console.print(
+        f"{len(sites)} input sites, rank {about.rank}, ε {about.epsilon:g};"
+        f" {weak} with less than {WEAK:.0%} of their harmful energy held"
+    )
