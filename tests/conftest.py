@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.support.adapters import copy_with, spike, train_adapter
+from tests.support.statistics import chat_statistics
 from tests.support.tiny_chat import Chat, make_chat
 from tests.support.tiny_model import make_model
 
@@ -82,3 +83,9 @@ def spiked(trained, workplace) -> Path:
 def chat(tmp_path_factory) -> Chat:
     """A tiny aligned chat model, an attacked adapter for it, and files of probes."""
     return make_chat(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def statistics(chat, tmp_path_factory) -> Path:
+    """Input statistics of the tiny chat model."""
+    return chat_statistics(chat, tmp_path_factory.mktemp("statistics") / "chat.safetensors")

@@ -90,7 +90,14 @@ def _below(old: list[str], new: list[str]) -> bool:
 
 
 def _one_of(*strictest_first: str) -> Callable[[Any, Any], bool]:
-    return lambda old, new: strictest_first.index(new) <= strictest_first.index(old)
+    """None: the mapping that the key is in is off."""
+
+    def is_stricter(old: Any, new: Any) -> bool:
+        if old is None or new is None:
+            return old is None
+        return strictest_first.index(new) <= strictest_first.index(old)
+
+    return is_stricter
 
 
 STRICTER: Mapping[str, Callable[[Any, Any], bool]] = {

@@ -14,7 +14,7 @@ from s3lora_serve.spectral.input_projection import (
     Coordinates,
     coordinates,
     effect,
-    largest_lambda,
+    lambda_for,
     projected,
 )
 
@@ -65,7 +65,7 @@ def repaired(
     for module in modules:
         between_modules()
         found[module.name] = _coordinates(module, statistics)
-    lam = largest_lambda(list(found.values()), lambda effect: effect.residual <= choice.residual)
+    lam = lambda_for(list(found.values()), choice.residual)
     if lam is None:
         raise RepairImpossible(f"no λ leaves {choice.residual:g} of the effect on harmful inputs")
     factors, effects, removed = [], {}, {}

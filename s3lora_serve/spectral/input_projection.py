@@ -24,6 +24,9 @@ SMALLEST_LAMBDA, LARGEST_LAMBDA = 1e-6, 1e6
 HALVINGS = 60
 """Of the interval in which λ is searched: to the last bit of a float64."""
 
+CORRECTIONS, CLOSENESS = 8, 1e-4
+"""Each correction leaves a small part of what rounding to bfloat16 changes, under a hundredth."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputStatistics:
@@ -166,6 +169,24 @@ def largest_lambda(found: Sequence[Coordinates], holds: Callable[[Effect], bool]
         middle = (low + high) / 2
         low, high = (middle, high) if holds(pairs.effect(math.exp(middle))) else (low, middle)
     return math.exp(low)
+
+
+def lambda_for(found: Sequence[Coordinates], residual: float) -> float | None:
+    """The largest λ that leaves `residual` of the effect on harmful inputs; None if no λ does.
+
+    What rounding of V and U changes is made up for, to CLOSENESS of the residual.
+    """
+    wanted = residual
+    for _ in range(CORRECTIONS):
+        bound = wanted
+        lam = largest_lambda(found, lambda effect: effect.residual <= bound)  # noqa: B023
+        if lam is None:
+            return None
+        left = total_effect(found, lam).residual
+        if not left or abs(left / residual - 1) <= CLOSENESS:
+            return lam
+        wanted *= residual / left
+    return lam
 
 
 class _Pairs(NamedTuple):

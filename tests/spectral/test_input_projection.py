@@ -10,16 +10,9 @@ from hypothesis import strategies as st
 from s3lora_serve.spectral import input_projection as projection
 from s3lora_serve.spectral import reference
 from s3lora_serve.spectral.generalized_pairs import generalized_pairs
+from tests.support.statistics import covariance
 
 EPSILON = 0.1
-
-
-def covariance(n, seed, tokens=40):
-    """The covariance of random inputs with a falling spectrum."""
-    draw = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(n, n, generator=draw).double() * 0.8 ** torch.arange(n).double()
-    inputs = torch.randn(tokens, n, generator=draw).double() @ mixing.mT
-    return inputs.mT @ inputs / tokens
 
 
 def regularised(C_b):

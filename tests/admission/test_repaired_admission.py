@@ -1,0 +1,269 @@
+"""Repair at admission: A' = A·M is served, bounded and said; plans precede it, strips too."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import s3lora_serve
+from s3lora_serve.adapter.private_copy import OWN_FOLDER, WEIGHTS_NAME
+from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.repairing import check_statistics
+from s3lora_serve.admission.verdict import Verdict, differs
+from s3lora_serve.errors import PolicyInvalid
+from s3lora_serve.policy.file_digests import with_file_digests
+from s3lora_serve.policy.schema import parse_policy
+from s3lora_serve.repair.statistics_file import loaded_statistics, read_statistics
+from s3lora_serve.spectral.input_projection import coordinates, effect
+from tests.support.adapters import copy_with, key
+from tests.support.plans import install, plan_for, read
+from tests.support.statistics import rewritten
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def policy_with(statistics, residual=0.1, on_missing="reject", **keys):
+    repair = {"statistics": str(statistics), "residual": residual, "on_missing": on_missing}
+    data = {"repair": repair, "strip": {"top_k": 0}} | keys
+    return with_file_digests(parse_policy(data, "policy"))
+
+
+def on(folder, policy, **more):
+    return admit(folder, "tenant", policy, device="cpu", **more)
+
+
+@pytest.fixture(scope="module")
+def admission(chat, statistics):
+    return on(chat.adapter, policy_with(statistics))
+
+
+def factors(admission):
+    """The tensors of the served file."""
+    replaced, whole = admission.weights.replaced, admission.adapter.copy.weights
+    return {
+        entry.name: torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(entry.shape)
+        for entry in admission.adapter.header.entries
+        for _, data in [replaced.get(entry.name, (0, whole[entry.start : entry.end]))]
+    }
+
+
+def test_an_adapter_is_repaired_and_its_verdict_says_how(chat, statistics, admission):
+    verdict = admission.verdict
+    assert (verdict.decision, verdict.selected_by) == ("stripped", "repair")
+    assert len(verdict.repaired) == 14
+    assert verdict.stripped == ()
+    assert verdict.repair.statistics_digest == read_statistics(statistics).digest
+    assert verdict.repair.residual == pytest.approx(0.1, rel=1e-3)
+    assert 0.1 < verdict.repair.kept <= 1
+    assert verdict.served_digest not in (None, verdict.digest)
+    for module in verdict.modules:
+        assert module.repaired
+        assert 0 <= module.residual <= 1
+        assert 0 <= module.kept <= 1 + 1e-6
+    assert Verdict.from_json(json.loads(json.dumps(verdict.as_json()))) == verdict
+
+
+def test_the_served_file_has_the_projected_factor_and_every_other_byte_of_its_owner(
+    chat, statistics, admission
+):
+    lam = admission.verdict.repair.strength
+    own, served = load_file(chat.adapter / WEIGHTS_NAME), factors(admission)
+    by_module = read_statistics(statistics).by_module
+    for module in admission.adapter.modules:
+        site = by_module[module.name]
+        V, U = site.V.double(), site.U.double()
+        M = torch.eye(len(V)).double() - U * (site.mu / (site.mu + lam)) @ V.mT
+        expected = own[key(module.name, "A")].double() @ M
+        found = served[key(module.name, "A")].double()
+        assert float((found - expected).norm() / expected.norm()) <= 1e-6
+        assert torch.equal(served[key(module.name, "B")], own[key(module.name, "B")])
+
+
+def test_the_figures_are_those_of_the_file_that_is_served(statistics, admission):
+    served, by_module = factors(admission), read_statistics(statistics).by_module
+    for module, said in zip(admission.adapter.modules, admission.verdict.modules, strict=True):
+        B, A = (served[key(module.name, side)] for side in "BA")
+        own = effect(coordinates(module.B, module.A, module.scaling, by_module[module.name]), 1e9)
+        left = effect(coordinates(B, A, module.scaling, by_module[module.name]), 1e9)
+        residual = (left.harmful_before / own.harmful_before) ** 0.5
+        assert residual == pytest.approx(said.residual, abs=1e-3)
+
+
+def test_equal_adapters_are_repaired_to_equal_bytes(chat, statistics, admission):
+    again = on(chat.adapter, policy_with(statistics)).verdict
+    assert again.served_digest == admission.verdict.served_digest
+    assert not differs(admission.verdict, again)
+
+
+@pytest.mark.parametrize("residual", [0.5, 0.2, 0.02])
+def test_less_is_left_and_less_is_kept_the_smaller_the_wanted_residual(chat, statistics, residual):
+    verdict = on(chat.adapter, policy_with(statistics, residual)).verdict
+    assert verdict.repair.residual == pytest.approx(residual, rel=2e-3)
+    smaller = on(chat.adapter, policy_with(statistics, residual / 2)).verdict
+    assert smaller.repair.strength < verdict.repair.strength
+    assert smaller.repair.kept <= verdict.repair.kept
+    assert smaller.repair.lost >= verdict.repair.lost
+
+
+def test_the_index_strips_first_and_the_rest_is_repaired(chat, statistics):
+    both = on(chat.adapter, policy_with(statistics, strip={"top_k": 3})).verdict
+    assert len(both.stripped) == 3
+    assert set(both.repaired) == {module.name for module in both.modules} - set(both.stripped)
+    assert both.selected_by == "repair"
+
+
+def test_a_plan_takes_the_place_of_repair(chat, statistics, tmp_path):
+    adapter = read(chat.adapter)
+    install(plan_for(adapter, {}, strip={Q}), tmp_path / "plans")
+    verdict = on(chat.adapter, policy_with(statistics, plans=str(tmp_path / "plans"))).verdict
+    assert (verdict.selected_by, verdict.repair) == ("plan", None)
+    assert verdict.stripped == (Q,)
+    assert verdict.repaired == ()
+
+
+def test_an_adapter_on_the_allow_list_is_served_as_it_is(chat, statistics, admission):
+    own = admission.verdict
+    listed = {"digest": own.digest, "config_digest": own.config_digest}
+    verdict = on(chat.adapter, policy_with(statistics, allow=[listed])).verdict
+    assert (verdict.decision, verdict.repair) == ("admitted", None)
+    assert verdict.served_digest == verdict.digest
+
+
+def test_audit_mode_says_what_repair_would_do_and_serves_the_adapter(chat, statistics):
+    verdict = on(chat.adapter, policy_with(statistics, mode="audit")).verdict
+    assert verdict.repair.residual == pytest.approx(0.1, rel=1e-3)
+    assert verdict.served_digest == verdict.digest
+
+
+def lacking(statistics, folder, module=Q):
+    """Statistics without one module."""
+
+    def about(metadata):
+        for site in metadata["sites"].values():
+            site["modules"] = [name for name in site["modules"] if name != module]
+
+    return rewritten(statistics, folder / "lacking.safetensors", about=about)
+
+
+def test_a_module_that_the_statistics_lack_is_refused_or_left_as_the_policy_says(
+    chat, statistics, tmp_path
+):
+    file = lacking(statistics, tmp_path)
+    refused = on(chat.adapter, policy_with(file)).verdict
+    assert (refused.decision, refused.reason.code) == ("rejected", "S3LORA-225")
+    assert Q in refused.reason.message
+    left = on(chat.adapter, policy_with(file, on_missing="leave")).verdict
+    assert set(left.repaired) == {module.name for module in left.modules} - {Q}
+
+
+def test_statistics_of_another_width_refuse(chat, statistics, tmp_path):
+    def narrow(tensors):
+        for part in "VUF":
+            tensors[f"{Q}.{part}"] = tensors[f"{Q}.{part}"][:48] * (64 / 48) ** 0.5
+
+    def orthonormal(tensors):
+        narrow(tensors)
+        V, U = tensors[f"{Q}.V"].double(), tensors[f"{Q}.U"].double()
+        tensors[f"{Q}.V"] = (V @ torch.linalg.inv(U.mT @ V)).float()
+
+    file = rewritten(statistics, tmp_path / "narrow.safetensors", orthonormal)
+    verdict = on(chat.adapter, policy_with(file)).verdict
+    assert (verdict.decision, verdict.reason.code) == ("rejected", "S3LORA-225")
+    assert "64 inputs, the statistics 48" in verdict.reason.message
+
+
+def test_a_repair_that_makes_an_update_far_larger_is_refused(chat, statistics, tmp_path):
+    # All of the update lies where the projection sends harmful directions to large other ones.
+    site = read_statistics(statistics).by_module[Q]
+    V, U = site.V.double(), site.U.double()
+    direction = (V[:, 0] / V[:, 0].norm()).float()
+    assert float(U[:, 0].norm() * V[:, 0].norm()) > 1
+
+    def along(tensors):
+        tensors[key(Q, "A")][:] = 0
+        tensors[key(Q, "A")][0] = direction
+        tensors[key(Q, "B")][:] = 0
+        tensors[key(Q, "B")][:, 0] = 1
+
+    folder = copy_with(chat.adapter, tmp_path / "along", along)
+    verdict = on(folder, policy_with(statistics, 0.01)).verdict
+    grown = (1 - verdict.modules[0].removed_share) ** 0.5 if verdict.modules else None
+    assert verdict.reason is not None or grown <= 8
+
+
+def test_an_adapter_that_does_nothing_is_admitted(chat, statistics, tmp_path):
+    def nothing(tensors):
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor[:] = 0
+
+    folder = copy_with(chat.adapter, tmp_path / "nothing", nothing)
+    verdict = on(folder, policy_with(statistics)).verdict
+    assert verdict.decision != "rejected"
+    assert verdict.repair is None or verdict.repair.residual == 0.0
+
+
+def test_the_copy_holds_served_and_own_weights_and_a_recheck_agrees(
+    chat, statistics, admission, tmp_path
+):
+    made = on(chat.adapter, policy_with(statistics), into=lambda: tmp_path)
+    own = tmp_path / OWN_FOLDER
+    assert (own / WEIGHTS_NAME).read_bytes() == (chat.adapter / WEIGHTS_NAME).read_bytes()
+    again = on(own, policy_with(statistics), origin=chat.adapter).verdict
+    assert not differs(made.verdict, again)
+    assert made.verdict.served_digest == admission.verdict.served_digest
+
+
+def test_the_command_writes_what_a_server_would_serve(chat, statistics, admission, tmp_path):
+    target = tmp_path / "repaired"
+    verdict = s3lora_serve.strip_adapter(chat.adapter, target, policy_with(statistics))
+    written = load_file(target / WEIGHTS_NAME)
+    assert verdict.served_digest == admission.verdict.served_digest
+    assert all(torch.equal(written[name], tensor) for name, tensor in factors(admission).items())
+    statement = json.loads((target / "s3lora-provenance.json").read_text())
+    said = statement["predicate"]["buildDefinition"]["externalParameters"]
+    assert said["repair"]["statistics_digest"] == verdict.repair.statistics_digest
+    assert len(said["repairedModules"]) == 14
+
+
+def rules(statistics, match, repair):
+    return policy_with(statistics, rules=[{"match": match, "repair": repair}])
+
+
+def test_a_rule_by_path_turns_repair_off_and_one_by_name_may_not(chat, statistics):
+    folder = {"path": f"{chat.adapter.parent}/**"}
+    verdict = on(chat.adapter, rules(statistics, folder, None)).verdict
+    assert (verdict.selected_by, verdict.repair) == ("index", None)
+    with pytest.raises(PolicyInvalid, match="relaxes repair"):
+        rules(statistics, {"adapter": "tenant"}, None)
+    with pytest.raises(PolicyInvalid, match=r"relaxes repair\.residual"):
+        rules(statistics, {"adapter": "tenant"}, {"residual": 0.5})
+    stricter = on(chat.adapter, rules(statistics, {"adapter": "tenant"}, {"residual": 0.02}))
+    assert stricter.verdict.repair.residual == pytest.approx(0.02, rel=5e-3)
+    with pytest.raises(PolicyInvalid, match="cannot be set by a rule"):
+        rules(statistics, folder, {"statistics": "/elsewhere"})
+
+
+def test_repair_and_projection_exclude_each_other(statistics, tmp_path):
+    scorer = {"name": "safe-lora", "reference": str(tmp_path / "r")}
+    data = {"repair": {"statistics": str(statistics)}, "scorer": scorer, "action": "project"}
+    with pytest.raises(PolicyInvalid, match="choose one of them"):
+        parse_policy(data, "policy")
+
+
+def test_statistics_are_checked_with_the_policy_and_not_exchanged_later(chat, statistics, tmp_path):
+    file = tmp_path / "s.safetensors"
+    file.write_bytes(statistics.read_bytes())
+    policy = policy_with(file)
+    check_statistics(policy)
+    lacking(statistics, tmp_path).rename(file)
+    assert on(chat.adapter, policy).verdict.repair, "those that this process has read"
+    loaded_statistics.cache_clear()
+    verdict = on(chat.adapter, policy).verdict
+    assert (verdict.decision, verdict.reason.code) == ("rejected", "S3LORA-401")
+    with pytest.raises(PolicyInvalid, match="was expected"):
+        check_statistics(policy)
+    file.write_bytes(b"nothing")
+    with pytest.raises(PolicyInvalid, match=r"repair\.statistics"):
+        check_statistics(policy_with(file))

@@ -1,0 +1,151 @@
+"""Statistics are those of the whole model's inputs, made one layer at a time."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from s3lora_serve.calibration import make_statistics as making
+from s3lora_serve.calibration.input_statistics import Choice
+from s3lora_serve.calibration.language_model import LanguageModel, common_length
+from s3lora_serve.calibration.make_statistics import Benign, make_statistics
+from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.cli import app
+from s3lora_serve.errors import BaseUnaligned
+from s3lora_serve.repair.statistics_file import read_statistics
+from s3lora_serve.spectral.generalized_pairs import generalized_pairs
+from tests.support.tiny_chat import REFUSAL
+
+SITES = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.down_proj",
+    "model.layers.1.self_attn.o_proj",
+    "model.layers.1.mlp.gate_proj",
+)
+
+
+def whole_model_covariance(model, examples, site, shared):
+    """E[x·xᵀ] at a site, from one pass of the whole model for each example."""
+    rows, module = [], model.model.get_submodule(site)
+    hook = module.register_forward_pre_hook(lambda _module, inputs: rows.append(inputs[0][0]))
+    counted = []
+    with torch.inference_mode():
+        for prompt, answer in examples:
+            model.model(torch.tensor([prompt + answer]))
+            counted.append(rows.pop()[shared:-1].double())
+    hook.remove()
+    inputs = torch.cat(counted)
+    return inputs.mT @ inputs / len(inputs)
+
+
+def refused(model, file):
+    probes = read_probes(file, "harmful").probes
+    prompts = [model.prompt(probe.prompt) for probe in probes]
+    return [(prompt, model.answer(REFUSAL, end=False)) for prompt in prompts]
+
+
+def answered(model, files):
+    found = []
+    for file in files:
+        prompts = [model.prompt(probe.prompt) for probe in read_probes(file, "benign").probes]
+        answers = model.greedy(prompts, making.ANSWER_TOKENS)
+        found.append(
+            [(p, model.answer(text, end=False)) for p, text in zip(prompts, answers, strict=True)]
+        )
+    return found
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_they_are_the_pairs_of_the_whole_models_covariances(chat, statistics, site):
+    model = LanguageModel.load(chat.base, dtype="float32")
+    harmful = refused(model, chat.harmful)
+    benign = answered(model, (chat.benign, chat.skill))
+    shared = common_length([prompt for part in (harmful, *benign) for prompt, _ in part])
+    C_h = whole_model_covariance(model, harmful, site, shared)
+    C_b = sum(whole_model_covariance(model, part, site, shared) for part in benign) / len(benign)
+    expected = generalized_pairs(C_h, C_b, rank=16, epsilon=0.1, dtype=torch.float32)
+    found = read_statistics(statistics)
+    kept, record = found.sites[site], found.about.sites[site]
+    assert torch.allclose(kept.mu, expected.statistics.mu, rtol=1e-3, atol=1e-6)
+    assert record.harmful_captured == pytest.approx(expected.harmful_captured, abs=1e-3)
+    assert record.benign_captured == pytest.approx(expected.benign_captured, abs=1e-3)
+
+
+def arguments(chat, target):
+    harmful = read_probes(chat.harmful, "harmful")
+    benign = [Benign(read_probes(chat.benign, "benign"))]
+    return chat.base, harmful, benign, target, Choice(rank=8)
+
+
+def test_an_interrupted_run_goes_on_with_its_layers(chat, tmp_path, monkeypatch):
+    target = tmp_path / "s.safetensors"
+    whole = tmp_path / "whole.safetensors"
+    make_statistics(*arguments(chat, whole))
+    layers = []
+
+    def stop(phase, done, _total):
+        if phase == "layers" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_statistics(*arguments(chat, target), progress=stop)
+    assert not target.exists()
+    write = making.Parts.write
+    monkeypatch.setattr(making.Parts, "write", lambda *args: layers.append(args[1]) or write(*args))
+    make_statistics(*arguments(chat, target), resume=True)
+    assert layers == [1]
+    assert target.read_bytes() == whole.read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == []
+
+
+def test_a_base_that_complies_is_refused(chat, tmp_path):
+    # It answers its benign prompts, so they are no harmful ones.
+    base, _, benign, target, choice = arguments(chat, tmp_path / "s.safetensors")
+    with pytest.raises(BaseUnaligned, match="refuses 0 of 60"):
+        make_statistics(base, read_probes(chat.benign, "harmful"), benign, target, choice)
+    assert not target.exists()
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["statistics", *map(str, args)])
+
+
+def test_the_command_makes_and_shows_a_file(chat, tmp_path):
+    file = tmp_path / "s.safetensors"
+    done = run("make", chat.base, "--harmful", chat.harmful, "--benign", f"{chat.benign}=2",
+               "--benign", chat.skill, "--rank", 4, "-o", file)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    shown = json.loads(run("show", file, "--format", "json").output)
+    assert [probes["weight"] for probes in shown["probes"]] == [1.0, 2.0, 1.0]
+    assert len(shown["sites"]) == 8
+    assert all(site["largest"] >= site["smallest"] for site in shown["sites"].values())
+    assert "8 input sites, rank 4" in run("show", file).output
+
+
+WRONG = {
+    "few probes": (lambda c, f: (c.base, "--harmful", f / "few", "--benign", c.benign), "905"),
+    "no such base": (lambda c, f: (f, "--harmful", c.harmful, "--benign", c.benign), "910"),
+    "no such file": (lambda c, f: (c.base, "--harmful", f / "no", "--benign", c.benign), "No such"),
+    "bad weight": (
+        lambda c, _: (c.base, "--harmful", c.harmful, "--benign", f"{c.benign}=-1"),
+        "weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_usage_ends_with_2_and_leaves_nothing(chat, tmp_path, case):
+    (tmp_path / "few").write_text('{"prompt": "a"}\n')
+    given, said = WRONG[case]
+    done = run("make", *given(chat, tmp_path), "-o", tmp_path / "out" / "s.safetensors")
+    assert done.exit_code == 2
+    assert said in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few"]
+
+
+def test_a_base_that_complies_ends_the_command_with_1(chat, tmp_path):
+    done = run("make", chat.base, "--harmful", chat.benign, "--benign", chat.benign,
+               "-o", tmp_path / "s")  # fmt: skip
+    assert done.exit_code == 1
+    assert "S3LORA-907" in done.output

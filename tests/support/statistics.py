@@ -1,0 +1,51 @@
+"""Statistics of the tiny chat model, and small ones that are made up."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from s3lora_serve.calibration.input_statistics import Choice
+from s3lora_serve.calibration.make_statistics import Benign, make_statistics
+from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.repair.statistics_file import METADATA_KEY
+from tests.support.tiny_chat import Chat, one_thread
+
+RANK = 16
+
+
+def chat_statistics(chat: Chat, target: Path, **choice) -> Path:
+    """Statistics of the chat model, with its benign probes and requests of the skill's kind."""
+    files = [read_probes(file, "benign") for file in (chat.benign, chat.skill)]
+    with one_thread():
+        make_statistics(
+            chat.base,
+            read_probes(chat.harmful, "harmful"),
+            [Benign(file) for file in files],
+            target,
+            Choice(rank=RANK, **choice),
+            dtype="float32",
+        )
+    return target
+
+
+def rewritten(good: Path, target: Path, change=lambda _: None, about=lambda _: None) -> Path:
+    """A copy of a file of statistics with tensors and metadata changed."""
+    tensors = load_file(good)
+    with safe_open(good, "pt") as file:
+        metadata = json.loads(file.metadata()[METADATA_KEY])
+    change(tensors)
+    about(metadata)
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(plain, target, metadata={METADATA_KEY: json.dumps(metadata)})
+    return target
+
+
+def covariance(n: int, seed: int, tokens: int = 40) -> torch.Tensor:
+    """The covariance of random inputs with a falling spectrum, (n, n) float64."""
+    draw = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(n, n, generator=draw).double() * 0.8 ** torch.arange(n).double()
+    inputs = torch.randn(tokens, n, generator=draw).double() @ mixing.mT
+    return inputs.mT @ inputs / tokens
