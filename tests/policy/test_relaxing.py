@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from s3lora_serve.errors import PolicyInvalid
+from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.policy.relaxing import METHOD, STRICTER, is_fixed_folder, relaxed_keys
 from s3lora_serve.policy.schema import Policy, parse_policy
 
@@ -163,6 +164,7 @@ def test_the_tables_name_keys_of_the_policy_and_an_unknown_key_counts_as_relaxed
         default = field.get_default(call_default_factory=True)
         if isinstance(default, BaseModel):
             leaves |= {f"{name}.{inner}" for inner in type(default).model_fields}
+    leaves |= {f"repair.{inner}" for inner in RepairChoice.model_fields}  # None by default
     assert METHOD | set(STRICTER) <= leaves
     assert not METHOD & set(STRICTER)
     json = Policy().as_json()

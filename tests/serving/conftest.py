@@ -111,9 +111,9 @@ def expected(stock, spiked, trained, policy_file, workplace):
     return {name: answers(stock, name) for name in ("base", *folders)}
 
 
-def answers(server, name):
+def answers(server, name, prompts=PROMPTS):
     """Log-probabilities of the probe prompts under one adapter.
 
     `prompt_logprobs` is never answered from the prefix cache: every request is computed.
     """
-    return [server.logprobs(name, prompt) for prompt in PROMPTS]
+    return [server.logprobs(name, prompt) for prompt in prompts]

@@ -42,7 +42,7 @@ lambdas = st.floats(1e-4, 1e3)
 
 
 @given(updates(), lambdas)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
     B, A, scaling, seed = update
     n = A.shape[1]
@@ -68,7 +68,7 @@ def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
 
 
 @given(updates(), lambdas, st.integers(1, 8), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_what_the_kept_pairs_leave_on_harmful_inputs_is_bounded(update, lam, rank, dtype):
     B, A, scaling, seed = update
     C_h, _C_b, (statistics, captured, _) = pairs(A.shape[1], rank, seed, dtype)
@@ -85,7 +85,7 @@ def test_what_the_kept_pairs_leave_on_harmful_inputs_is_bounded(update, lam, ran
 
 
 @given(updates(), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_the_effect_on_harmful_inputs_falls_with_lambda_and_what_is_kept_rises(update, dtype):
     B, A, scaling, seed = update
     _, _, (statistics, *_) = pairs(A.shape[1], 8, seed, dtype)

@@ -31,9 +31,9 @@ from s3lora_serve.vllm_plugin.engine.enforcement import enforce
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import adapter_without_effect, add_to_slot
 from s3lora_serve.vllm_plugin.engine.loaded_keys import LoadedKeys
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
+from s3lora_serve.vllm_plugin.engine.operator_files_fit import check_operator_files_fit
 from s3lora_serve.vllm_plugin.engine.preload import Preloader
 from s3lora_serve.vllm_plugin.engine.quarantine import quarantine
-from s3lora_serve.vllm_plugin.engine.reference_fit import check_reference_fits
 from s3lora_serve.vllm_plugin.engine.registered_paths import RegisteredPaths
 from s3lora_serve.vllm_plugin.engine.worker_admission import WorkerAdmission
 from s3lora_serve.vllm_plugin.threads import GiveWay
@@ -68,11 +68,11 @@ class AdapterLoader:
         """Read the worker's LoRA modules, and report that its gate is active.
 
         Raises:
-            PolicyInvalid: the alignment reference was made for another model.
+            PolicyInvalid: a file that the policy names was made for another model.
         """
         model = WorkerModel.of(manager, vllm_config)
         if self.controller.policy.mode != "off":
-            check_reference_fits(model, self.controller.policy)
+            check_operator_files_fit(model, self.controller.policy)
         self.model = self._models[manager] = model
         self.controller.events.metrics.set_model_modules(self.model.places)
         self.controller.events.metrics.set_preloads(0)
