@@ -18,10 +18,12 @@ MODULE_KEYS = {
     "name", "layer", "projection", "shape", "rank", "ssi", "relative_ssi", "spectrum",
     "row_norm_mean", "column_norm_mean", "stripped", "energy_share", "negligible",
     "transformed", "removed_share", "projected", "alignment", "captured",
+    "repaired", "residual", "kept",
 }  # fmt: skip
 ADAPTER_KEYS = {
     "path", "name", "digest", "decision", "reason", "uninformative", "scorer", "policy_digest",
     "modules", "seconds", "selected_by", "plan_digest", "served_digest",
+    "repair",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.cli import app
 from s3lora_serve.errors import rejection_codes, rejections
-from s3lora_serve.offline.sarif import PLANNED, SHARP, UNALIGNED, SarifLog
+from s3lora_serve.offline.sarif import PLANNED, REPAIRED, SHARP, UNALIGNED, SarifLog
 from s3lora_serve.policy.method import Strip
 from tests.support import npm
 from tests.support.adapters import WEIGHTS, copy_with, diverged
@@ -38,7 +38,7 @@ def test_a_log_has_a_result_for_each_adapter_that_is_not_whole(log):
     [ran] = sarif_pydantic.Sarif.model_validate_json(log.read_text()).runs
     rules = [rule.id for rule in ran.tool.driver.rules]
     assert len(set(rules)) == len(rules)
-    assert set(rules) == {SHARP, UNALIGNED, PLANNED, *rejection_codes()}
+    assert set(rules) == {SHARP, UNALIGNED, PLANNED, REPAIRED, *rejection_codes()}
     found = {}
     for result in ran.results:
         assert rules[result.rule_index] == result.rule_id
@@ -82,10 +82,11 @@ def test_every_rule_says_what_it_means_and_what_to_do(log):
         assert len(why) > len(rule.short_description.text)
         assert remedies.get(rule.id, "") in rule.help.markdown
         assert why in rule.help.markdown
-        level = {SHARP: "warning", UNALIGNED: "warning", PLANNED: "note"}.get(rule.id, "error")
+        changed = {SHARP: "warning", UNALIGNED: "warning", PLANNED: "note", REPAIRED: "note"}
+        level = changed.get(rule.id, "error")
         assert rule.default_configuration.level == level
         explained.add(why)
-    assert len(explained) == len(remedies) + 3
+    assert len(explained) == len(remedies) + 4
 
 
 def test_a_log_is_valid_by_its_schema_and_by_what_github_asks_for(log):
