@@ -18,6 +18,13 @@ class ScorerSettings(BaseModel):
     normalization: Normalization = "two_sided"
 
 
+class RepairSettings(BaseModel):
+    """How much an experiment's repair leaves; the statistics are the policy's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    residual: Annotated[float, Field(gt=0, lt=1)]
+
+
 class Settings(BaseModel):
     """The settings of one experiment; those left out are the policy's."""
 
@@ -25,6 +32,7 @@ class Settings(BaseModel):
     strip: Strip | None = None
     scorer: ScorerSettings | None = None
     action: Action | None = None
+    repair: RepairSettings | Literal["off"] | None = None
 
 
 def check_name(policy: Policy, name: str, *, is_experiment: bool) -> None:
@@ -41,6 +49,19 @@ def check_name(policy: Policy, name: str, *, is_experiment: bool) -> None:
     if policy.experiments.claims(name) != is_experiment:
         kept = f"{policy.experiments.names!r}, the names for experiments"
         raise NameReserved(f"{name!r} {'is not one of' if is_experiment else 'is one of'} {kept}")
+
+
+def _repair(policy: Policy, wanted: RepairSettings | Literal["off"] | None) -> Any:
+    """The policy's repair with what an experiment wants of it; None: nothing is repaired.
+
+    Raises:
+        ExperimentClosed: the policy names no statistics.
+    """
+    if wanted is None or wanted == "off":
+        return None
+    if policy.repair is None:
+        raise ExperimentClosed("the policy has no repair, whose statistics an experiment needs")
+    return policy.repair.model_dump(mode="json") | wanted.model_dump()
 
 
 def check_open(policy: Policy, name: str, settings: Settings, *, with_plan: bool) -> None:
@@ -73,6 +94,8 @@ def experiment_policy(policy: Policy, settings: Settings, *, with_plan: bool) ->
         changes["strip"] = dict([settings.strip.rule])
     if "scorer" in changes:
         changes["scorer"] = policy.scorer.model_dump(mode="json") | changes["scorer"]
+    if "repair" in changes:
+        changes["repair"] = _repair(policy, settings.repair)
     if "plan" in allowed:
         changes |= {"plans": None, "require_plan": False}
     whole = policy.as_json() | {"rules": ()} | changes

@@ -35,7 +35,7 @@ class Experiments(Section):
     """Registrations with settings of their own, which `s3lora evaluate` asks for."""
 
     names: GlobText = "eval/*"  # ours; * does not cross /
-    allow: frozenset[Literal["strip", "scorer", "action", "plan"]] = frozenset()
+    allow: frozenset[Literal["strip", "scorer", "action", "plan", "repair"]] = frozenset()
     ttl: Annotated[float, Field(gt=0)] | None = None  # seconds; None: until they are ended
 
     def claims(self, name: str) -> bool:
