@@ -1,5 +1,6 @@
 """The recommended setting keeps the stated rule, whatever the scores."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
