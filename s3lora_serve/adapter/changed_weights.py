@@ -82,41 +82,45 @@ def rounded_lora_b(module: Module, B: Tensor) -> NewFactor:
         ValueError: it holds NaN or Inf as served, or ‖B'‖_F·‖A‖_F exceeds the larger of both
             updates by more than MAX_CANCELLATION. The message names no cause: the caller does.
     """
-    new = _rounded(module, "lora_B", B, module.B)
-    return _checked(module, module.keys[1], new, (new, module.A))
+    new = B.to(module.B.dtype).contiguous()
+    if not as_served(new).isfinite().all():
+        raise ValueError(f"makes the lora_B of {module.name} NaN or Inf")
+    A = module.A.double()
+    before, after = update_norm(module.B.double(), A), update_norm(new.double(), A)
+    _check_cancellation(module, float(new.double().norm() * A.norm()), max(before, after))
+    return NewFactor(module.keys[1], new, before, after)
 
 
-def rounded_lora_a(module: Module, A: Tensor) -> NewFactor:
-    """A' rounded to the dtype that A is stored in, checked as `rounded_lora_b` does.
+def new_lora_a(
+    module: Module, A: Tensor, gram: Tensor, gram_a: Tensor, gram_b: Tensor
+) -> NewFactor:
+    """A' in the dtype that A is stored in, checked as `rounded_lora_b` does by Gram matrices.
 
-    Shape: A (r, n) float64.
+    Shape: A (r, n); A'·A'ᵀ, A·Aᵀ and BᵀB (r, r) float64.
 
     Raises:
         ValueError: as `rounded_lora_b`.
     """
-    new = _rounded(module, "lora_A", A, module.A)
-    return _checked(module, module.keys[0], new, (module.B, new))
+    if not as_served(A).isfinite().all():
+        raise ValueError(f"makes the lora_A of {module.name} NaN or Inf")
+    before, after = _norm(gram_b, gram_a), _norm(gram_b, gram)
+    size = float(gram_b.trace() * gram.trace()) ** 0.5
+    _check_cancellation(module, size, max(before, after))
+    return NewFactor(module.keys[0], A, before, after)
 
 
-def _rounded(module: Module, what: str, factor: Tensor, own: Tensor) -> Tensor:
-    new = factor.to(own.dtype).contiguous()
-    if not as_served(new).isfinite().all():
-        raise ValueError(f"makes the {what} of {module.name} NaN or Inf")
-    return new
-
-
-def _checked(module: Module, key: str, new: Tensor, pair: tuple[Tensor, Tensor]) -> NewFactor:
-    B, A = (factor.double() for factor in pair)
-    before, after = update_norm(module.B.double(), module.A.double()), update_norm(B, A)
-    update, factors = max(before, after), float(B.norm() * A.norm())
+def _check_cancellation(module: Module, factors: float, update: float) -> None:
     if not factors <= MAX_CANCELLATION * update:
         raise ValueError(
             f"makes factors of {factors:g} for {module.name} that cancel: its update is {update:g}"
         )
-    return NewFactor(key, new, before, after)
 
 
 def update_norm(B: Tensor, A: Tensor) -> float:
     """‖B·A‖_F = √Σ (BᵀB ∘ AAᵀ), without forming B·A."""
-    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return _norm(B.T @ B, A @ A.T)
+
+
+def _norm(gram_b: Tensor, gram_a: Tensor) -> float:
+    square = float((gram_b * gram_a).sum())
     return max(square, 0.0) ** 0.5 if square == square else square

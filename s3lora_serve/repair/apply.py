@@ -1,9 +1,9 @@
 """Repair an adapter: find λ for it, and the weights file with A' = A·M in the place of A."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from s3lora_serve.adapter.changed_weights import ChangedWeights, NewFactor, rounded_lora_a
+from s3lora_serve.adapter.changed_weights import ChangedWeights, NewFactor, new_lora_a
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.errors import RepairImpossible
 from s3lora_serve.policy.method import RepairChoice
@@ -61,10 +61,7 @@ def repaired(
     modules = [module for module in modules if module.name in statistics.by_module]
     if not modules:
         return None
-    found = {}
-    for module in modules:
-        between_modules()
-        found[module.name] = _coordinates(module, statistics)
+    found = _all_coordinates(modules, statistics, between_modules)
     lam = lambda_for(list(found.values()), choice.residual)
     if lam is None:
         raise RepairImpossible(f"no λ leaves {choice.residual:g} of the effect on harmful inputs")
@@ -78,23 +75,36 @@ def repaired(
     return RepairedAdapter(lam, effects, removed, ChangedWeights.of(adapter, factors))
 
 
-def _coordinates(module: Module, statistics: StatisticsFile) -> Coordinates:
-    own = statistics.by_module[module.name]
-    if own.width != module.A.shape[1]:
-        raise RepairImpossible(
-            f"module {module.name} has {module.A.shape[1]} inputs, the statistics {own.width}"
-        )
-    return coordinates(module.B, module.A, module.scaling, own)
+def _all_coordinates(
+    modules: Sequence[Module], statistics: StatisticsFile, between_modules: Callable[[], None]
+) -> dict[str, Coordinates]:
+    """The coordinates of all modules, those that share an input together."""
+    sharing: dict[int, list[Module]] = {}
+    for module in modules:
+        own = statistics.by_module[module.name]
+        if own.width != module.A.shape[1]:
+            raise RepairImpossible(
+                f"module {module.name} has {module.A.shape[1]} inputs, the statistics {own.width}"
+            )
+        sharing.setdefault(id(own), []).append(module)
+    found: dict[str, Coordinates] = {}
+    for members in sharing.values():
+        between_modules()
+        updates = [(module.B, module.A, module.scaling) for module in members]
+        together = coordinates(updates, statistics.by_module[members[0].name])
+        found |= {m.name: each for m, each in zip(members, together, strict=True)}
+    return found
 
 
 def _new_factor(module: Module, found: Coordinates, lam: float) -> NewFactor:
+    new = projected(module.A, found, lam)
     try:
-        new = rounded_lora_a(module, projected(module.A, found, lam))
+        factor = new_lora_a(module, new.A, new.gram, found.gram_a, found.gram_b)
     except ValueError as error:
         raise RepairImpossible(f"the repair {error}") from None
-    if not new.after <= MAX_GROWTH * new.before:
+    if not factor.after <= MAX_GROWTH * factor.before:
         raise RepairImpossible(
-            f"the repair makes ‖ΔW‖_F of {module.name} {new.after:g} of {new.before:g}, over"
+            f"the repair makes ‖ΔW‖_F of {module.name} {factor.after:g} of {factor.before:g}, over"
             f" {MAX_GROWTH:g} times"
         )
-    return new
+    return factor

@@ -84,8 +84,13 @@ def test_the_figures_are_those_of_the_file_that_is_served(statistics, admission)
     served, by_module = factors(admission), read_statistics(statistics).by_module
     for module, said in zip(admission.adapter.modules, admission.verdict.modules, strict=True):
         B, A = (served[key(module.name, side)] for side in "BA")
-        own = effect(coordinates(module.B, module.A, module.scaling, by_module[module.name]), 1e9)
-        left = effect(coordinates(B, A, module.scaling, by_module[module.name]), 1e9)
+        own, left = (
+            effect(each, 1e9)
+            for each in coordinates(
+                [(module.B, module.A, module.scaling), (B, A, module.scaling)],
+                by_module[module.name],
+            )
+        )
         residual = (left.harmful_before / own.harmful_before) ** 0.5
         assert residual == pytest.approx(said.residual, abs=1e-3)
 

@@ -38,6 +38,16 @@ def updates(draw):
     return B, A, scaling, seed
 
 
+def coordinates(B, A, scaling, statistics):
+    [found] = projection.coordinates([(B, A, scaling)], statistics)
+    return found
+
+
+def new_factor(A, found, lam):
+    """A' unrounded: in the dtype of A it is rounded further."""
+    return projection.projected(A.double(), found, lam).A
+
+
 lambdas = st.floats(1e-4, 1e3)
 
 
@@ -47,9 +57,9 @@ def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
     B, A, scaling, seed = update
     n = A.shape[1]
     C_h, C_b, (statistics, *_) = pairs(n, n, seed)
-    found = projection.coordinates(B, A, scaling, statistics)
+    found = coordinates(B, A, scaling, statistics)
     dense = reference.input_projection(B, A, scaling, C_h, C_b, lam)
-    low_rank = scaling * B.double() @ projection.projected(A, found, lam)
+    low_rank = scaling * B.double() @ new_factor(A, found, lam)
     size = float((scaling * B.double() @ A.double()).norm())
     assert float((low_rank - dense).norm()) <= 1e-6 * size
     before = scaling * B.double() @ A.double()
@@ -72,8 +82,8 @@ def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
 def test_what_the_kept_pairs_leave_on_harmful_inputs_is_bounded(update, lam, rank, dtype):
     B, A, scaling, seed = update
     C_h, _C_b, (statistics, captured, _) = pairs(A.shape[1], rank, seed, dtype)
-    found = projection.coordinates(B, A, scaling, statistics)
-    served = scaling * B.double() @ projection.projected(A, found, lam)
+    found = coordinates(B, A, scaling, statistics)
+    served = scaling * B.double() @ new_factor(A, found, lam)
     figures = projection.effect(found, lam)
     # Rounding of V and U to bfloat16 moves each by 2^-9 of itself.
     slack = 1e-5 if dtype == torch.float32 else 0.05
@@ -89,7 +99,7 @@ def test_what_the_kept_pairs_leave_on_harmful_inputs_is_bounded(update, lam, ran
 def test_the_effect_on_harmful_inputs_falls_with_lambda_and_what_is_kept_rises(update, dtype):
     B, A, scaling, seed = update
     _, _, (statistics, *_) = pairs(A.shape[1], 8, seed, dtype)
-    found = projection.coordinates(B, A, scaling, statistics)
+    found = coordinates(B, A, scaling, statistics)
     effects = [projection.effect(found, 10.0**exponent) for exponent in range(-4, 5)]
     slack = 1e-6 if dtype == torch.float32 else 0.05
     for smaller, larger in itertools.pairwise(effects):
@@ -102,7 +112,7 @@ def some_modules(count=5, n=20):
     _, _, (statistics, *_) = pairs(n, 12)
     draw = torch.Generator().manual_seed(9)
     return [
-        projection.coordinates(
+        coordinates(
             torch.randn(16, 4, generator=draw), torch.randn(4, n, generator=draw), 2.0, statistics
         )
         for _ in range(count)
@@ -124,7 +134,7 @@ def test_no_lambda_is_found_if_none_holds_and_the_largest_if_all_do():
 
 def test_an_update_of_zero_has_no_effect():
     _, _, (statistics, *_) = pairs(8, 4)
-    found = projection.coordinates(torch.zeros(6, 2), torch.ones(2, 8), 1.0, statistics)
+    found = coordinates(torch.zeros(6, 2), torch.ones(2, 8), 1.0, statistics)
     figures = projection.effect(found, 0.1)
     assert (figures.residual, figures.kept, figures.lost) == (0.0, 1.0, 0.0)
 
