@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load load-fleet compat fuzz generate dashboard-check lint format bench gpu-pack gpu-kernels bench-alignment bench-admission bench-signing bench-serving bench-scan evidence shares clean
+.PHONY: demo test test-fast test-all load load-fleet compat fuzz generate dashboard-check lint format bench gpu-pack gpu-kernels bench-alignment bench-repair bench-admission bench-signing bench-serving bench-scan evidence shares clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -49,6 +49,7 @@ format: $(READY)
 bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.alignment
+	$(BIN)/python -m tests.benchmarks.repair
 	$(BIN)/python -m tests.benchmarks.sweep
 
 gpu-pack: $(READY)  ## the folder .gpu, with which tests/gpu/check.sh runs on a bare GPU machine: five minutes
@@ -59,6 +60,9 @@ gpu-kernels: $(READY)  ## what the CUDA kernels need of a GPU, by compiling them
 
 bench-alignment: $(READY)  ## alignment scorers beside MAS-SVD, and making a reference: two minutes, 6 GB of disk
 	$(BIN)/python -m tests.benchmarks.alignment
+
+bench-repair: $(READY)  ## repairing an adapter beside scoring it: a minute
+	$(BIN)/python -m tests.benchmarks.repair
 
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
 	$(BIN)/python -m tests.benchmarks.admission

@@ -12,6 +12,8 @@ from s3lora_serve.spectral import Effect
 from s3lora_serve.spectral.input_projection import (
     NO_EFFECT,
     Coordinates,
+    InputStatistics,
+    Projected,
     coordinates,
     effect,
     lambda_for,
@@ -61,43 +63,46 @@ def repaired(
     modules = [module for module in modules if module.name in statistics.by_module]
     if not modules:
         return None
-    found = _all_coordinates(modules, statistics, between_modules)
+    groups = _sharing_an_input(modules, statistics)
+    found: dict[str, Coordinates] = {}
+    for own, members in groups:
+        between_modules()
+        updates = [(module.B, module.A, module.scaling) for module in members]
+        found |= zip((m.name for m in members), coordinates(updates, own), strict=True)
     lam = lambda_for(list(found.values()), choice.residual)
     if lam is None:
         raise RepairImpossible(f"no λ leaves {choice.residual:g} of the effect on harmful inputs")
-    factors, effects, removed = [], {}, {}
-    for module in modules:
+    new: dict[str, NewFactor] = {}
+    for _, members in groups:
         between_modules()
-        new = _new_factor(module, found[module.name], lam)
-        factors.append(new)
-        effects[module.name] = effect(found[module.name], lam)
-        removed[module.name] = 1.0 - (new.after / new.before) ** 2 if new.before else 1.0
-    return RepairedAdapter(lam, effects, removed, ChangedWeights.of(adapter, factors))
+        known = [found[module.name] for module in members]
+        for module, each, one in zip(
+            members, known, projected([m.A for m in members], known, lam), strict=True
+        ):
+            new[module.name] = _checked(module, each, one)
+    return RepairedAdapter(
+        strength=lam,
+        effects={name: effect(each, lam) for name, each in found.items()},
+        removed={name: _removed(factor) for name, factor in new.items()},
+        weights=ChangedWeights.of(adapter, new.values()),
+    )
 
 
-def _all_coordinates(
-    modules: Sequence[Module], statistics: StatisticsFile, between_modules: Callable[[], None]
-) -> dict[str, Coordinates]:
-    """The coordinates of all modules, those that share an input together."""
-    sharing: dict[int, list[Module]] = {}
+def _sharing_an_input(
+    modules: Sequence[Module], statistics: StatisticsFile
+) -> list[tuple[InputStatistics, list[Module]]]:
+    groups: dict[int, tuple[InputStatistics, list[Module]]] = {}
     for module in modules:
         own = statistics.by_module[module.name]
         if own.width != module.A.shape[1]:
             raise RepairImpossible(
                 f"module {module.name} has {module.A.shape[1]} inputs, the statistics {own.width}"
             )
-        sharing.setdefault(id(own), []).append(module)
-    found: dict[str, Coordinates] = {}
-    for members in sharing.values():
-        between_modules()
-        updates = [(module.B, module.A, module.scaling) for module in members]
-        together = coordinates(updates, statistics.by_module[members[0].name])
-        found |= {m.name: each for m, each in zip(members, together, strict=True)}
-    return found
+        groups.setdefault(id(own), (own, []))[1].append(module)
+    return list(groups.values())
 
 
-def _new_factor(module: Module, found: Coordinates, lam: float) -> NewFactor:
-    new = projected(module.A, found, lam)
+def _checked(module: Module, found: Coordinates, new: Projected) -> NewFactor:
     try:
         factor = new_lora_a(module, new.A, new.gram, found.gram_a, found.gram_b)
     except ValueError as error:
@@ -108,3 +113,7 @@ def _new_factor(module: Module, found: Coordinates, lam: float) -> NewFactor:
             f" {MAX_GROWTH:g} times"
         )
     return factor
+
+
+def _removed(factor: NewFactor) -> float:
+    return 1.0 - (factor.after / factor.before) ** 2 if factor.before else 1.0

@@ -8,6 +8,9 @@ from torch import Tensor
 from s3lora_serve.spectral.input_projection import InputStatistics
 from s3lora_serve.spectral.leading_subspace import leading_subspace
 
+LEADING = 16
+"""Directions of C_b in F: they hold most of its energy, and only totals are made of them. Ours."""
+
 EXACT = 2048
 """Width up to which all eigenvectors are computed. Wider: those that are kept, by a randomised
 method, in a tenth of the time at n = 8192. Ours."""
@@ -28,7 +31,7 @@ def generalized_pairs(
 
     With `C_b = L·Lᵀ` and the eigenvectors q of `L⁻¹·C_h·L⁻ᵀ`: `v = L⁻ᵀ·q`, `u = C_b·v = L·q`.
 
-    Shape: C_h and C_b (n, n) float64, symmetric -> V and U (n, k), F (n, k) in `dtype`.
+    Shape: C_h and C_b (n, n) float64, symmetric -> V and U (n, k), F (n, f) in `dtype`.
 
     Raises:
         ValueError: a covariance is zero or not finite.
@@ -45,7 +48,7 @@ def generalized_pairs(
     Q, mu, following = _leading(whitened, rank)
     V = torch.linalg.solve_triangular(L.mT, Q, upper=True).to(dtype)
     U = (L @ Q).to(dtype)
-    directions, values, _ = _leading(C_b, rank)
+    directions, values, _ = _leading(C_b, min(rank, LEADING))
     rest = (float(C_b.trace()) - float(values.sum())) / max(1, n - len(values))
     F = (directions * (values - rest).clamp_min(0.0).sqrt()).to(dtype)
     statistics = InputStatistics(

@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 1024
-"""Rows of V, U and F that are converted at a time: a quarter of a megabyte each with k = 64. Sums
-over a block that are made in float32 are right to 1e-7 of the factors' norms."""
+BLOCK = 4096
+"""Inputs whose directions are converted at a time: a megabyte with k = 64. Sums over them that are
+made in float32 are right to 1e-7 of the factors' norms."""
 
 SMALLEST_LAMBDA, LARGEST_LAMBDA = 1e-6, 1e6
 """Beyond them M is, to six digits, the projection onto what no pair covers, or the identity."""
 
-HALVINGS = 60
-"""Of the interval in which λ is searched: to the last bit of a float64."""
+HALVINGS = 40
+"""Of the interval in which λ is searched: to 1e-11 of λ."""
 
 CORRECTIONS, CLOSENESS = 8, 1e-4
 """Each correction leaves a small part of what rounding to bfloat16 changes, under a hundredth."""
@@ -111,45 +111,46 @@ def coordinates(
 ) -> list[Coordinates]:
     """A·U, A·Aᵀ, BᵀB and tr(ΔW·C_b·ΔWᵀ) of the updates of modules that share an input.
 
-    O(n·r·(k + f + r) + m·r²) operations for each; U and F are converted once for all.
+    O(n·r·(k + f + r) + m·r²) operations for each, in few large products for all.
 
     Shape: B (m, r), A (r, n), any floating dtype.
     """
-    k, f = statistics.V.shape[1], statistics.F.shape[1]
-    ranks = [len(A) for _, A, _ in updates]
-
-    def zeros(columns: int | None = None) -> list[Tensor]:
-        shapes = [(rank, columns or rank) for rank in ranks]
-        return [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
-
-    P, Q, own = zeros(k), zeros(f), zeros()
-    for U, F, *parts in _blocks(device, statistics.U, statistics.F, *(A.mT for _, A, _ in updates)):
-        for i, part in enumerate(parts):
-            P[i] += part.mT @ U
-            Q[i] += part.mT @ F
-            own[i] += part.mT @ part
-    found = []
-    for i, (B, _, scaling) in enumerate(updates):
-        gram_b = torch.zeros_like(own[i])
-        for (part,) in _blocks(device, B):
-            gram_b += part.mT @ part
+    stacked = torch.cat([A for _, A, _ in updates])
+    rows, (k, f) = len(stacked), (each.shape[1] for each in (statistics.U, statistics.F))
+    P, Q, own = (
+        torch.zeros(rows, columns, dtype=torch.float64, device=device) for columns in (k, f, rows)
+    )
+    for A, U, F in _blocks(device, stacked, statistics.U.mT, statistics.F.mT):
+        P += A @ U.mT
+        Q += A @ F.mT
+        own += A @ A.mT
+    found, at = [], 0
+    for B, A, scaling in updates:
+        mine = slice(at, at := at + len(A))
+        gram_b = torch.zeros(len(A), len(A), dtype=torch.float64, device=device)
+        for (part,) in _blocks(device, B.mT):
+            gram_b += part @ part.mT
+        gram_a = own[mine, mine]
+        benign = (gram_b * (Q[mine] @ Q[mine].mT + statistics.ridge * gram_a)).sum()
         square = scaling**2
-        benign = square * float((gram_b * (Q[i] @ Q[i].mT + statistics.ridge * own[i])).sum())
-        found.append(Coordinates(P[i], own[i], gram_b, square, benign, statistics))
+        found.append(
+            Coordinates(P[mine], gram_a, gram_b, square, square * float(benign), statistics)
+        )
     return found
 
 
 def _blocks(device: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each tensor on the device, block by block.
+    """The same columns of each tensor on the device, block by block.
 
     In float64, unless all are stored in 16 bits: then float32 holds their products exactly, and
     halves the time.
     """
-    rows = BLOCK_ROWS if device == "cpu" else len(tensors[0])
+    width = tensors[0].shape[1]
+    columns = BLOCK if device == "cpu" else width
     narrow = device == "cpu" and all(tensor.itemsize == 2 for tensor in tensors)
     dtype = torch.float32 if narrow else torch.float64
-    for at in range(0, len(tensors[0]), max(1, rows)):
-        yield tuple(tensor[at : at + rows].to(device, dtype) for tensor in tensors)
+    for at in range(0, width, max(1, columns)):
+        yield tuple(tensor[:, at : at + columns].to(device, dtype) for tensor in tensors)
 
 
 def effect(found: Coordinates, lam: float) -> Effect:
@@ -249,21 +250,30 @@ def _pairs(found: Sequence[Coordinates]) -> _Pairs:
     return _Pairs(torch.cat(mu), torch.cat(energies), sum(beside), sum(beyond))
 
 
-def projected(A: Tensor, found: Coordinates, lam: float) -> Projected:
-    """`A' = A·M = A − (A·U)·diag(μ/(μ+λ))·Vᵀ`, rounded to the dtype of A, and its Gram matrix.
+def projected(
+    factors: Sequence[Tensor], found: Sequence[Coordinates], lam: float
+) -> list[Projected]:
+    """`A' = A·M = A − (A·U)·diag(μ/(μ+λ))·Vᵀ` of modules that share an input, and A'·A'ᵀ.
 
-    Shape: A (r, n), any floating dtype.
+    Shape: each A (r, n), any floating dtype, to which A' is rounded.
     """
-    P, statistics = found.P, found.statistics
-    mu = statistics.mu.to(P.device)
-    weighted = P * (mu / (mu + lam))
-    new = torch.empty_like(A, memory_format=torch.contiguous_format)
-    gram = torch.zeros(len(A), len(A), dtype=torch.float64, device=P.device)
+    device, statistics = found[0].P.device, found[0].statistics
+    mu = statistics.mu.to(device)
+    weighted = torch.cat([each.P for each in found]) * (mu / (mu + lam))
+    stacked = torch.cat(list(factors))
+    new = torch.empty(stacked.shape, dtype=stacked.dtype)
     at = 0
-    for part, V in _blocks(P.device.type, A.mT, statistics.V):
-        rounded = (part.mT - weighted.to(V.dtype) @ V.mT).to(A.dtype)
-        new[:, at : at + len(part)] = rounded
-        wide = rounded.to(part.dtype)
-        gram += wide @ wide.mT
-        at += len(part)
-    return Projected(new, gram)
+    for A, V in _blocks(device.type, stacked, statistics.V.mT):
+        new[:, at : at + A.shape[1]] = torch.addmm(A, weighted.to(A.dtype), V, alpha=-1)
+        at += A.shape[1]
+    parts = torch.split(new, [len(A) for A in factors])
+    rounded = [part.to(A.dtype) for part, A in zip(parts, factors, strict=True)]
+    return [Projected(A, _gram(A)) for A in rounded]
+
+
+def _gram(A: Tensor) -> Tensor:
+    """A·Aᵀ, float64."""
+    gram = torch.zeros(len(A), len(A), dtype=torch.float64)
+    for (part,) in _blocks("cpu", A):
+        gram += part @ part.mT
+    return gram

@@ -41,11 +41,15 @@ again in float64, and cost what the row with falling B shows. Ranks under 16 tak
 
 def write(folder: Path) -> None:
     """Write RESULTS.md from the figures of every benchmark that was run."""
+    from tests.benchmarks import repair  # which imports this module
+
     sections = [markdown(json.loads((folder / "results.json").read_text()))]
     if (figures := folder / "kernels.json").exists():
         sections.append(kernels.section(json.loads(figures.read_text())))
     if (figures := folder / "alignment.json").exists():
         sections.append(alignment_report.alignment(json.loads(figures.read_text())))
+    if (figures := folder / "repair.json").exists():
+        sections.append(repair.section(json.loads(figures.read_text())))
     if (figures := folder / "admission.json").exists():
         sections.append(serving_report.admission(json.loads(figures.read_text())))
     if (figures := folder / "signing.json").exists():

@@ -45,7 +45,7 @@ def coordinates(B, A, scaling, statistics):
 
 def new_factor(A, found, lam):
     """A' unrounded: in the dtype of A it is rounded further."""
-    return projection.projected(A.double(), found, lam).A
+    return projection.projected([A.double()], [found], lam)[0].A
 
 
 lambdas = st.floats(1e-4, 1e3)
@@ -63,11 +63,14 @@ def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
     size = float((scaling * B.double() @ A.double()).norm())
     assert float((low_rank - dense).norm()) <= 1e-6 * size
     before = scaling * B.double() @ A.double()
+    F = statistics.F.double()  # totals on benign inputs are of C_b as far as F has it
+    whole = reference.energy(before, F @ F.mT + statistics.ridge * torch.eye(n).double())
+    taken = reference.energy(before, C_b) - reference.energy(dense, C_b)
     expected = projection.Effect(
         harmful_before=reference.energy(before, C_h),
         harmful_after=reference.energy(dense, C_h),
-        benign_before=reference.energy(before, C_b),
-        benign_after=reference.energy(dense, C_b),
+        benign_before=max(whole, reference.energy(before, C_b)),
+        benign_after=max(whole, reference.energy(before, C_b)) - taken,
         benign_lost=reference.energy(before - dense, C_b),
         beyond=0.0,
     )
