@@ -15,8 +15,8 @@ SPIKED_MODULE = "model.layers.2.self_attn.v_proj"
 
 
 LAST = tuple(f"tests/serving/test_{name}.py" for name in (
-    "calibrated", "contract", "experts", "leftovers", "model_runner_v2", "offline",
-    "policies", "skipping",
+    "contract", "experts", "leftovers", "model_runner_v2", "offline",
+    "plan_and_repair", "policies", "skipping",
 ))  # fmt: skip
 """Tests on real vLLM that run last, after the tests without vLLM, to balance both processes."""
 
