@@ -130,7 +130,7 @@ def _decisions() -> list[Panel]:
             span=8,
         ),
         lines(
-            "Chosen by plan or index",
+            "Chosen by plan, repair or index",
             "Each minute, adapters not rejected, by what chose their changed modules.",
             "cpm",
             query(
@@ -170,6 +170,16 @@ def _sharpness() -> list[Panel]:
             "Alignment score",
             "Of modules that safe-lora or splora scored. Low: away from what alignment changed.",
             f"sum by (le) (increase(s3lora_module_alignment_bucket{{HERE}}{RATE}))",
+        ).height(10),
+        distribution(
+            "Left by repair on harmful inputs",
+            "Of each repaired adapter's effect. All lie at the policy's residual.",
+            f"sum by (le) (increase(s3lora_repair_residual_bucket{{HERE}}{RATE}))",
+        ).height(10),
+        distribution(
+            "Kept by repair on benign inputs",
+            "Of each repaired adapter's effect. Low: it acts where harmful prompts do.",
+            f"sum by (le) (increase(s3lora_repair_kept_bucket{{HERE}}{RATE}))",
         ).height(10),
     ]
 
