@@ -77,6 +77,6 @@ def collect(
     name, layers = decoder_layers(model.model)
     for place, layer in enumerate(layers):
         sums = Covariances(tuple(examples))
-        run_layer(layer, place, f"{name}.{place}", found, sums.add)
+        run_layer(layer, place, f"{name}.{place}", found, sums.add, model.device)
         made(place, sums)
         progress(place + 1, len(layers))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,33 @@ class AnswerLogits:
 class LanguageModel:
     """A model on one device, with frozen weights."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, device: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._device = device
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu", dtype: str = "bfloat16") -> "LanguageModel":
+    def load(
+        cls,
+        folder: Path,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        *,
+        offload: Path | None = None,
+    ) -> "LanguageModel":
         """Load a model from its folder. The hub is never asked, and no code of the folder runs.
+
+        With `offload`, a folder for weights in another dtype than `dtype`, what does not fit in
+        memory stays on disk, and each layer is read when it runs.
 
         Raises:
             BaseModelUnfit: the folder holds no causal language model, or it does not fit in memory.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds
 
-        check_memory(folder, device)
+        placed = {} if offload is None else _placement(folder, device, offload)
+        if not placed:
+            check_memory(folder, device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -62,6 +76,7 @@ class LanguageModel:
                 use_safetensors=True,
                 # For prompts of this length the fused kernel's backward pass is slow on a CPU.
                 attn_implementation="eager" if device == "cpu" else None,
+                **placed,
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             text = " ".join(str(error).split())[:300]
@@ -69,11 +84,13 @@ class LanguageModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.requires_grad_(requires_grad=False)
-        return cls(model.to(device).eval(), tokenizer)
+        return cls((model if placed else model.to(device)).eval(), tokenizer, device)
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """Where the model runs."""
+        if self._device is not None:
+            return torch.device(self._device)
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -227,6 +244,24 @@ class LanguageModel:
         return ids.to(self.device), mask.to(self.device)
 
 
+def _placement(folder: Path, device: str, offload: Path) -> dict[str, Any]:
+    """How `from_pretrained` places a model that does not fit; empty if it fits.
+
+    Half of the free memory is for weights. The rest is for what runs and for what is kept.
+    """
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = _free_memory(device)
+    if free is None or 2 * size <= free:
+        return {}
+    if find_spec("accelerate") is None:
+        raise BaseModelUnfit(
+            f"{folder} has {size / 2**30:.1f} GiB of weights, more than fit in memory, and the"
+            " package accelerate, which leaves them on disk, is not installed"
+        )
+    most = {0 if device.startswith("cuda") else "cpu": free // 2}
+    return {"device_map": "auto", "max_memory": most, "offload_folder": str(offload)}
+
+
 def check_memory(folder: Path, device: str) -> None:
     """Check, before anything is read, that the weights fit twice: loaded, and while they load.
 
@@ -236,12 +271,16 @@ def check_memory(folder: Path, device: str) -> None:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if not size:
         raise BaseModelUnfit(f"{folder} holds no safetensors weights of a base model")
-    free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else _available_memory()
+    free = _free_memory(device)
     if free is not None and 2 * size > free:
         raise BaseModelUnfit(
             f"{folder} has {size / 2**30:.1f} GiB of weights, and {free / 2**30:.1f} GiB of memory"
             " are free, where twice the weights are needed"
         )
+
+
+def _free_memory(device: str) -> int | None:
+    return torch.cuda.mem_get_info()[0] if device.startswith("cuda") else _available_memory()
 
 
 def _available_memory() -> int | None:

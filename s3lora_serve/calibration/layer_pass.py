@@ -102,9 +102,15 @@ def _noting(layers: Any) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @torch.inference_mode()
-def run_layer(layer: Any, place: int, name: str, found: Sequence[Batch], observe: Observer) -> None:
+def run_layer(
+    layer: Any,
+    place: int,
+    name: str,
+    found: Sequence[Batch],
+    observe: Observer,
+    device: torch.device,
+) -> None:
     """Run one layer on all batches; `observe` sees each input of its linear modules once."""
-    device = next(layer.parameters()).device
     for batch in found:
         args, more = batch.calls[place]
         with _observed(layer, name, batch, observe):

@@ -76,7 +76,7 @@ def make_statistics(
     digest = Checkpoint.open(base).digest
     progress("digest", 1, 1)
     parts = Parts.begin(target, [digest, harmful.digest, *_asked(benign), repr(choice)], resume)
-    model = LanguageModel.load(base, device, dtype)
+    model = LanguageModel.load(base, device, dtype, offload=parts.offload)
     examples = _examples(model, harmful, benign, progress)
     weights = {_kind(i): each.weight for i, each in enumerate(benign)}
     records: dict[str, SiteRecord] = {}
@@ -175,6 +175,11 @@ class Parts:
             folder.mkdir()
             note.write_text(text)
         return cls(folder)
+
+    @property
+    def offload(self) -> Path:
+        """Where weights lie that are kept in another dtype than the checkpoint's."""
+        return self._folder / "offload"
 
     def kept(self, layer: int) -> dict[str, SiteRecord] | None:
         """The records of a layer that was made already."""

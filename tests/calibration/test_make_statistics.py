@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from s3lora_serve.calibration import language_model
 from s3lora_serve.calibration import make_statistics as making
 from s3lora_serve.calibration.input_statistics import Choice
 from s3lora_serve.calibration.language_model import LanguageModel, common_length
@@ -97,6 +98,23 @@ def test_an_interrupted_run_goes_on_with_its_layers(chat, tmp_path, monkeypatch)
     assert layers == [1]
     assert target.read_bytes() == whole.read_bytes()
     assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == []
+
+
+def test_a_base_larger_than_memory_gives_the_same_statistics(chat, tmp_path, monkeypatch):
+    whole, layered = tmp_path / "whole.safetensors", tmp_path / "layered.safetensors"
+    make_statistics(*arguments(chat, whole))
+    size = (chat.base / "model.safetensors").stat().st_size
+    monkeypatch.setattr(language_model, "_available_memory", lambda: size // 4)
+    placed = []
+    load = LanguageModel.load.__func__
+    monkeypatch.setattr(
+        LanguageModel,
+        "load",
+        classmethod(lambda *args, **more: placed.append(load(*args, **more)) or placed[-1]),
+    )
+    make_statistics(*arguments(chat, layered))
+    assert "disk" in placed[0].model.hf_device_map.values()
+    assert layered.read_bytes() == whole.read_bytes()
 
 
 def test_a_base_that_complies_is_refused(chat, tmp_path):
