@@ -167,7 +167,9 @@ def admit(
             outcome = Outcome(Decision.REJECTED, objection)
         if outcome.projected and (reference := alignment_reference(effective)):
             weights = projected_weights(adapter, reference, outcome.projected, check_deadline)
-        if outcome.repairs and (repair := repair_of(adapter, effective, outcome, check_deadline)):
+        if outcome.repairs and (
+            repair := repair_of(adapter, effective, outcome, device, check_deadline)
+        ):
             outcome = replace(outcome, decision=Decision.STRIPPED)
             weights = repair.weights
         if weights is not None and into is not None and policy.mode == "enforce":

@@ -1,21 +1,30 @@
 """Repair an adapter as the policy says, and state what that leaves."""
 
 from collections.abc import Callable
+from functools import partial
 
 from s3lora_serve.adapter.reader import Adapter
 from s3lora_serve.adapter.tensor_file import check_owner
 from s3lora_serve.admission.decision import Outcome
 from s3lora_serve.admission.verdict import RepairFacts
-from s3lora_serve.errors import PolicyInvalid, StatisticsInvalid
+from s3lora_serve.errors import PolicyInvalid, RepairImpossible, StatisticsInvalid
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.repair.apply import RepairedAdapter, repaired
 from s3lora_serve.repair.statistics_file import StatisticsFile, loaded_statistics
+from s3lora_serve.spectral import resolve_device
+from s3lora_serve.spectral.fallback import attempt
 
 
 def repair_of(
-    adapter: Adapter, policy: Policy, outcome: Outcome, check_deadline: Callable[[], None]
+    adapter: Adapter,
+    policy: Policy,
+    outcome: Outcome,
+    device: str,
+    check_deadline: Callable[[], None],
 ) -> RepairedAdapter | None:
     """The repaired adapter; None if the policy repairs none, or it has no module to repair.
+
+    A device that fails leaves the work to the CPU, as in scoring.
 
     Raises:
         RepairImpossible: as `repaired`.
@@ -24,7 +33,21 @@ def repair_of(
     statistics = statistics_of(policy)
     if statistics is None or policy.repair is None:
         return None
-    return repaired(adapter, statistics, policy.repair, outcome.stripped, check_deadline)
+    work = partial(repaired, adapter, statistics, policy.repair, outcome.stripped)
+    if (chosen := resolve_device(device)) != "cpu":
+
+        def on_device(between: Callable[[], None]) -> RepairedAdapter | RepairImpossible | None:
+            try:
+                return work(between, chosen)
+            except RepairImpossible as refusal:  # of the adapter: the device has not failed
+                return refusal
+
+        found = attempt(on_device, check_deadline)
+        if isinstance(found, RepairImpossible):
+            raise found
+        if found is not None:
+            return found
+    return work(check_deadline)
 
 
 def repair_facts(found: RepairedAdapter, policy: Policy) -> RepairFacts:

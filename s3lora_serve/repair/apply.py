@@ -46,11 +46,13 @@ def repaired(
     choice: RepairChoice,
     stripped: Collection[str] = (),
     between_modules: Callable[[], None] = lambda: None,
+    device: str = "cpu",
 ) -> RepairedAdapter | None:
     """Repair the modules of an adapter that are not stripped; None if there are none to repair.
 
     λ is the largest, one for all modules, that leaves `choice.residual` of their effect on harmful
-    inputs. `between_modules` runs before each module and may raise to stop.
+    inputs. `between_modules` runs before the modules of each input and may raise to stop. `device`
+    multiplies; the rest is the host's.
 
     Raises:
         RepairImpossible: the statistics lack a module, or have it with another width; A' is not
@@ -68,7 +70,7 @@ def repaired(
     for own, members in groups:
         between_modules()
         updates = [(module.B, module.A, module.scaling) for module in members]
-        found |= zip((m.name for m in members), coordinates(updates, own), strict=True)
+        found |= zip((m.name for m in members), coordinates(updates, own, device), strict=True)
     lam = lambda_for(list(found.values()), choice.residual)
     if lam is None:
         raise RepairImpossible(f"no λ leaves {choice.residual:g} of the effect on harmful inputs")
