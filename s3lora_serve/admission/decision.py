@@ -110,8 +110,6 @@ def _planned(plan: "Plan", scores: Sequence["ModuleScore"], policy: Policy) -> O
 
 
 def _chosen_by_index(scores: Sequence["ModuleScore"], policy: Policy) -> Outcome:
-    if policy.repair is not None and policy.strip.picks_none:
-        return Outcome(Decision.ADMITTED)  # whether the index can rank does not matter
     negligible = negligible_modules(scores, policy.negligible)
     significant = [score for score in scores if score.name not in negligible]
     if obstacle := _ranking_obstacle(significant, len(negligible)):

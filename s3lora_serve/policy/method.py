@@ -68,11 +68,6 @@ class Strip(Section):
         return self
 
     @property
-    def picks_none(self) -> bool:
-        """Whether the rule strips no module of any adapter."""
-        return self.top_k == 0 or self.fraction == 0
-
-    @property
     def rule(self) -> tuple[str, float]:
         """The chosen rule's name and its value."""
         [name] = self.model_fields_set

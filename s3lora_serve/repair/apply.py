@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from s3lora_serve.adapter.changed_weights import ChangedWeights, NewFactor, new_lora_a
-from s3lora_serve.adapter.reader import Adapter, Module
+from s3lora_serve.adapter.reader import Adapter, Module, as_served
 from s3lora_serve.errors import RepairImpossible
 from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.statistics_file import StatisticsFile
@@ -66,34 +66,57 @@ def repaired(
     if not modules:
         return None
     groups = _sharing_an_input(modules, statistics)
-    found: dict[str, Coordinates] = {}
-    for own, members in groups:
-        between_modules()
-        updates = [(module.B, module.A, module.scaling) for module in members]
-        found |= zip((m.name for m in members), coordinates(updates, own, device), strict=True)
+    found = _acting(groups, device, between_modules)
+    if not found:
+        return None
     lam = lambda_for(list(found.values()), choice.residual)
     if lam is None:
         raise RepairImpossible(f"no λ leaves {choice.residual:g} of the effect on harmful inputs")
     new: dict[str, NewFactor] = {}
     for _, members in groups:
-        between_modules()
-        known = [found[module.name] for module in members]
-        for module, each, one in zip(
-            members, known, projected([m.A for m in members], known, lam), strict=True
-        ):
-            new[module.name] = _checked(module, each, one)
+        if acting := [module for module in members if module.name in found]:
+            between_modules()
+            new |= _new_factors(acting, [found[module.name] for module in acting], lam, device)
     return RepairedAdapter(
         strength=lam,
         effects={name: effect(each, lam) for name, each in found.items()},
-        removed={name: _removed(factor) for name, factor in new.items()},
+        removed={name: 1.0 - (each.after / each.before) ** 2 for name, each in new.items()},
         weights=ChangedWeights.of(adapter, new.values()),
     )
 
 
-def _sharing_an_input(
-    modules: Sequence[Module], statistics: StatisticsFile
-) -> list[tuple[InputStatistics, list[Module]]]:
-    groups: dict[int, tuple[InputStatistics, list[Module]]] = {}
+_Group = tuple[InputStatistics, list[Module]]
+
+
+def _acting(
+    groups: Sequence[_Group], device: str, between_modules: Callable[[], None]
+) -> dict[str, Coordinates]:
+    """The coordinates of the modules whose update is not 0."""
+    found: dict[str, Coordinates] = {}
+    for own, members in groups:
+        between_modules()
+        updates = [(as_served(m.B), as_served(m.A), m.scaling) for m in members]
+        try:
+            together = coordinates(updates, own, device)
+        except ValueError as error:
+            raise RepairImpossible(f"module {members[0].name}: {error}") from None
+        found |= {m.name: each for m, each in zip(members, together, strict=True) if each.acts}
+    return found
+
+
+def _new_factors(
+    modules: Sequence[Module], found: Sequence[Coordinates], lam: float, device: str
+) -> dict[str, NewFactor]:
+    """The checked A' of modules that share an input."""
+    new = projected([module.A for module in modules], found, lam, device)
+    return {
+        module.name: _checked(module, each, one)
+        for module, each, one in zip(modules, found, new, strict=True)
+    }
+
+
+def _sharing_an_input(modules: Sequence[Module], statistics: StatisticsFile) -> list[_Group]:
+    groups: dict[int, _Group] = {}
     for module in modules:
         own = statistics.by_module[module.name]
         if own.width != module.A.shape[1]:
@@ -115,7 +138,3 @@ def _checked(module: Module, found: Coordinates, new: Projected) -> NewFactor:
             f" {MAX_GROWTH:g} times"
         )
     return factor
-
-
-def _removed(factor: NewFactor) -> float:
-    return 1.0 - (factor.after / factor.before) ** 2 if factor.before else 1.0

@@ -52,7 +52,7 @@ class InputStatistics:
 
 
 class Coordinates(NamedTuple):
-    """What λ and the figures need of one module, float64: nothing larger than r×k."""
+    """What λ and the figures need of one module, float64 on the host: nothing larger than r×k."""
 
     P: Tensor  # (r, k) A·U
     gram_a: Tensor  # (r, r) A·Aᵀ
@@ -60,6 +60,11 @@ class Coordinates(NamedTuple):
     square: float  # s²
     benign: float  # tr(ΔW·C_b·ΔWᵀ)
     statistics: InputStatistics
+
+    @property
+    def acts(self) -> bool:
+        """Whether ΔW differs from 0."""
+        return self.square * float((self.gram_a * self.gram_b).sum()) > 0
 
 
 class Projected(NamedTuple):
@@ -113,44 +118,69 @@ def coordinates(
 
     O(n·r·(k + f + r) + m·r²) operations for each, in few large products for all.
 
-    Shape: B (m, r), A (r, n), any floating dtype.
+    Shape: B (m, r), A (r, n), any floating dtype, finite.
+
+    Raises:
+        ValueError: a product is not finite.
     """
     stacked = torch.cat([A for _, A, _ in updates])
     rows, (k, f) = len(stacked), (each.shape[1] for each in (statistics.U, statistics.F))
     P, Q, own = (
         torch.zeros(rows, columns, dtype=torch.float64, device=device) for columns in (k, f, rows)
     )
-    for A, U, F in _blocks(device, stacked, statistics.U.mT, statistics.F.mT):
+    scales = _scales(stacked, device)
+    for A, U, F in _blocks(device, scales, stacked, statistics.U.mT, statistics.F.mT):
         P += A @ U.mT
         Q += A @ F.mT
         own += A @ A.mT
+    P, Q, own = (each.cpu() for each in (scales * P, scales * Q, scales * own * scales.mT))
     found, at = [], 0
     for B, A, scaling in updates:
         mine = slice(at, at := at + len(A))
-        gram_b = torch.zeros(len(A), len(A), dtype=torch.float64, device=device)
-        for (part,) in _blocks(device, B.mT):
-            gram_b += part @ part.mT
-        gram_a = own[mine, mine]
+        gram_b, gram_a = _gram(B.mT, device), own[mine, mine].clone()
         benign = (gram_b * (Q[mine] @ Q[mine].mT + statistics.ridge * gram_a)).sum()
         square = scaling**2
-        found.append(
-            Coordinates(P[mine], gram_a, gram_b, square, square * float(benign), statistics)
-        )
+        each = Coordinates(P[mine], gram_a, gram_b, square, square * float(benign), statistics)
+        if not all(part.isfinite().all() for part in each[:3]) or not math.isfinite(each.benign):
+            raise ValueError("the products of the factors are beyond the range of float64")
+        found.append(each)
     return found
 
 
-def _blocks(device: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same columns of each tensor on the device, block by block.
+def _scales(matrix: Tensor, device: str) -> Tensor:
+    """A power of two near the largest entry of each row, (rows, 1) float64.
+
+    Rows divided by them have squares within the range of float32, whatever the factors are: one
+    factor of an update may be as small as the other is large.
+    """
+    largest = matrix.abs().amax(1, keepdim=True).to(device, torch.float64)
+    exponents = torch.frexp(largest).exponent.clamp(-120, 120)
+    return torch.ldexp(torch.ones_like(largest), exponents)
+
+
+def _blocks(device: str, scales: Tensor, first: Tensor, *more: Tensor) -> Iterator[list[Tensor]]:
+    """The same columns of each tensor on the device, block by block; the first's rows divided.
 
     In float64, unless all are stored in 16 bits: then float32 holds their products exactly, and
     halves the time.
     """
-    width = tensors[0].shape[1]
-    columns = BLOCK if device == "cpu" else width
+    tensors = (first, *more)
+    columns = BLOCK if device == "cpu" else first.shape[1]
     narrow = device == "cpu" and all(tensor.itemsize == 2 for tensor in tensors)
     dtype = torch.float32 if narrow else torch.float64
-    for at in range(0, width, max(1, columns)):
-        yield tuple(tensor[:, at : at + columns].to(device, dtype) for tensor in tensors)
+    over = (1 / scales).to(dtype)
+    for at in range(0, first.shape[1], max(1, columns)):
+        part, *rest = (tensor[:, at : at + columns].to(device, dtype) for tensor in tensors)
+        yield [part * over, *rest]
+
+
+def _gram(A: Tensor, device: str = "cpu") -> Tensor:
+    """A·Aᵀ, float64 on the host."""
+    scales = _scales(A, device)
+    gram = torch.zeros(len(A), len(A), dtype=torch.float64, device=device)
+    for (part,) in _blocks(device, scales, A):
+        gram += part @ part.mT
+    return (scales * gram * scales.mT).cpu()
 
 
 def effect(found: Coordinates, lam: float) -> Effect:
@@ -158,11 +188,10 @@ def effect(found: Coordinates, lam: float) -> Effect:
 
     On C_b the pairs are an orthonormal frame, and the projection changes nothing beside it.
     """
-    P, statistics = found.P, found.statistics
-    mu = statistics.mu.to(P.device)
+    P, mu = found.P, found.statistics.mu
     weights = mu / (mu + lam)
     before = _energies(found)
-    after = _energies(found._replace(P=P - (P * weights) @ statistics.overlap.to(P.device)))
+    after = _energies(found._replace(P=P - (P * weights) @ found.statistics.overlap))
     captured = float(before.sum())
     beside = max(0.0, found.benign - captured)
     return Effect(
@@ -171,7 +200,7 @@ def effect(found: Coordinates, lam: float) -> Effect:
         benign_before=captured + beside,
         benign_after=float(after.sum()) + beside,
         benign_lost=float((weights.square() * before).sum()),
-        beyond=statistics.beyond * beside,
+        beyond=found.statistics.beyond * beside,
     )
 
 
@@ -241,7 +270,7 @@ class _Pairs(NamedTuple):
 
 
 def _pairs(found: Sequence[Coordinates]) -> _Pairs:
-    energies = [_energies(each).cpu() for each in found]
+    energies = [_energies(each) for each in found]
     beside = [
         max(0.0, each.benign - float(own.sum())) for each, own in zip(found, energies, strict=True)
     ]
@@ -251,29 +280,23 @@ def _pairs(found: Sequence[Coordinates]) -> _Pairs:
 
 
 def projected(
-    factors: Sequence[Tensor], found: Sequence[Coordinates], lam: float
+    factors: Sequence[Tensor], found: Sequence[Coordinates], lam: float, device: str = "cpu"
 ) -> list[Projected]:
     """`A' = A·M = A − (A·U)·diag(μ/(μ+λ))·Vᵀ` of modules that share an input, and A'·A'ᵀ.
 
     Shape: each A (r, n), any floating dtype, to which A' is rounded.
     """
-    device, statistics = found[0].P.device, found[0].statistics
-    mu = statistics.mu.to(device)
-    weighted = torch.cat([each.P for each in found]) * (mu / (mu + lam))
+    statistics = found[0].statistics
     stacked = torch.cat(list(factors))
+    scales = _scales(stacked, device)
+    weighted = torch.cat([each.P for each in found]) * (statistics.mu / (statistics.mu + lam))
+    weighted = weighted.to(device) / scales
     new = torch.empty(stacked.shape, dtype=stacked.dtype)
     at = 0
-    for A, V in _blocks(device.type, stacked, statistics.V.mT):
-        new[:, at : at + A.shape[1]] = torch.addmm(A, weighted.to(A.dtype), V, alpha=-1)
+    for A, V in _blocks(device, scales, stacked, statistics.V.mT):
+        part = torch.addmm(A, weighted.to(A.dtype), V, alpha=-1)
+        new[:, at : at + A.shape[1]] = part * scales.to(A.dtype)
         at += A.shape[1]
     parts = torch.split(new, [len(A) for A in factors])
     rounded = [part.to(A.dtype) for part, A in zip(parts, factors, strict=True)]
     return [Projected(A, _gram(A)) for A in rounded]
-
-
-def _gram(A: Tensor) -> Tensor:
-    """A·Aᵀ, float64."""
-    gram = torch.zeros(len(A), len(A), dtype=torch.float64)
-    for (part,) in _blocks("cpu", A):
-        gram += part @ part.mT
-    return gram

@@ -27,7 +27,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def policy_with(statistics, residual=0.1, on_missing="reject", **keys):
     repair = {"statistics": str(statistics), "residual": residual, "on_missing": on_missing}
-    data = {"repair": repair, "strip": {"top_k": 0}} | keys
+    data = {"repair": repair, "strip": {"top_k": 0}, "on_uninformative": "admit"} | keys
     return with_file_digests(parse_policy(data, "policy"))
 
 
@@ -207,8 +207,8 @@ def test_an_adapter_that_does_nothing_is_admitted(chat, statistics, tmp_path):
 
     folder = copy_with(chat.adapter, tmp_path / "nothing", nothing)
     verdict = on(folder, policy_with(statistics)).verdict
-    assert verdict.decision != "rejected"
-    assert verdict.repair is None or verdict.repair.residual == 0.0
+    assert (verdict.decision, verdict.repair) == ("admitted", None)
+    assert verdict.repaired == ()
 
 
 def test_the_copy_holds_served_and_own_weights_and_a_recheck_agrees(
@@ -296,3 +296,70 @@ def test_a_device_gives_the_same_repair_and_one_that_fails_leaves_it_to_the_cpu(
     assert len(said) == 1
     assert fallback.take_counts() == {"failure": 1}
     fallback.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("power", [-72, -20, 20, 70])
+def test_factors_of_uneven_sizes_are_repaired_as_even_ones(
+    chat, statistics, tmp_path, dtype, power
+):
+    if dtype == torch.float16 and abs(power) > 20:
+        pytest.skip("float16 has no such numbers")
+    power = power // 4 if dtype == torch.float16 else power
+
+    def stored(shift):
+        def change(tensors):
+            for name, tensor in tensors.items():
+                exponent = shift if "lora_B" in name else -shift
+                tensors[name] = torch.ldexp(tensor, torch.tensor(exponent)).to(dtype)
+
+        return change
+
+    policy = policy_with(statistics)
+    even = on(copy_with(chat.adapter, tmp_path / "even", stored(0)), policy).verdict
+    uneven = on(copy_with(chat.adapter, tmp_path / "uneven", stored(power)), policy).verdict
+    assert uneven.repair.strength == pytest.approx(even.repair.strength, rel=1e-3)
+    for one, other in zip(uneven.modules, even.modules, strict=True):
+        assert one.residual == pytest.approx(other.residual, rel=1e-2, abs=1e-3)
+        assert one.removed_share == pytest.approx(other.removed_share, abs=1e-2)
+
+
+def test_a_component_hidden_in_tiny_numbers_is_repaired_like_the_others(chat, statistics, tmp_path):
+    """One row of A is 10²⁵ times smaller than the others, and B's column as much larger."""
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            line = tensor[0] if "lora_A" in name else tensor[:, 0]
+            line *= 1e-25 if "lora_A" in name else 1e25
+            tensors[name] = tensor.bfloat16()
+
+    plain = copy_with(chat.adapter, tmp_path / "plain", lambda t: t.update(
+        {name: tensor.bfloat16() for name, tensor in t.items()}
+    ))  # fmt: skip
+    expected = on(plain, policy_with(statistics)).verdict
+    found = on(
+        copy_with(chat.adapter, tmp_path / "hidden", change), policy_with(statistics)
+    ).verdict
+    if found.reason is None:
+        assert found.repair.strength == pytest.approx(expected.repair.strength, rel=1e-2)
+
+
+def test_no_verdict_holds_a_number_that_json_lacks(chat, statistics, tmp_path):
+    def change(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = torch.ldexp(tensor, torch.tensor(70 if "lora_B" in name else -70))
+
+    for dtype in (torch.bfloat16, torch.float32):
+        folder = copy_with(chat.adapter, tmp_path / str(dtype), lambda t, d=dtype: (
+            change(t), t.update({n: each.to(d) for n, each in t.items()})
+        ))  # fmt: skip
+        json.dumps(on(folder, policy_with(statistics)).verdict.as_json(), allow_nan=False)
+
+
+def test_a_rule_by_name_that_strips_nothing_keeps_the_indexs_refusals(chat, statistics):
+    rule = {"match": {"adapter": "tenant"}, "strip": {"top_k": 0}}
+    one_module = {"modules": ["model.layers.0.self_attn.q_proj"], "on_uninformative": "reject"}
+    for rules in ((), [rule]):
+        policy = policy_with(statistics, strip={"top_k": 3}, rules=rules, **one_module)
+        verdict = on(chat.adapter, policy).verdict
+        assert (verdict.decision, verdict.reason.code) == ("rejected", "S3LORA-205")
