@@ -1,17 +1,21 @@
 """Repair an adapter as the policy says, and state what that leaves."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from s3lora_serve.adapter.reader import Adapter
 from s3lora_serve.adapter.tensor_file import check_owner
 from s3lora_serve.admission.decision import Outcome
 from s3lora_serve.admission.verdict import RepairFacts
+from s3lora_serve.alignment.checkpoint import config_digest
 from s3lora_serve.errors import PolicyInvalid, RepairImpossible, StatisticsInvalid
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.repair.apply import RepairedAdapter, repaired
-from s3lora_serve.repair.statistics_file import StatisticsFile, loaded_statistics
+from s3lora_serve.repair.statistics_file import StatisticsFile, loaded_statistics, read_statistics
 from s3lora_serve.spectral import resolve_device
+from s3lora_serve.spectral.device import turn
 from s3lora_serve.spectral.fallback import attempt
 
 
@@ -20,6 +24,7 @@ def repair_of(
     policy: Policy,
     outcome: Outcome,
     device: str,
+    base_model: str | None,
     check_deadline: Callable[[], None],
 ) -> RepairedAdapter | None:
     """The repaired adapter; None if the policy repairs none, or it has no module to repair.
@@ -33,12 +38,14 @@ def repair_of(
     statistics = statistics_of(policy)
     if statistics is None or policy.repair is None:
         return None
+    _check_base_model(statistics, base_model)
     work = partial(repaired, adapter, statistics, policy.repair, outcome.stripped)
     if (chosen := resolve_device(device)) != "cpu":
 
         def on_device(between: Callable[[], None]) -> RepairedAdapter | RepairImpossible | None:
             try:
-                return work(between, chosen)
+                with turn(chosen):
+                    return work(between, chosen)
             except RepairImpossible as refusal:  # of the adapter: the device has not failed
                 return refusal
 
@@ -48,6 +55,21 @@ def repair_of(
         if found is not None:
             return found
     return work(check_deadline)
+
+
+def _check_base_model(statistics: StatisticsFile, base_model: str | None) -> None:
+    """Check that statistics are of the served model: a running server takes up changed ones.
+
+    Raises:
+        RepairImpossible: they are of another.
+    """
+    served = config_digest(Path(base_model)) if base_model else None
+    made_for = statistics.about.config_digest
+    if None not in (served, made_for) and served != made_for:
+        raise RepairImpossible(
+            f"the statistics were made for a model with config {made_for}, {base_model} has"
+            f" {served}"
+        )
 
 
 def repair_facts(found: RepairedAdapter, policy: Policy) -> RepairFacts:
@@ -69,6 +91,12 @@ def statistics_of(policy: Policy) -> StatisticsFile | None:
     return loaded_statistics(choice.statistics, choice.statistics_digest or "")
 
 
+def preload_statistics(policy: Policy) -> None:
+    """Read the policy's statistics, for later adapters; one that cannot be read is theirs."""
+    with suppress(StatisticsInvalid):
+        statistics_of(policy)
+
+
 def check_statistics(policy: Policy) -> None:
     """Read the policy's statistics, if it has any, and check who can write them.
 
@@ -79,7 +107,8 @@ def check_statistics(policy: Policy) -> None:
         return
     try:
         check_owner(policy.repair.statistics)
-        statistics_of(policy)
+        # Not kept: most processes that check a policy repair nothing.
+        read_statistics(policy.repair.statistics, expected=policy.repair.statistics_digest)
     except ValueError as error:
         raise PolicyInvalid(f"repair.statistics: {error}") from None
     except StatisticsInvalid as error:

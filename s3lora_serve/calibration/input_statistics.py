@@ -8,6 +8,7 @@ from torch import Tensor
 
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel, common_length
 from s3lora_serve.calibration.layer_pass import Batch, batches, decoder_layers, run_layer
+from s3lora_serve.errors import BaseModelUnfit
 from s3lora_serve.spectral.generalized_pairs import Pairs, generalized_pairs
 
 HARMFUL = "harmful"
@@ -34,9 +35,18 @@ class Covariances:
         self.counts: dict[tuple[str, ...], dict[str, int]] = {}
 
     def add(self, modules: tuple[str, ...], inputs: Tensor, batch: Batch) -> None:
-        """Add the counted tokens of one input, (examples, tokens, n)."""
-        rows = inputs[batch.counted.to(inputs.device)].double()
+        """Add the counted tokens of one input, (examples, tokens, n) or (examples·tokens, n).
+
+        Raises:
+            BaseModelUnfit: the modules get some of the tokens, as routed experts do.
+        """
         n = inputs.shape[-1]
+        if inputs.numel() != batch.counted.numel() * n:
+            raise BaseModelUnfit(
+                f"module {modules[0]} gets {tuple(inputs.shape)} for {tuple(batch.counted.shape)}"
+                " tokens: statistics need all tokens of each module"
+            )
+        rows = inputs.reshape(*batch.counted.shape, n)[batch.counted.to(inputs.device)].double()
         sums = self.sums.setdefault(
             modules,
             {k: torch.zeros(n, n, dtype=torch.float64, device=rows.device) for k in self._kinds},

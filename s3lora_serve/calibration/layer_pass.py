@@ -1,7 +1,7 @@
 """A model run layer by layer over many examples, so that one layer at a time is in memory.
 
-Each layer's weights are loaded once, whatever the number of examples; what it puts out for all of
-them is kept for the next.
+What each layer puts out for all examples is kept for the next. Weights that do not fit in memory
+are read once for each batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

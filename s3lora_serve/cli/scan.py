@@ -113,9 +113,14 @@ def _policy(
 ) -> Policy:
     try:
         chosen = effective_policy(file=file)
-        return with_options(chosen, scorer, reference, statistics=repair)
+        chosen = with_options(chosen, scorer, reference, statistics=repair)
+        if chosen.repair is not None:
+            from s3lora_serve.admission.repairing import check_statistics  # imports torch
+
+            check_statistics(chosen)
     except S3LoRAError as error:
         stop(str(error))
+    return chosen
 
 
 def _on_cluster(

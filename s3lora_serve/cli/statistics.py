@@ -89,6 +89,10 @@ def make(
         stop_at(error)
     except S3LoRAError as error:
         stop(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        stop(f"there is not enough memory: {str(error)[:300]}")
     typer.echo(f"{output}: {len(about.sites)} input sites, rank {about.rank}")
 
 

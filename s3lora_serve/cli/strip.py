@@ -67,6 +67,10 @@ def strip(
         source.stat()
         chosen = effective_policy(file=policy)
         chosen = with_options(chosen, scorer, reference, action, repair)
+        if chosen.repair is not None:
+            from s3lora_serve.admission.repairing import check_statistics  # imports torch
+
+            check_statistics(chosen)
         used = _read_plan(plan) if plan else None
         verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value, used)
     except OSError as error:

@@ -6,6 +6,7 @@ from s3lora_serve.adapter.remote_storage import RemoteFolder, folder_name, is_ur
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.schema import Policy
 
 
@@ -22,5 +23,5 @@ def scan_adapter(
         SettingInvalid: an environment variable is invalid.
     """
     folder = RemoteFolder(str(path)) if is_url(str(path)) else Path(str(path))
-    chosen = effective_policy() if policy is None else policy
+    chosen = effective_policy() if policy is None else with_file_digests(policy)
     return admit(folder, folder_name(folder), chosen, device=device).verdict

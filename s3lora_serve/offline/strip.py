@@ -19,6 +19,7 @@ from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.offline.provenance import PROVENANCE_NAME, statement
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.schema import Policy
 
 
@@ -41,7 +42,7 @@ def strip_adapter(
         FileExistsError: `target` exists.
     """
     folder, written = Path(source), Path(target)
-    chosen = effective_policy() if policy is None else policy
+    chosen = effective_policy() if policy is None else with_file_digests(policy)
     if os.path.lexists(written):
         raise FileExistsError(f"{written} exists; name a folder that does not")
     admission = admit(folder, folder.absolute().name, chosen, device=device, plan=plan)

@@ -97,7 +97,7 @@ def read_statistics(path: Path, *, expected: str | None = None) -> StatisticsFil
     return StatisticsFile(file.digest, about, sites, by_module)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def loaded_statistics(path: Path, digest: str) -> StatisticsFile:
     """The statistics with this digest, read once in a process.
 

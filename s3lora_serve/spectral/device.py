@@ -7,7 +7,7 @@ elsewhere the upload takes longer.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -70,6 +70,20 @@ def solve(
         torch.OutOfMemoryError: the device has not enough free memory.
         RuntimeError and others: a kernel cannot be compiled or launched.
     """
+    with turn(device) as target:
+        return [
+            _unsolved(part) if cost(part[0]) > PART_BYTES else _solve(part, target, between_batches)
+            for part in parts(modules)
+        ]
+
+
+@contextmanager
+def turn(device: str) -> Iterator[torch.device]:
+    """The device, for this thread alone in this context.
+
+    Raises:
+        DeviceBusy: another thread has used it for too long.
+    """
     target = torch.device(device)
     # Kernels are launched on the thread's current device.
     current = torch.cuda.device(target) if target.type == "cuda" else nullcontext()
@@ -77,12 +91,7 @@ def solve(
         raise fallback.DeviceBusy(f"no turn within {WAITING_SECONDS:g} s")
     try:
         with current:
-            return [
-                _unsolved(part)
-                if cost(part[0]) > PART_BYTES
-                else _solve(part, target, between_batches)
-                for part in parts(modules)
-            ]
+            yield target
     finally:
         _one_at_a_time.release()
 

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import s3lora_serve
 from s3lora_serve.adapter.private_copy import OWN_FOLDER, WEIGHTS_NAME
 from s3lora_serve.admission.decision import Outcome
 from s3lora_serve.admission.pipeline import admit
-from s3lora_serve.admission.repairing import check_statistics, repair_of
+from s3lora_serve.admission.repairing import check_statistics, preload_statistics, repair_of
 from s3lora_serve.admission.verdict import Decision, Verdict, differs
+from s3lora_serve.cli import app
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.schema import parse_policy
@@ -264,6 +266,7 @@ def test_statistics_are_checked_with_the_policy_and_not_exchanged_later(chat, st
     file.write_bytes(statistics.read_bytes())
     policy = policy_with(file)
     check_statistics(policy)
+    preload_statistics(policy)
     lacking(statistics, tmp_path).rename(file)
     assert on(chat.adapter, policy).verdict.repair, "those that this process has read"
     loaded_statistics.cache_clear()
@@ -283,7 +286,7 @@ def test_a_device_gives_the_same_repair_and_one_that_fails_leaves_it_to_the_cpu(
     read_one = admission.adapter
 
     def on_device(device):
-        found = repair_of(read_one, policy, whole, device, lambda: None)
+        found = repair_of(read_one, policy, whole, device, None, lambda: None)
         return found.strength, found.weights.digest()
 
     expected = admission.verdict.repair.strength, admission.verdict.served_digest
@@ -363,3 +366,30 @@ def test_a_rule_by_name_that_strips_nothing_keeps_the_indexs_refusals(chat, stat
         policy = policy_with(statistics, strip={"top_k": 3}, rules=rules, **one_module)
         verdict = on(chat.adapter, policy).verdict
         assert (verdict.decision, verdict.reason.code) == ("rejected", "S3LORA-205")
+
+
+def test_statistics_of_another_model_than_the_served_one_refuse(chat, statistics, tmp_path):
+    config = {"config_digest": "sha256:" + "0" * 64}
+    other = rewritten(statistics, tmp_path / "other", about=lambda about: about.update(config))
+    verdict = on(chat.adapter, policy_with(other), base_model=str(chat.base)).verdict
+    assert (verdict.decision, verdict.reason.code) == ("rejected", "S3LORA-225")
+    own = on(chat.adapter, policy_with(statistics), base_model=str(chat.base)).verdict
+    assert own.repair is not None
+
+
+def test_a_policy_made_in_python_repairs_without_a_digest(chat, statistics):
+    policy = s3lora_serve.Policy.model_validate(
+        {"repair": {"statistics": str(statistics)}, "on_uninformative": "admit"}
+    )
+    assert s3lora_serve.scan_adapter(chat.adapter, policy).repair is not None
+
+
+@pytest.mark.parametrize("command", ["scan", "strip"])
+def test_a_bad_file_of_statistics_is_wrong_usage_and_no_adapters_fault(chat, tmp_path, command):
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"bad")
+    target = [str(tmp_path / "target")] if command == "strip" else []
+    arguments = [command, str(chat.adapter), *target, "--repair", str(bad)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "repair.statistics" in done.output

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from s3lora_serve.admission.repairing import preload_statistics
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
 from s3lora_serve.errors import (
     AdapterRejected,
@@ -70,10 +71,13 @@ class AdapterRegistration:
         self._loads = WorkThreads("load", load_places(), self._count_waiting)
 
     def warm_up(self) -> None:
-        """Compile what scores on a device, so that the first adapter does not wait for that."""
+        """Prepare what the first adapter would wait for: statistics and a device's kernels."""
+        threads = WorkThreads("warm-up", 1)
+        if self.controller.policy.repair is not None:
+            threads.start(partial(preload_statistics, self.controller.policy))
         device = resolve_device(self.controller.settings.device)
         if device != "cpu":
-            WorkThreads("warm-up", 1).start(partial(warm_up, device))
+            threads.start(partial(warm_up, device))
 
     async def add_lora(
         self, engine: Any, request: Any, original: Callable[..., Awaitable[bool]]

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from s3lora_serve.admission.repairing import statistics_of
 from s3lora_serve.admission.scoring import alignment_reference
 from s3lora_serve.alignment.checkpoint import config_digest
 from s3lora_serve.errors import PolicyInvalid, RefusedByVLLM
 from s3lora_serve.policy.schema import Policy
+from s3lora_serve.repair.statistics_file import read_statistics
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 
 Shape = tuple[int, int]
@@ -28,7 +28,9 @@ def check_operator_files_fit(model: WorkerModel, policy: Policy) -> None:
             "scorer.reference", model, records, lambda name: str(records[name].shape),
             lambda name, shape: records[name].shape == shape,
         )  # fmt: skip
-    if (statistics := statistics_of(policy)) is not None:
+    if policy.repair is not None:
+        digest = policy.repair.statistics_digest
+        statistics = read_statistics(policy.repair.statistics, expected=digest)
         sites = statistics.by_module
         _check_config("repair.statistics", statistics.about.config_digest, model)
         _check_modules(
