@@ -19,13 +19,16 @@ BLOCK = 4096
 """Inputs whose directions are converted at a time: a megabyte with k = 64. Sums over them that are
 made in float32 are right to 1e-7 of the factors' norms."""
 
+SQUARES = 1e-20, 1e30
+"""Sums of squares that float32 holds to seven digits: single squares far below do not count."""
+
 SMALLEST_LAMBDA, LARGEST_LAMBDA = 1e-6, 1e6
 """Beyond them M is, to six digits, the projection onto what no pair covers, or the identity."""
 
 HALVINGS = 40
 """Of the interval in which λ is searched: to 1e-11 of λ."""
 
-CORRECTIONS, CLOSENESS = 8, 1e-4
+CORRECTIONS, CLOSENESS = 8, 5e-4
 """Each correction leaves a small part of what rounding to bfloat16 changes, under a hundredth."""
 
 
@@ -124,63 +127,76 @@ def coordinates(
         ValueError: a product is not finite.
     """
     stacked = torch.cat([A for _, A, _ in updates])
-    rows, (k, f) = len(stacked), (each.shape[1] for each in (statistics.U, statistics.F))
-    P, Q, own = (
-        torch.zeros(rows, columns, dtype=torch.float64, device=device) for columns in (k, f, rows)
-    )
-    scales = _scales(stacked, device)
-    for A, U, F in _blocks(device, scales, stacked, statistics.U.mT, statistics.F.mT):
-        P += A @ U.mT
-        Q += A @ F.mT
-        own += A @ A.mT
-    P, Q, own = (each.cpu() for each in (scales * P, scales * Q, scales * own * scales.mT))
-    found, at = [], 0
-    for B, A, scaling in updates:
-        mine = slice(at, at := at + len(A))
-        gram_b, gram_a = _gram(B.mT, device), own[mine, mine].clone()
-        benign = (gram_b * (Q[mine] @ Q[mine].mT + statistics.ridge * gram_a)).sum()
+    ranks = [len(A) for _, A, _ in updates]
+    for dtype in _dtypes(device, stacked, statistics.U, statistics.F):
+        P, Q, own = _products(stacked, ranks, statistics, device, dtype)
+        if all(_in_range(gram, dtype) for gram in own):
+            break
+    found = []
+    rows = zip(updates, torch.split(P, ranks), torch.split(Q, ranks), own, strict=True)
+    for (B, _, scaling), p, q, gram_a in rows:
+        gram_b = _gram(B.mT, device)
         square = scaling**2
-        each = Coordinates(P[mine], gram_a, gram_b, square, square * float(benign), statistics)
-        if not all(part.isfinite().all() for part in each[:3]) or not math.isfinite(each.benign):
+        benign = square * float((gram_b * (q @ q.mT + statistics.ridge * gram_a)).sum())
+        each = Coordinates(p, gram_a, gram_b, square, benign, statistics)
+        if not all(part.isfinite().all() for part in each[:3]) or not math.isfinite(benign):
             raise ValueError("the products of the factors are beyond the range of float64")
         found.append(each)
     return found
 
 
-def _scales(matrix: Tensor, device: str) -> Tensor:
-    """A power of two near the largest entry of each row, (rows, 1) float64.
+def _products(
+    stacked: Tensor, ranks: list[int], statistics: InputStatistics, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A·U and A·F of stacked factors, and A·Aᵀ of each, float64 on the host."""
+    k, f = statistics.U.shape[1], statistics.F.shape[1]
+    P, Q = (
+        torch.zeros(len(stacked), columns, dtype=torch.float64, device=device) for columns in (k, f)
+    )
+    own = [torch.zeros(rank, rank, dtype=torch.float64, device=device) for rank in ranks]
+    for A, U, F in _blocks(device, dtype, stacked, statistics.U.mT, statistics.F.mT):
+        P += A @ U.mT
+        Q += A @ F.mT
+        for gram, part in zip(own, torch.split(A, ranks), strict=True):
+            gram += part @ part.mT
+    return P.cpu(), Q.cpu(), [gram.cpu() for gram in own]
 
-    Rows divided by them have squares within the range of float32, whatever the factors are: one
-    factor of an update may be as small as the other is large.
+
+def _dtypes(device: str, *tensors: Tensor) -> list[torch.dtype]:
+    """In which products are tried: float32 holds those of factors of 16 bits, in half the time."""
+    if device == "cpu" and all(tensor.itemsize == 2 for tensor in tensors):
+        return [torch.float32, torch.float64]
+    return [torch.float64]
+
+
+def _in_range(gram: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the squares of the rows' entries were within the range of the dtype.
+
+    One factor of an update may be as small as the other is large.
     """
-    largest = matrix.abs().amax(1, keepdim=True).to(device, torch.float64)
-    exponents = torch.frexp(largest).exponent.clamp(-120, 120)
-    return torch.ldexp(torch.ones_like(largest), exponents)
-
-
-def _blocks(device: str, scales: Tensor, first: Tensor, *more: Tensor) -> Iterator[list[Tensor]]:
-    """The same columns of each tensor on the device, block by block; the first's rows divided.
-
-    In float64, unless all are stored in 16 bits: then float32 holds their products exactly, and
-    halves the time.
-    """
-    tensors = (first, *more)
-    columns = BLOCK if device == "cpu" else first.shape[1]
-    narrow = device == "cpu" and all(tensor.itemsize == 2 for tensor in tensors)
-    dtype = torch.float32 if narrow else torch.float64
-    over = (1 / scales).to(dtype)
-    for at in range(0, first.shape[1], max(1, columns)):
-        part, *rest = (tensor[:, at : at + columns].to(device, dtype) for tensor in tensors)
-        yield [part * over, *rest]
+    low, high = SQUARES
+    squares = gram.diagonal()
+    return dtype == torch.float64 or bool(((squares >= low) & (squares <= high)).all())
 
 
 def _gram(A: Tensor, device: str = "cpu") -> Tensor:
     """A·Aᵀ, float64 on the host."""
-    scales = _scales(A, device)
-    gram = torch.zeros(len(A), len(A), dtype=torch.float64, device=device)
-    for (part,) in _blocks(device, scales, A):
-        gram += part @ part.mT
-    return (scales * gram * scales.mT).cpu()
+    gram = torch.empty(0)
+    for dtype in _dtypes(device, A):
+        gram = torch.zeros(len(A), len(A), dtype=torch.float64, device=device)
+        for (part,) in _blocks(device, dtype, A):
+            gram += part @ part.mT
+        if _in_range(gram, dtype):
+            break
+    return gram.cpu()
+
+
+def _blocks(device: str, dtype: torch.dtype, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same columns of each tensor on the device in a dtype, block by block."""
+    width = tensors[0].shape[1]
+    columns = BLOCK if device == "cpu" else width
+    for at in range(0, width, max(1, columns)):
+        yield tuple(tensor[:, at : at + columns].to(device, dtype) for tensor in tensors)
 
 
 def effect(found: Coordinates, lam: float) -> Effect:
@@ -288,14 +304,14 @@ def projected(
     """
     statistics = found[0].statistics
     stacked = torch.cat(list(factors))
-    scales = _scales(stacked, device)
     weighted = torch.cat([each.P for each in found]) * (statistics.mu / (statistics.mu + lam))
-    weighted = weighted.to(device) / scales
+    narrow = _dtypes(device, stacked, statistics.V)[0]
+    dtype = narrow if all(_in_range(each.gram_a, narrow) for each in found) else torch.float64
+    weighted = weighted.to(device, dtype)
     new = torch.empty(stacked.shape, dtype=stacked.dtype)
     at = 0
-    for A, V in _blocks(device, scales, stacked, statistics.V.mT):
-        part = torch.addmm(A, weighted.to(A.dtype), V, alpha=-1)
-        new[:, at : at + A.shape[1]] = part * scales.to(A.dtype)
+    for A, V in _blocks(device, dtype, stacked, statistics.V.mT):
+        new[:, at : at + A.shape[1]] = torch.addmm(A, weighted, V, alpha=-1)
         at += A.shape[1]
     parts = torch.split(new, [len(A) for A in factors])
     rounded = [part.to(A.dtype) for part, A in zip(parts, factors, strict=True)]
