@@ -10,15 +10,13 @@ from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.statistics_file import StatisticsFile
 from s3lora_serve.spectral import Effect
 from s3lora_serve.spectral.input_projection import (
-    NO_EFFECT,
     Coordinates,
     InputStatistics,
     Projected,
     coordinates,
-    effect,
-    lambda_for,
     projected,
 )
+from s3lora_serve.spectral.projection_effects import NO_EFFECT, effect, lambda_for
 
 MAX_GROWTH = 8.0
 """Largest ‖ΔW'‖_F/‖ΔW‖_F of a module. M is not symmetric: what harmful directions carried may be

@@ -13,8 +13,9 @@ from s3lora_serve.spectral.device import warm_up
 from s3lora_serve.spectral.fallback import CAUSES as FALLBACK_CAUSES
 from s3lora_serve.spectral.fallback import report_to as report_fallbacks_to
 from s3lora_serve.spectral.fallback import take_counts as take_fallbacks
-from s3lora_serve.spectral.input_projection import Effect, InputStatistics
+from s3lora_serve.spectral.input_projection import InputStatistics
 from s3lora_serve.spectral.low_rank import mas_svd
+from s3lora_serve.spectral.projection_effects import Effect
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 from s3lora_serve.spectral.scorer import (
     Factors,

@@ -19,7 +19,8 @@ from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.schema import parse_policy
 from s3lora_serve.repair.statistics_file import loaded_statistics, read_statistics
 from s3lora_serve.spectral import fallback
-from s3lora_serve.spectral.input_projection import coordinates, effect
+from s3lora_serve.spectral.input_projection import coordinates
+from s3lora_serve.spectral.projection_effects import effect
 from tests.support.adapters import copy_with, key
 from tests.support.plans import install, plan_for, read
 from tests.support.statistics import rewritten

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3lora_serve.spectral import input_projection as projection
+from s3lora_serve.spectral import projection_effects as effects
 from s3lora_serve.spectral import reference
 from s3lora_serve.spectral.generalized_pairs import generalized_pairs
 from tests.support.statistics import covariance
@@ -66,7 +67,7 @@ def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
     F = statistics.F.double()  # totals on benign inputs are of C_b as far as F has it
     whole = reference.energy(before, F @ F.mT + statistics.ridge * torch.eye(n).double())
     taken = reference.energy(before, C_b) - reference.energy(dense, C_b)
-    expected = projection.Effect(
+    expected = effects.Effect(
         harmful_before=reference.energy(before, C_h),
         harmful_after=reference.energy(dense, C_h),
         benign_before=max(whole, reference.energy(before, C_b)),
@@ -74,9 +75,9 @@ def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
         benign_lost=reference.energy(before - dense, C_b),
         beyond=0.0,
     )
-    for name in projection.Effect.__dataclass_fields__:
+    for name in effects.Effect.__dataclass_fields__:
         whole = expected.harmful_before if "harmful" in name else expected.benign_before
-        value = getattr(projection.effect(found, lam), name)
+        value = getattr(effects.effect(found, lam), name)
         assert value == pytest.approx(getattr(expected, name), abs=1e-6 * whole), name
 
 
@@ -87,7 +88,7 @@ def test_what_the_kept_pairs_leave_on_harmful_inputs_is_bounded(update, lam, ran
     C_h, _C_b, (statistics, captured, _) = pairs(A.shape[1], rank, seed, dtype)
     found = coordinates(B, A, scaling, statistics)
     served = scaling * B.double() @ new_factor(A, found, lam)
-    figures = projection.effect(found, lam)
+    figures = effects.effect(found, lam)
     # Rounding of V and U to bfloat16 moves each by 2^-9 of itself.
     slack = 1e-5 if dtype == torch.float32 else 0.05
     whole = reference.energy(scaling * B.double() @ A.double(), C_h)
@@ -103,9 +104,9 @@ def test_the_effect_on_harmful_inputs_falls_with_lambda_and_what_is_kept_rises(u
     B, A, scaling, seed = update
     _, _, (statistics, *_) = pairs(A.shape[1], 8, seed, dtype)
     found = coordinates(B, A, scaling, statistics)
-    effects = [projection.effect(found, 10.0**exponent) for exponent in range(-4, 5)]
+    falling = [effects.effect(found, 10.0**exponent) for exponent in range(-4, 5)]
     slack = 1e-6 if dtype == torch.float32 else 0.05
-    for smaller, larger in itertools.pairwise(effects):
+    for smaller, larger in itertools.pairwise(falling):
         assert smaller.residual <= larger.residual + slack
         assert smaller.kept <= larger.kept + slack
         assert smaller.lost >= larger.lost - slack
@@ -125,20 +126,20 @@ def some_modules(count=5, n=20):
 @pytest.mark.parametrize("wanted", [0.5, 0.2, 0.05, 0.01])
 def test_the_lambda_found_is_the_largest_that_leaves_the_wanted_residual(wanted):
     modules = some_modules()
-    lam = projection.largest_lambda(modules, lambda effect: effect.residual <= wanted)
-    assert projection.total_effect(modules, lam).residual == pytest.approx(wanted, rel=1e-6)
+    lam = effects.largest_lambda(modules, lambda effect: effect.residual <= wanted)
+    assert effects.total_effect(modules, lam).residual == pytest.approx(wanted, rel=1e-6)
 
 
 def test_no_lambda_is_found_if_none_holds_and_the_largest_if_all_do():
     modules = some_modules()
-    assert projection.largest_lambda(modules, lambda effect: effect.lost < 0) is None
-    assert projection.largest_lambda(modules, lambda _: True) == pytest.approx(1e6)
+    assert effects.largest_lambda(modules, lambda effect: effect.lost < 0) is None
+    assert effects.largest_lambda(modules, lambda _: True) == pytest.approx(1e6)
 
 
 def test_an_update_of_zero_has_no_effect():
     _, _, (statistics, *_) = pairs(8, 4)
     found = coordinates(torch.zeros(6, 2), torch.ones(2, 8), 1.0, statistics)
-    figures = projection.effect(found, 0.1)
+    figures = effects.effect(found, 0.1)
     assert (figures.residual, figures.kept, figures.lost) == (0.0, 1.0, 0.0)
 
 
