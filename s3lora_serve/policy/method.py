@@ -47,8 +47,7 @@ class RepairChoice(Section):
 
     statistics: Path  # a file of `s3lora statistics make`
     statistics_digest: Digest | None = None  # of that file; None: as it is when the policy is read
-    # Share of the adapter's effect on harmful inputs that is left. Ours, between the λ that kept
-    # most of the skill and the λ that removed most of the harm: tests/evidence/RESULTS.md
+    # Share of the adapter's effect on harmful inputs that is left. Ours, not measured yet
     residual: Annotated[float, Field(gt=0, lt=1)] = 0.15
     on_missing: Literal["reject", "leave"] = "reject"  # modules that the statistics lack
 

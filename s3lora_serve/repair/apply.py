@@ -20,7 +20,7 @@ from s3lora_serve.spectral.projection_effects import NO_EFFECT, effect, lambda_f
 
 MAX_GROWTH = 8.0
 """Largest ‖ΔW'‖_F/‖ΔW‖_F of a module. M is not symmetric: what harmful directions carried may be
-expressed by others. 2.6 was the most at ε = 0.1 on real adapters (docs/repair.md)."""
+expressed by others. Ours, not measured on real adapters yet."""
 
 
 @dataclass(frozen=True, slots=True)
