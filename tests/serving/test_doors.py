@@ -83,6 +83,7 @@ def test_what_is_served_is_no_longer_the_tenants_file(enforcing, expected, spike
     assert answers(enforcing, name) == expected["by-hand"]
 
 
+@pytest.mark.slow  # a server more; test_requests_without_effect.py has the claim on an engine
 def test_a_fully_stripped_adapter_serves_exactly_the_base_model(
     model, expected, trained, workplace
 ):
