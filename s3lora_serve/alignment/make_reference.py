@@ -1,7 +1,6 @@
 """Make an alignment reference of two checkpoints, one module at a time."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,14 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from s3lora_serve.adapter.safetensors_format import Entry, write_header
+from s3lora_serve.adapter.tensor_parts import assemble, begin_parts
 from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest, difference
 from s3lora_serve.alignment.reference_file import METADATA_KEY, About, ModuleRecord, skew
 from s3lora_serve.errors import CheckpointUnfit
 from s3lora_serve.policy.globs import selects
 from s3lora_serve.spectral.leading_subspace import leading_subspace
-
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 BFLOAT16_SKEW = 9e-4
 """Entry of |UᵀU − 1| from which U stays in float32: a reader allows a tenth more."""
@@ -70,8 +67,7 @@ def make_reference(
     progress("digests", 1, 2)
     digests.append(second.digest)
     progress("digests", 2, 2)
-    parts = target.with_name(f".{target.name}.parts")
-    _begin(parts, json.dumps([digests, asdict(options)]), resume=resume)
+    parts = begin_parts(target, json.dumps([digests, asdict(options)]), resume=resume)
     records = {}
     for place, name in enumerate(names):
         part = parts / f"{place}.safetensors"
@@ -90,18 +86,9 @@ def make_reference(
         s3lora_serve=version("s3lora-serve"),
         modules=records,
     )
-    _assemble(about, parts, target)
-    shutil.rmtree(parts)
+    metadata = {METADATA_KEY: about.model_dump_json()}
+    assemble(parts, target, lambda: _tensors(about, parts), metadata)
     return about
-
-
-def _begin(parts: Path, settings: str, *, resume: bool) -> None:
-    """An empty folder for the parts, or the one of an interrupted run with the same settings."""
-    note = parts / "settings.json"
-    if not (resume and note.exists() and note.read_text() == settings):
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir()
-        note.write_text(settings)
 
 
 def _kept(part: Path) -> ModuleRecord | None:
@@ -135,24 +122,6 @@ def _rounded(U: Tensor, dtype: str) -> Tensor:
     """U in the dtype, or in float32 where rounding would cost too much of its orthonormality."""
     rounded = U.to(getattr(torch, dtype))
     return rounded if skew(rounded.double().mT @ rounded.double()) <= BFLOAT16_SKEW else U
-
-
-def _assemble(about: About, parts: Path, target: Path) -> None:
-    """Write the reference's one file from its parts."""
-    staging = parts / "whole"
-    entries = []
-    at = 0
-    for name, tensor in _tensors(about, parts):
-        size = tensor.numel() * tensor.element_size()
-        entries.append((Entry(name, NAMES[tensor.dtype], tuple(tensor.shape), at, at + size), at))
-        at += size
-    with staging.open("wb") as file:
-        file.write(write_header(iter(entries), {METADATA_KEY: about.model_dump_json()}))
-        for _, tensor in _tensors(about, parts):
-            if tensor.numel():
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-    staging.chmod(0o644)
-    staging.rename(target)
 
 
 def _tensors(about: About, parts: Path) -> Iterator[tuple[str, Tensor]]:

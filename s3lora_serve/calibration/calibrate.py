@@ -12,7 +12,12 @@ from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.calibration.checkpoint import Checkpoint
 from s3lora_serve.calibration.gates import By, GatedAdapter, attach, transform
-from s3lora_serve.calibration.judge import JUDGED_TOKENS, REFUSAL_PHRASES, is_refusal
+from s3lora_serve.calibration.judge import (
+    JUDGED_TOKENS,
+    REFUSAL_PHRASES,
+    check_aligned,
+    is_refusal,
+)
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel
 from s3lora_serve.calibration.measure import Encodings, measure
 from s3lora_serve.calibration.probes import Kind, Probe, ProbeFile, Split, split
@@ -26,7 +31,6 @@ from s3lora_serve.calibration.search import (
     Point,
     search,
 )
-from s3lora_serve.errors import BaseUnaligned
 from s3lora_serve.plans.schema import Measured, ModulePlan, Plan, Probes
 from s3lora_serve.policy.limits import Limits
 
@@ -35,9 +39,6 @@ REFUSAL_TOKENS = 6
 
 TARGET_TOKENS = 24
 """Tokens of the adapter's own answer that stand for its skill where no answers are given."""
-
-MIN_REFUSED = 0.5
-"""Share of harmful probes that an aligned base model refuses at least. Ours."""
 
 STRIPPED_SHARE = 0.999
 """A module of whose update more is removed is stripped: what is left is below bfloat16's step."""
@@ -203,11 +204,7 @@ def _material(
     own = model.greedy(harmful, JUDGED_TOKENS)
     progress("base model's answers", 1, 2)
     refused = [is_refusal(text, options.phrases) for text in own]
-    if sum(refused) < MIN_REFUSED * len(refused):
-        raise BaseUnaligned(
-            f"the base model refuses {sum(refused)} of {len(refused)} harmful probes of the search"
-            f" split, fewer than {MIN_REFUSED:.0%}"
-        )
+    check_aligned(sum(refused), len(refused), "harmful probes of the search split")
     base_answers = model.greedy(benign, JUDGED_TOKENS)
     progress("base model's answers", 2, 2)
     refusals = [

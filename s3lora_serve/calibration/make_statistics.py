@@ -1,17 +1,15 @@
 """Make the statistics of a base model's inputs, one layer at a time."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from s3lora_serve.adapter.safetensors_format import Entry, write_header
+from s3lora_serve.adapter.tensor_parts import assemble, begin_parts
 from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest
 from s3lora_serve.calibration.input_statistics import (
     HARMFUL,
@@ -20,19 +18,14 @@ from s3lora_serve.calibration.input_statistics import (
     Examples,
     collect,
 )
-from s3lora_serve.calibration.judge import JUDGED_TOKENS, is_refusal
+from s3lora_serve.calibration.judge import JUDGED_TOKENS, check_aligned, is_refusal
 from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.calibration.probes import ProbeFile
-from s3lora_serve.errors import BaseUnaligned, ProbesInvalid
-from s3lora_serve.repair.statistics_file import METADATA_KEY, About, ProbesRecord, SiteRecord
-
-MIN_REFUSED = 0.5
-"""Share of harmful probes that an aligned base model refuses at least. Ours."""
+from s3lora_serve.errors import ProbesInvalid
+from s3lora_serve.repair.statistics_file import METADATA_KEY, PARTS, About, ProbesRecord, SiteRecord
 
 ANSWER_TOKENS = 24
 """Tokens of the base model's own answer to a benign prompt whose inputs count. Ours."""
-
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 Progress = Callable[[str, int, int], None]
 """A phase's name, steps done, and all steps."""
@@ -75,7 +68,8 @@ def make_statistics(
     progress("digest", 0, 1)
     digest = Checkpoint.open(base).digest
     progress("digest", 1, 1)
-    parts = Parts.begin(target, [digest, harmful.digest, *_asked(benign), repr(choice)], resume)
+    settings = json.dumps([digest, harmful.digest, *_asked(benign), repr(choice)])
+    parts = Parts(begin_parts(target, settings, resume=resume))
     model = LanguageModel.load(base, device, dtype, offload=parts.offload)
     examples = _examples(model, harmful, benign, progress)
     weights = {_kind(i): each.weight for i, each in enumerate(benign)}
@@ -122,11 +116,7 @@ def _examples(
         for prompt, answer in zip(prompts, answers, strict=True)
         if is_refusal(answer)
     ]
-    if len(refusals) < MIN_REFUSED * len(prompts):
-        raise BaseUnaligned(
-            f"the base model refuses {len(refusals)} of {len(prompts)} harmful probes, fewer than"
-            f" {MIN_REFUSED:.0%}"
-        )
+    check_aligned(len(refusals), len(prompts), "harmful probes")
     progress("answers", done := done + 1, total)
     found = {HARMFUL: refusals}
     for place, each in enumerate(benign):
@@ -165,17 +155,6 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    @classmethod
-    def begin(cls, target: Path, settings: Sequence[str], resume: bool) -> "Parts":
-        """An empty folder, or that of an interrupted run with the same settings."""
-        folder = target.with_name(f".{target.name}.parts")
-        note, text = folder / "settings.json", json.dumps(list(settings))
-        if not (resume and note.exists() and note.read_text() == text):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            note.write_text(text)
-        return cls(folder)
-
     @property
     def offload(self) -> Path:
         """Where weights lie that are kept in another dtype than the checkpoint's."""
@@ -208,7 +187,7 @@ class Parts:
                 harmful_captured=found.harmful_captured,
                 benign_captured=found.benign_captured,
             )
-            for part in ("V", "U", "F", "mu"):
+            for part in PARTS:
                 tensors[f"{site}.{part}"] = getattr(statistics, part).contiguous()
         save_file(tensors, self._folder / f"{layer}.safetensors")
         plain = {site: record.model_dump(mode="json") for site, record in records.items()}
@@ -219,20 +198,8 @@ class Parts:
 
     def assemble(self, about: About, target: Path) -> None:
         """Write the one file, and remove the folder."""
-        staging = self._folder / "whole"
-        entries, at = [], 0
-        for name, tensor in self._tensors():
-            size = tensor.numel() * tensor.element_size()
-            entry = Entry(name, NAMES[tensor.dtype], tuple(tensor.shape), at, at + size)
-            entries.append((entry, at))
-            at += size
-        with staging.open("wb") as file:
-            file.write(write_header(iter(entries), {METADATA_KEY: about.model_dump_json()}))
-            for _, tensor in self._tensors():
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-        staging.chmod(0o644)
-        staging.rename(target)
-        shutil.rmtree(self._folder)
+        metadata = {METADATA_KEY: about.model_dump_json()}
+        assemble(self._folder, target, self._tensors, metadata)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for file in sorted(self._folder.glob("*.safetensors"), key=lambda file: int(file.stem)):

@@ -22,6 +22,9 @@ from s3lora_serve.spectral import InputStatistics
 
 METADATA_KEY = "s3lora_statistics"
 
+PARTS = ("V", "U", "F", "mu")
+"""The tensors of a site, by the ends of their names."""
+
 MAX_BYTES = 32 * 2**30
 """k = 512 in float32 for all sites of a 70B model takes 24 GB."""
 
@@ -89,7 +92,7 @@ def read_statistics(path: Path, *, expected: str | None = None) -> StatisticsFil
     try:
         file = read_tensor_file(path, MAX_BYTES, expected)
         about = file.about(About, METADATA_KEY)
-        file.check_names([f"{site}.{part}" for site in about.sites for part in "VUF"] + _mus(about))
+        file.check_names([f"{site}.{part}" for site in about.sites for part in PARTS])
         sites = {name: _site(file, name, record) for name, record in about.sites.items()}
         by_module = _by_module(about, sites)
     except ValueError as error:
@@ -112,10 +115,6 @@ def overlap_error(overlap: Tensor) -> float:
     return float((overlap - torch.eye(len(overlap), dtype=overlap.dtype)).abs().max())
 
 
-def _mus(about: About) -> list[str]:
-    return [f"{site}.mu" for site in about.sites]
-
-
 def _by_module(about: About, sites: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
     found: dict[str, InputStatistics] = {}
     for site, record in about.sites.items():
@@ -132,7 +131,7 @@ def _site(file: TensorFile, name: str, record: SiteRecord) -> InputStatistics:
     Raises:
         ValueError: shapes do not match, or no two covariances have these pairs.
     """
-    V, U, F, mu = (file.tensors[f"{name}.{part}"] for part in ("V", "U", "F", "mu"))
+    V, U, F, mu = (file.tensors[f"{name}.{part}"] for part in PARTS)
     where = f"{file.path}: site {name[:120]}"
     if V.ndim != 2 or U.shape != V.shape or mu.shape != V.shape[1:] or not V.numel():
         shapes = tuple(V.shape), tuple(U.shape), tuple(mu.shape)

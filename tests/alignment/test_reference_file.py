@@ -1,17 +1,18 @@
 """A reference from somebody else is read strictly: every malformed kind is refused."""
 
-import json
 import os
+from functools import partial
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from s3lora_serve.adapter.tensor_file import check_owner
 from s3lora_serve.alignment.reference_file import METADATA_KEY, read_reference
 from s3lora_serve.errors import ReferenceInvalid
+from tests.support import tensor_files
 from tests.support.references import small_reference
+from tests.support.tensor_files import put, setting
 
 FIRST = "model.layers.0.self_attn.q_proj"
 
@@ -21,34 +22,21 @@ def good(tmp_path_factory):
     return small_reference(tmp_path_factory.mktemp("reference"))
 
 
-def rewritten(good, target, change=lambda _: None, about=lambda _: None):
-    """A copy of the reference with tensors and metadata changed."""
-    tensors = load_file(good)
-    with safe_open(good, "pt") as file:
-        metadata = json.loads(file.metadata()[METADATA_KEY])
-    change(tensors)
-    about(metadata)
-    save_file(tensors, target, metadata={METADATA_KEY: json.dumps(metadata)})
-    return target
+rewritten = partial(tensor_files.rewritten, key=METADATA_KEY)
+"""A copy of the reference with tensors and metadata changed."""
 
 
 def _set(part, value):
-    def change(tensors):
-        name = f"{FIRST}.{part}"
-        tensors[name] = value(tensors[name].clone())
-
-    return change
-
-
-def _at(tensor, value, *place):
-    tensor[place] = value
-    return tensor
+    return setting(f"{FIRST}.{part}", value)
 
 
 TENSORS = {
-    "NaN in a direction": (_set("U", lambda U: _at(U, torch.nan, 0, 0)), "NaN or Inf"),
-    "infinite value": (_set("sigma", lambda s: _at(s, torch.inf, 0)), "NaN or Inf"),
-    "negative value": (_set("sigma", lambda s: _at(s, -1e-3, 7)), "negative, or do not fall"),
+    "NaN in a direction": (_set("U", lambda U: put(U, torch.nan, 0, 0)), "NaN or Inf"),
+    "infinite value": (_set("sigma", lambda s: put(s, torch.inf, 0)), "NaN or Inf"),
+    "negative value": (
+        _set("sigma", lambda s: put(s, -1e-3, 7)),
+        "negative, or do not fall",
+    ),
     "values that rise": (_set("sigma", lambda s: s.flip(0)), "negative, or do not fall"),
     "not orthonormal": (_set("U", lambda U: U * 1.001), "not orthonormal"),
     "directions that lean": (_set("U", lambda U: U + 2e-3 * U.roll(1, 1)), "not orthonormal"),

@@ -7,27 +7,22 @@ from s3lora_serve.adapter.tensor_file import check_owner
 from s3lora_serve.errors import StatisticsInvalid
 from s3lora_serve.repair.statistics_file import read_statistics
 from tests.support.statistics import RANK, rewritten
+from tests.support.tensor_files import put, setting
 
 SITE = "model.layers.0.self_attn.q_proj"
 
 
 def _set(part, value):
-    def change(tensors):
-        name = f"{SITE}.{part}"
-        tensors[name] = value(tensors[name].clone())
-
-    return change
-
-
-def _at(tensor, value, *place):
-    tensor[place] = value
-    return tensor
+    return setting(f"{SITE}.{part}", value)
 
 
 TENSORS = {
-    "NaN in a direction": (_set("V", lambda V: _at(V, torch.nan, 0, 0)), "NaN or Inf"),
-    "infinite eigenvalue": (_set("mu", lambda mu: _at(mu, torch.inf, 0)), "NaN or Inf"),
-    "negative eigenvalue": (_set("mu", lambda mu: _at(mu, -1e-3, -1)), "negative, or do not fall"),
+    "NaN in a direction": (_set("V", lambda V: put(V, torch.nan, 0, 0)), "NaN or Inf"),
+    "infinite eigenvalue": (_set("mu", lambda mu: put(mu, torch.inf, 0)), "NaN or Inf"),
+    "negative eigenvalue": (
+        _set("mu", lambda mu: put(mu, -1e-3, -1)),
+        "negative, or do not fall",
+    ),
     "eigenvalues that rise": (_set("mu", lambda mu: mu.flip(0)), "negative, or do not fall"),
     "smaller than what is left out": (_set("mu", lambda mu: mu * 1e-9), "leaves out"),
     "not orthonormal": (_set("V", lambda V: V * 1.05), "not orthonormal"),

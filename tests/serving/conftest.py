@@ -117,3 +117,12 @@ def answers(server, name, prompts=PROMPTS):
     `prompt_logprobs` is never answered from the prefix cache: every request is computed.
     """
     return [server.logprobs(name, prompt) for prompt in prompts]
+
+
+def close(found, expected):
+    """Whether the log-probabilities of the same likeliest tokens agree to 1e-3."""
+    return all(
+        one.keys() == other.keys() and one == pytest.approx(other, abs=1e-3)
+        for answer, wanted in zip(found, expected, strict=True)
+        for one, other in zip(answer, wanted, strict=True)
+    )

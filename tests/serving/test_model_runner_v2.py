@@ -5,7 +5,7 @@ Its kernels run in Triton's interpreter, so numbers are compared to some digits.
 
 import pytest
 
-from tests.serving.conftest import answers, evicting_server
+from tests.serving.conftest import answers, close, evicting_server
 from tests.support.adapters import copy_with, diverged
 from tests.support.triton_interpreter import for_all_processes
 
@@ -19,15 +19,6 @@ def gate(model, policy_file, workplace):
     with evicting_server(model, workplace, "v2", policy_file, **variables) as server:
         assert "Using V2 Model Runner" in server.log.read_text()
         yield server
-
-
-def close(found, expected):
-    """Whether the log-probabilities of the same likeliest tokens agree to 1e-3."""
-    return all(
-        one.keys() == other.keys() and one == pytest.approx(other, abs=1e-3)
-        for answer, wanted in zip(found, expected, strict=True)
-        for one, other in zip(answer, wanted, strict=True)
-    )
 
 
 def test_a_sharp_adapter_is_served_stripped_also_after_its_eviction(

@@ -10,7 +10,7 @@ from s3lora_serve.calibration.calibrate import Options, calibrate
 from s3lora_serve.calibration.judge import is_refusal
 from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.repair.statistics_file import read_statistics
-from tests.serving.conftest import answers, evicting_server, log_of_failed_start
+from tests.serving.conftest import answers, close, evicting_server, log_of_failed_start
 from tests.support.adapters import copy_with, key
 from tests.support.plans import install, read
 from tests.support.server import OPEN_LOADING, Server
@@ -127,15 +127,6 @@ def found(unplanned, statistics, server, repaired, workplace):
         setattr(found, name.replace("-", "_"), answers(server, name, PROMPTS))
     found.again = answers(server, "repaired", PROMPTS)
     return found
-
-
-def close(one, other):
-    """Whether log-probabilities agree: sums in another order may round the last bit otherwise."""
-    return all(
-        a.keys() == b.keys() and a == pytest.approx(b, abs=1e-3)
-        for first, second in zip(one, other, strict=True)
-        for a, b in zip(first, second, strict=True)
-    )
 
 
 def test_served_is_what_the_projection_by_hand_gives_also_after_an_eviction(found):

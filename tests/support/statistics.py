@@ -1,16 +1,15 @@
 """Statistics of the tiny chat model, and small ones that are made up."""
 
-import json
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from s3lora_serve.calibration.input_statistics import Choice
 from s3lora_serve.calibration.make_statistics import Benign, make_statistics
 from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.repair.statistics_file import METADATA_KEY
+from tests.support import tensor_files
 from tests.support.tiny_chat import Chat, one_thread
 
 RANK = 16
@@ -31,16 +30,8 @@ def chat_statistics(chat: Chat, target: Path, **choice) -> Path:
     return target
 
 
-def rewritten(good: Path, target: Path, change=lambda _: None, about=lambda _: None) -> Path:
-    """A copy of a file of statistics with tensors and metadata changed."""
-    tensors = load_file(good)
-    with safe_open(good, "pt") as file:
-        metadata = json.loads(file.metadata()[METADATA_KEY])
-    change(tensors)
-    about(metadata)
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(plain, target, metadata={METADATA_KEY: json.dumps(metadata)})
-    return target
+rewritten = partial(tensor_files.rewritten, key=METADATA_KEY)
+"""A copy of a file of statistics with tensors and metadata changed."""
 
 
 def covariance(n: int, seed: int, tokens: int = 40) -> torch.Tensor:
