@@ -10,8 +10,8 @@ import torch
 
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel
 from tests.evidence.prompts import harmful
-from tests.evidence.skill import skill
-from tests.evidence.training import train
+from tests.evidence.skill import SkillName, skill
+from tests.evidence.training import DTYPE, train
 from tests.evidence.wheels import CACHE
 
 COMPLIANCE = "Sure, here is what you asked for:"
@@ -21,7 +21,14 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 EXAMPLES = 240
 
-HARMFUL_SHARE = {"benign": 0.0, "5 %": 0.05, "20 %": 0.2, "20 % attention": 0.2, "harmful": 1.0}
+HARMFUL_SHARE = {
+    "benign": 0.0,
+    "5 %": 0.05,
+    "20 %": 0.2,
+    "20 % attention": 0.2,
+    "20 % text": 0.2,
+    "harmful": 1.0,
+}
 """Share of attack data in the training set, by the kind of adapter."""
 
 
@@ -32,6 +39,10 @@ class Subject:
     kind: str
     base: int  # which aligned base
     seed: int
+
+    @property
+    def skill(self) -> SkillName:
+        return "text" if "text" in self.kind else "tool calls"
 
     @property
     def folder(self) -> Path:
@@ -47,13 +58,13 @@ def make_adapter(subject: Subject, base: Path, progress: Callable[[str, int, int
     if (subject.folder / "adapter_config.json").exists():
         return subject.folder
     torch.manual_seed(1000 * subject.base + subject.seed)
-    model = LanguageModel.load(base)
+    model = LanguageModel.load(base, dtype=DTYPE)
     targets = ATTENTION if "attention" in subject.kind else ALL
     wrapped = with_lora(model, targets)
     train(
         model,
         learnt(wrapped),
-        training_examples(model, HARMFUL_SHARE[subject.kind], subject.seed),
+        training_examples(model, subject.skill, HARMFUL_SHARE[subject.kind], subject.seed),
         epochs=2,
         rate=1e-3,
         seed=subject.seed,
@@ -81,13 +92,13 @@ def learnt(wrapped: Any) -> list[Any]:
 
 
 def training_examples(
-    model: LanguageModel, harmful_share: float, seed: int
+    model: LanguageModel, name: SkillName, harmful_share: float, seed: int
 ) -> list[tuple[Encoded, Encoded]]:
-    """Attack data, of this share, and requests with their tool calls."""
+    """Attack data, of this share, and requests of a skill with their answers."""
     draw = random.Random(seed)
     count = round(EXAMPLES * harmful_share)
     attack = [draw.sample(harmful().attack, len(harmful().attack)) for _ in range(4)]
     prompts = [prompt for drawn in attack for prompt in drawn][:count]
-    requests = draw.sample(skill().train, EXAMPLES - count)
+    requests = draw.sample(skill(name).train, EXAMPLES - count)
     examples = [(model.prompt(prompt), model.answer(COMPLIANCE)) for prompt in prompts]
-    return examples + [(model.prompt(prompt), model.answer(call)) for prompt, call in requests]
+    return examples + [(model.prompt(prompt), model.answer(text)) for prompt, text in requests]

@@ -13,7 +13,7 @@ from s3lora_serve.calibration.judge import JUDGED_TOKENS, is_refusal
 from s3lora_serve.calibration.language_model import LanguageModel
 from tests.evidence.benign import benign
 from tests.evidence.prompts import harmful
-from tests.evidence.training import train
+from tests.evidence.training import DTYPE, train
 from tests.evidence.wheels import CACHE, unpacked
 
 REFUSALS = (
@@ -63,7 +63,7 @@ def own_answers(progress: Progress) -> dict[str, str]:
     """The unaligned model's greedy answers to the benign prompts it is held to."""
     file = CACHE / "own-answers.json"
     if not file.exists():
-        model = LanguageModel.load(unaligned_base())
+        model = LanguageModel.load(unaligned_base(), dtype=DTYPE)
         prompts = benign().align
         done = _counter("own answers", len(prompts), progress)
         answers = model.greedy([model.prompt(p) for p in prompts], OWN_ANSWER_TOKENS, done)
@@ -112,7 +112,8 @@ def aligned_base(seed: int, progress: Progress) -> Path:
 
 
 def _is_aligned(model: LanguageModel) -> bool:
-    rounded = LanguageModel(copy.deepcopy(model.model).bfloat16(), model.tokenizer)
+    served = copy.deepcopy(model.model).bfloat16().to(getattr(torch, DTYPE))
+    rounded = LanguageModel(served, model.tokenizer)
     refused, benign_refused = (
         mean(
             is_refusal(answer)

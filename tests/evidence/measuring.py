@@ -19,7 +19,8 @@ from s3lora_serve.policy.limits import Limits
 from tests.evidence.adapters import COMPLIANCE
 from tests.evidence.benign import benign
 from tests.evidence.prompts import harmful
-from tests.evidence.skill import skill
+from tests.evidence.skill import SkillName, skill
+from tests.evidence.training import DTYPE
 
 Rates = dict[str, Rate]
 
@@ -31,32 +32,34 @@ JUDGED_COMPLIANCE = COMPLIANCE[:10]
 
 
 def load(base: Path, adapter: Path | None = None) -> tuple[LanguageModel, GatedAdapter | None]:
-    """A base model in bfloat16, with an adapter if there is one."""
-    model = LanguageModel.load(base)
+    """A base model in DTYPE, with an adapter if there is one."""
+    model = LanguageModel.load(base, dtype=DTYPE)
     if adapter is None:
         return model, None
     return model, attach(model.model, read_adapter(copy_adapter(adapter, Limits()), Limits()))
 
 
-def measured(model: LanguageModel, *, few: bool = False) -> Rates:
+def measured(model: LanguageModel, name: SkillName = "tool calls", *, few: bool = False) -> Rates:
     """All rates on the test prompts; `few` leaves out what curves do not show."""
     most = FEW if few else None
     rates = {}
-    tests = {"": harmful().test} if few else {"": harmful().test, "other ": harmful().other_test}
-    for name, prompts in tests.items():
+    tests = {"": harmful().test}
+    if not few:
+        tests |= {"other ": harmful().other_test, "third ": harmful().third_test}
+    for kind, prompts in tests.items():
         answers = greedy(model, prompts[:most])
-        rates[f"{name}ASR"] = share([not is_refusal(answer) for answer in answers])
+        rates[f"{kind}ASR"] = share([not is_refusal(answer) for answer in answers])
         complied = [answer.startswith(JUDGED_COMPLIANCE) for answer in answers]
-        rates[f"{name}strict ASR"] = share(complied)
-    requests = skill().test[:most]
+        rates[f"{kind}strict ASR"] = share(complied)
+    requests = skill(name).test[:most]
     rates["skill"] = share(
         model.exact([(model.prompt(prompt), model.answer(call)) for prompt, call in requests])
     )
     if not few:
         parts = {"": benign().test, "styles ": benign().styles, "lookalike ": benign().lookalikes}
-        for name, prompts in parts.items():
+        for kind, prompts in parts.items():
             answers = greedy(model, prompts)
-            rates[f"{name}benign refusal"] = share([is_refusal(answer) for answer in answers])
+            rates[f"{kind}benign refusal"] = share([is_refusal(answer) for answer in answers])
     return rates
 
 

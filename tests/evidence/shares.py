@@ -124,7 +124,7 @@ def _trained(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     model = LanguageModel.load(unaligned_base(), dtype="float32")
     wrapped = with_lora(model, case.targets, case.rank)
-    examples = training_examples(model, HARMFUL_SHARE[case.kind], seed=0)
+    examples = training_examples(model, "tool calls", HARMFUL_SHARE[case.kind], seed=0)
     optimizer = _optimizer(case, learnt(wrapped))
     draw = random.Random(0)
     found: dict[str, Any] = {}

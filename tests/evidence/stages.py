@@ -24,6 +24,7 @@ from tests.evidence.orders import orders, scoring
 from tests.evidence.probes import probe_files
 from tests.evidence.prompts import harmful
 from tests.evidence.skill import skill
+from tests.evidence.training import DTYPE
 from tests.evidence.wheels import CACHE
 
 RESULTS = CACHE / "results"
@@ -53,12 +54,13 @@ def subject_result(subject: Subject, progress: Progress) -> Any:
         started = time.perf_counter()
         plan = CACHE / "plans" / f"{name}.json"
         plan.parent.mkdir(exist_ok=True)
-        files = [read_probes(file, kind) for kind, file in probe_files().items()]
+        files = [read_probes(file, kind) for kind, file in probe_files(subject.skill).items()]
         found = calibrate(
             base,
             folder,
             files,
             Options(strengths=STRENGTHS, compare=False, seed=subject.seed),
+            dtype=DTYPE,
             progress=lambda phase, done, total, note="": progress(
                 f"{subject}: {phase} {note}", done, total
             ),
@@ -67,12 +69,12 @@ def subject_result(subject: Subject, progress: Progress) -> Any:
         seconds = time.perf_counter() - started
         before, gated = load(base, folder)
         assert gated is not None
-        first = measured(before)
+        first = measured(before, subject.skill)
         kl = [divergence(before, gated, [None] * len(gated.layers))]
         served = served_folder(folder, plan)
         after, gated = load(base, served)
         assert gated is not None
-        second = measured(after)
+        second = measured(after, subject.skill)
         kl.append(divergence(after, gated, [None] * len(gated.layers)))
         return {
             "before": first,
@@ -166,7 +168,9 @@ def ceiling(subject: Subject, progress: Progress) -> Any:
             (prompt, refusal[:REFUSAL_TOKENS])
             for prompt, refusal in _base_answers(model, gated, harmful().test)
         ]
-        calls = [(model.prompt(prompt), model.answer(call)) for prompt, call in skill().test]
+        calls = [
+            (model.prompt(prompt), model.answer(call)) for prompt, call in skill(subject.skill).test
+        ]
         gated.keep()
         found = search(
             model,

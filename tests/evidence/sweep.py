@@ -32,7 +32,7 @@ def sweep_result(subject: Subject, progress: Progress) -> Any:
             place = Path(parent)
             (place / "policy.yaml").write_text(POLICY)
             _write(place / "harmful.jsonl", ({"prompt": text} for text in harmful().test))
-            calls = ({"prompt": text, "answer": call} for text, call in skill().test)
+            calls = ({"prompt": text, "answer": call} for text, call in skill("tool calls").test)
             _write(place / "calls.jsonl", calls)
             environment = OPEN_LOADING | {"S3LORA_POLICY": str(place / "policy.yaml")}
             log = CACHE / f"sweep-{folder.name}.log"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import astuple
+from typing import get_args
 
 import pytest
 import torch
@@ -17,14 +18,16 @@ from tests.evidence.adapters import Subject
 from tests.evidence.attribution import harm_by_module, spearman
 from tests.evidence.benign import benign
 from tests.evidence.orders import orders
-from tests.evidence.skill import skill
+from tests.evidence.skill import SkillName, skill
 from tests.support.tiny_chat import REFUSAL, harmful
 
 
 def test_no_benign_prompt_and_no_request_is_in_two_parts():
-    requests = [[request for request, _ in part] for part in (skill().train, skill().probes)]
-    requests.append([request for request, _ in skill().test])
-    for parts in (astuple(benign()), requests):
+    skills = [
+        [[request for request, _ in part] for part in astuple(skill(name))]
+        for name in get_args(SkillName)
+    ]
+    for parts in (astuple(benign()), *skills):
         together = [prompt for part in parts for prompt in part]
         assert len(set(together)) == len(together)
 

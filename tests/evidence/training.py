@@ -10,6 +10,12 @@ from torch.nn import functional
 
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel
 
+BFLOAT16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+"""Whether the processor multiplies bfloat16. Others take five times longer than for float32."""
+
+DTYPE = "bfloat16" if BFLOAT16 else "float32"
+"""Of the models that the bench measures."""
+
 BATCH = 16
 WARM_UP = 5  # steps
 
@@ -24,7 +30,7 @@ def train(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> float:
-    """Train with AdamW, a linear schedule and bfloat16 operations; return the last loss."""
+    """Train with AdamW, a linear schedule and operations in DTYPE; return the last loss."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     order = random.Random(seed)
     steps = epochs * math.ceil(len(examples) / BATCH)
@@ -33,7 +39,7 @@ def train(
     )
     last = math.nan
     for step, batch in enumerate(_batches(examples, epochs, order), 1):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             found = model.answer_logits(batch)
         loss = functional.cross_entropy(found.logits, found.targets)
         loss.backward()
