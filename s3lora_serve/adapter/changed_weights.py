@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class ChangedWeights:
     """The weights file of an adapter with some of its tensors replaced."""
 
     own: memoryview
-    replaced: dict[str, tuple[int, bytes]]  # by tensor name: offset in the file, new bytes
+    replaced: dict[str, tuple[int, memoryview]]  # by tensor name: offset in the file, new bytes
 
     @classmethod
     def of(cls, adapter: Adapter, factors: Iterable[NewFactor]) -> "ChangedWeights":
@@ -35,16 +36,16 @@ class ChangedWeights:
         entries = {entry.name: entry for entry in adapter.header.entries}
         replaced = {}
         for new in factors:
-            data = new.tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            data = new.tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
             replaced[new.key] = entries[new.key].start, data
         return cls(adapter.copy.weights, replaced)
 
     def chunks(self) -> Iterator[memoryview]:
         """The whole file in parts, in their order."""
         position = 0
-        for start, data in sorted(self.replaced.values()):
+        for start, data in sorted(self.replaced.values(), key=itemgetter(0)):
             yield self.own[position:start]
-            yield memoryview(data)
+            yield data
             position = start + len(data)
         yield self.own[position:]
 

@@ -74,7 +74,7 @@ def write_adapter(
     without: Iterable[str],
     folder: Path,
     removed: Iterable[str] = (),
-    changed: Mapping[str, bytes] | None = None,
+    changed: Mapping[str, memoryview] | None = None,
 ) -> None:
     """Write config and weights into an existing folder, without the named modules and tensors.
 

@@ -16,7 +16,7 @@ from s3lora_serve.spectral.input_projection import (
     coordinates,
     projected,
 )
-from s3lora_serve.spectral.projection_effects import NO_EFFECT, effect, lambda_for
+from s3lora_serve.spectral.projection_effects import NO_EFFECT, effects, lambda_for
 
 MAX_GROWTH = 8.0
 """Largest ‖ΔW'‖_F/‖ΔW‖_F of a module. M is not symmetric: what harmful directions carried may be
@@ -77,7 +77,7 @@ def repaired(
             new |= _new_factors(acting, [found[module.name] for module in acting], lam, device)
     return RepairedAdapter(
         strength=lam,
-        effects={name: effect(each, lam) for name, each in found.items()},
+        effects=dict(zip(found, effects(list(found.values()), lam), strict=True)),
         removed={name: 1.0 - (each.after / each.before) ** 2 for name, each in new.items()},
         weights=ChangedWeights.of(adapter, new.values()),
     )

@@ -82,19 +82,23 @@ def coordinates(
     ranks = [len(A) for _, A, _ in updates]
     for dtype in _dtypes(device, stacked, statistics.U, statistics.F):
         P, Q, own = _products(stacked, ranks, statistics, device, dtype)
-        if all(_in_range(gram, dtype) for gram in own):
+        if _in_range(own, dtype):
             break
+    if not (P.isfinite().all() and all(gram.isfinite().all() for gram in own)):
+        raise ValueError(_OVERFLOW)
     found = []
     rows = zip(updates, torch.split(P, ranks), torch.split(Q, ranks), own, strict=True)
     for (B, _, scaling), p, q, gram_a in rows:
         gram_b = _gram(B.mT, device)
         square = scaling**2
         benign = square * float((gram_b * (q @ q.mT + statistics.ridge * gram_a)).sum())
-        each = Coordinates(p, gram_a, gram_b, square, benign, statistics)
-        if not all(part.isfinite().all() for part in each[:3]) or not math.isfinite(benign):
-            raise ValueError("the products of the factors are beyond the range of float64")
-        found.append(each)
+        if not math.isfinite(benign) or not gram_b.isfinite().all():
+            raise ValueError(_OVERFLOW)
+        found.append(Coordinates(p, gram_a, gram_b, square, benign, statistics))
     return found
+
+
+_OVERFLOW = "the products of the factors are beyond the range of float64"
 
 
 def _products(
@@ -106,11 +110,12 @@ def _products(
         torch.zeros(len(stacked), columns, dtype=torch.float64, device=device) for columns in (k, f)
     )
     own = [torch.zeros(rank, rank, dtype=torch.float64, device=device) for rank in ranks]
-    for A, U, F in _blocks(device, dtype, stacked, statistics.U.mT, statistics.F.mT):
-        P += A @ U.mT
-        Q += A @ F.mT
-        for gram, part in zip(own, torch.split(A, ranks), strict=True):
-            gram += part @ part.mT
+    for part in _blocks(stacked.shape[1], device):
+        A = stacked[:, part].to(device, dtype)
+        P += A @ statistics.U[part].to(device, dtype)
+        Q += A @ statistics.F[part].to(device, dtype)
+        for gram, each in zip(own, torch.split(A, ranks), strict=True):
+            gram += each @ each.mT
     return P.cpu(), Q.cpu(), [gram.cpu() for gram in own]
 
 
@@ -121,14 +126,16 @@ def _dtypes(device: str, *tensors: Tensor) -> list[torch.dtype]:
     return [torch.float64]
 
 
-def _in_range(gram: Tensor, dtype: torch.dtype) -> bool:
+def _in_range(grams: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether the squares of the rows' entries were within the range of the dtype.
 
     One factor of an update may be as small as the other is large.
     """
     low, high = SQUARES
-    squares = gram.diagonal()
-    return dtype == torch.float64 or bool(((squares >= low) & (squares <= high)).all())
+    if dtype == torch.float64:
+        return True
+    squares = torch.cat([gram.diagonal() for gram in grams])
+    return bool(squares.min() >= low) and bool(squares.max() <= high)  # NaN is in no range
 
 
 def _gram(A: Tensor, device: str = "cpu") -> Tensor:
@@ -136,19 +143,19 @@ def _gram(A: Tensor, device: str = "cpu") -> Tensor:
     gram = torch.empty(0)
     for dtype in _dtypes(device, A):
         gram = torch.zeros(len(A), len(A), dtype=torch.float64, device=device)
-        for (part,) in _blocks(device, dtype, A):
-            gram += part @ part.mT
-        if _in_range(gram, dtype):
+        for part in _blocks(A.shape[1], device):
+            each = A[:, part].to(device, dtype)
+            gram += each @ each.mT
+        if _in_range([gram], dtype):
             break
     return gram.cpu()
 
 
-def _blocks(device: str, dtype: torch.dtype, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same columns of each tensor on the device in a dtype, block by block."""
-    width = tensors[0].shape[1]
-    columns = BLOCK if device == "cpu" else width
-    for at in range(0, width, max(1, columns)):
-        yield tuple(tensor[:, at : at + columns].to(device, dtype) for tensor in tensors)
+def _blocks(width: int, device: str) -> Iterator[slice]:
+    """The inputs, as many at a time as are converted together."""
+    step = BLOCK if device == "cpu" else width
+    for at in range(0, width, max(1, step)):
+        yield slice(at, at + step)
 
 
 def projected(
@@ -162,13 +169,13 @@ def projected(
     stacked = torch.cat(list(factors))
     weighted = torch.cat([each.P for each in found]) * (statistics.mu / (statistics.mu + lam))
     narrow = _dtypes(device, stacked, statistics.V)[0]
-    dtype = narrow if all(_in_range(each.gram_a, narrow) for each in found) else torch.float64
+    fits = _in_range([each.gram_a for each in found], narrow)
+    dtype = narrow if fits else torch.float64
     weighted = weighted.to(device, dtype)
     new = torch.empty(stacked.shape, dtype=stacked.dtype)
-    at = 0
-    for A, V in _blocks(device, dtype, stacked, statistics.V.mT):
-        new[:, at : at + A.shape[1]] = torch.addmm(A, weighted, V, alpha=-1)
-        at += A.shape[1]
+    for part in _blocks(stacked.shape[1], device):
+        A, V = (each.to(device, dtype) for each in (stacked[:, part], statistics.V[part]))
+        new[:, part] = torch.addmm(A, weighted, V.mT, alpha=-1)
     parts = torch.split(new, [len(A) for A in factors])
     rounded = [part.to(A.dtype) for part, A in zip(parts, factors, strict=True)]
     return [Projected(A, _gram(A)) for A in rounded]

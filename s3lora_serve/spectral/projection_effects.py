@@ -1,9 +1,9 @@
 """What the input projection leaves of an update, and the λ that leaves what is wanted."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
-from operator import add
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from operator import add, attrgetter
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ SMALLEST_LAMBDA, LARGEST_LAMBDA = 1e-6, 1e6
 
 HALVINGS = 40
 """Of the interval in which λ is searched: to 1e-11 of λ."""
+
+TOGETHER = 32
+"""Modules whose figures are made in one product: bounds what is copied for it."""
 
 CORRECTIONS, CLOSENESS = 8, 5e-4
 """Each correction leaves a small part of what rounding to bfloat16 changes, under a hundredth."""
@@ -33,7 +36,7 @@ class Effect:
     beyond: float  # bound on what the pairs that are left out add to both harmful ones
 
     def __add__(self, other: "Effect") -> "Effect":
-        return Effect(*map(add, astuple(self), astuple(other)))
+        return Effect(*map(add, _numbers(self), _numbers(other)))
 
     @property
     def residual(self) -> float:
@@ -51,6 +54,8 @@ class Effect:
         return _root_share(self.benign_lost, self.benign_before)
 
 
+_numbers = attrgetter(*(field.name for field in fields(Effect)))
+
 NO_EFFECT = Effect(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -58,35 +63,79 @@ def _root_share(part: float, whole: float) -> float:
     return (max(0.0, part) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def effect(found: Coordinates, lam: float) -> Effect:
-    """The effects of one module's update before and after the projection with λ.
+def effects(found: Sequence[Coordinates], lam: float) -> list[Effect]:
+    """The effects of each module's update before and after the projection with λ.
 
     On C_b the pairs are an orthonormal frame, and the projection changes nothing beside it.
     """
-    P, mu = found.P, found.statistics.mu
-    weights = mu / (mu + lam)
-    before = _energies(found)
-    after = _energies(found._replace(P=P - (P * weights) @ found.statistics.overlap))
-    captured = float(before.sum())
-    beside = max(0.0, found.benign - captured)
-    return Effect(
-        harmful_before=float((mu * before).sum()),
-        harmful_after=float((mu * after).sum()),
-        benign_before=captured + beside,
-        benign_after=float(after.sum()) + beside,
-        benign_lost=float((weights.square() * before).sum()),
-        beyond=found.statistics.beyond * beside,
-    )
-
-
-def _energies(found: Coordinates) -> Tensor:
-    """‖ΔW·u‖² for each pair: the diagonal of s²·Pᵀ·BᵀB·P, (k,)."""
-    return found.square * ((found.gram_b @ found.P) * found.P).sum(0).clamp_min(0.0)
+    made = [NO_EFFECT] * len(found)
+    for stack in _stacks(found):
+        for place, numbers in zip(stack.places, stack.effects(lam).tolist(), strict=True):
+            made[place] = Effect(*numbers)
+    return made
 
 
 def total_effect(found: Sequence[Coordinates], lam: float) -> Effect:
     """The effects of all modules together."""
-    return sum((effect(each, lam) for each in found), NO_EFFECT)
+    return sum(effects(found, lam), NO_EFFECT)
+
+
+class _Stack(NamedTuple):
+    """Modules of one shape."""
+
+    places: list[int]  # among all modules
+    P: Tensor  # (modules, r, k)
+    gram_b: Tensor  # (modules, r, r)
+    square: Tensor  # (modules, 1)
+    mu: Tensor  # (modules, k)
+    overlap: Tensor  # (modules, k, k)
+    benign: Tensor  # (modules,)
+    beyond: Tensor  # (modules,)
+
+    def energies(self, P: Tensor) -> Tensor:
+        """‖ΔW·u‖² for each pair: the diagonal of s²·Pᵀ·BᵀB·P, (modules, k)."""
+        return self.square * ((self.gram_b @ P) * P).sum(1).clamp_min(0.0)
+
+    def beside(self, before: Tensor) -> Tensor:
+        """The effect on benign inputs beside the pairs, (modules,)."""
+        return (self.benign - before.sum(1)).clamp_min(0.0)
+
+    def effects(self, lam: float) -> Tensor:
+        """The numbers of each module's `Effect`, (modules, 6)."""
+        weights = self.mu / (self.mu + lam)
+        before = self.energies(self.P)
+        after = self.energies(self.P - (self.P * weights[:, None]) @ self.overlap)
+        beside = self.beside(before)
+        rows = (
+            (self.mu * before).sum(1),
+            (self.mu * after).sum(1),
+            before.sum(1) + beside,
+            after.sum(1) + beside,
+            (weights.square() * before).sum(1),
+            self.beyond * beside,
+        )
+        return torch.stack(rows, 1)
+
+
+def _stacks(found: Sequence[Coordinates]) -> Iterator[_Stack]:
+    by_shape: dict[torch.Size, list[int]] = {}
+    for place, each in enumerate(found):
+        by_shape.setdefault(each.P.shape, []).append(place)
+    for alike in by_shape.values():
+        for at in range(0, len(alike), TOGETHER):
+            places = alike[at : at + TOGETHER]
+            those = [found[place] for place in places]
+            own = [each.statistics for each in those]
+            yield _Stack(
+                places,
+                torch.stack([each.P for each in those]),
+                torch.stack([each.gram_b for each in those]),
+                torch.tensor([[each.square] for each in those], dtype=torch.float64),
+                torch.stack([each.mu for each in own]),
+                torch.stack([each.overlap for each in own]),
+                torch.tensor([each.benign for each in those], dtype=torch.float64),
+                torch.tensor([each.beyond for each in own], dtype=torch.float64),
+            )
 
 
 def largest_lambda(found: Sequence[Coordinates], holds: Callable[[Effect], bool]) -> float | None:
@@ -145,10 +194,12 @@ class _Pairs(NamedTuple):
 
 
 def _pairs(found: Sequence[Coordinates]) -> _Pairs:
-    energies = [_energies(each) for each in found]
-    beside = [
-        max(0.0, each.benign - float(own.sum())) for each, own in zip(found, energies, strict=True)
-    ]
-    beyond = (each.statistics.beyond * rest for each, rest in zip(found, beside, strict=True))
-    mu = [each.statistics.mu for each in found]
-    return _Pairs(torch.cat(mu), torch.cat(energies), sum(beside), sum(beyond))
+    mu, energies, rest, beyond = [], [], 0.0, 0.0
+    for stack in _stacks(found):
+        before = stack.energies(stack.P)
+        beside = stack.beside(before)
+        mu.append(stack.mu.flatten())
+        energies.append(before.flatten())
+        rest += float(beside.sum())
+        beyond += float(stack.beyond @ beside)
+    return _Pairs(torch.cat(mu), torch.cat(energies), rest, beyond)

@@ -20,7 +20,7 @@ from s3lora_serve.policy.schema import parse_policy
 from s3lora_serve.repair.statistics_file import loaded_statistics, read_statistics
 from s3lora_serve.spectral import fallback
 from s3lora_serve.spectral.input_projection import coordinates
-from s3lora_serve.spectral.projection_effects import effect
+from s3lora_serve.spectral.projection_effects import effects
 from tests.support.adapters import copy_with, key
 from tests.support.plans import install, plan_for, read
 from tests.support.statistics import rewritten
@@ -89,13 +89,8 @@ def test_the_figures_are_those_of_the_file_that_is_served(statistics, admission)
     served, by_module = factors(admission), read_statistics(statistics).by_module
     for module, said in zip(admission.adapter.modules, admission.verdict.modules, strict=True):
         B, A = (served[key(module.name, side)] for side in "BA")
-        own, left = (
-            effect(each, 1e9)
-            for each in coordinates(
-                [(module.B, module.A, module.scaling), (B, A, module.scaling)],
-                by_module[module.name],
-            )
-        )
+        updates = [(module.B, module.A, module.scaling), (B, A, module.scaling)]
+        own, left = effects(coordinates(updates, by_module[module.name]), 1e9)
         residual = (left.harmful_before / own.harmful_before) ** 0.5
         assert residual == pytest.approx(said.residual, abs=1e-3)
 

@@ -77,7 +77,7 @@ def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
     )
     for name in effects.Effect.__dataclass_fields__:
         whole = expected.harmful_before if "harmful" in name else expected.benign_before
-        value = getattr(effects.effect(found, lam), name)
+        value = getattr(effects.effects([found], lam)[0], name)
         assert value == pytest.approx(getattr(expected, name), abs=1e-6 * whole), name
 
 
@@ -88,7 +88,7 @@ def test_what_the_kept_pairs_leave_on_harmful_inputs_is_bounded(update, lam, ran
     C_h, _C_b, (statistics, captured, _) = pairs(A.shape[1], rank, seed, dtype)
     found = coordinates(B, A, scaling, statistics)
     served = scaling * B.double() @ new_factor(A, found, lam)
-    figures = effects.effect(found, lam)
+    figures = effects.effects([found], lam)[0]
     # Rounding of V and U to bfloat16 moves each by 2^-9 of itself.
     slack = 1e-5 if dtype == torch.float32 else 0.05
     whole = reference.energy(scaling * B.double() @ A.double(), C_h)
@@ -104,7 +104,7 @@ def test_the_effect_on_harmful_inputs_falls_with_lambda_and_what_is_kept_rises(u
     B, A, scaling, seed = update
     _, _, (statistics, *_) = pairs(A.shape[1], 8, seed, dtype)
     found = coordinates(B, A, scaling, statistics)
-    falling = [effects.effect(found, 10.0**exponent) for exponent in range(-4, 5)]
+    falling = [effects.effects([found], 10.0**exponent)[0] for exponent in range(-4, 5)]
     slack = 1e-6 if dtype == torch.float32 else 0.05
     for smaller, larger in itertools.pairwise(falling):
         assert smaller.residual <= larger.residual + slack
@@ -139,7 +139,7 @@ def test_no_lambda_is_found_if_none_holds_and_the_largest_if_all_do():
 def test_an_update_of_zero_has_no_effect():
     _, _, (statistics, *_) = pairs(8, 4)
     found = coordinates(torch.zeros(6, 2), torch.ones(2, 8), 1.0, statistics)
-    figures = effects.effect(found, 0.1)
+    figures = effects.effects([found], 0.1)[0]
     assert (figures.residual, figures.kept, figures.lost) == (0.0, 1.0, 0.0)
 
 
