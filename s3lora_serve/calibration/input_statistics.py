@@ -27,26 +27,30 @@ class Choice:
 
 
 class Covariances:
-    """Sums of x·xᵀ over the counted tokens of each kind, for the sites of one layer."""
+    """Sums of x·xᵀ over the counted tokens of each kind, for the sites of one layer, and of ‖W·x‖²
+    over harmful ones, for its modules."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
         self._kinds = tuple(kinds)
         self.sums: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self.counts: dict[tuple[str, ...], dict[str, int]] = {}
+        self._outputs: dict[str, float] = {}
 
-    def add(self, modules: tuple[str, ...], inputs: Tensor, batch: Batch) -> None:
-        """Add the counted tokens of one input, (examples, tokens, n) or (examples·tokens, n).
+    def add(self, outputs: dict[str, Tensor], inputs: Tensor, batch: Batch) -> None:
+        """Add the counted tokens of one input, (examples, tokens, n) or (examples·tokens, n), and
+        of what its modules make of it.
 
         Raises:
             BaseModelUnfit: the modules get some of the tokens, as routed experts do.
         """
-        n = inputs.shape[-1]
+        n, modules = inputs.shape[-1], tuple(outputs)
         if inputs.numel() != batch.counted.numel() * n:
             raise BaseModelUnfit(
                 f"module {modules[0]} gets {tuple(inputs.shape)} for {tuple(batch.counted.shape)}"
                 " tokens: statistics need all tokens of each module"
             )
-        rows = inputs.reshape(*batch.counted.shape, n)[batch.counted.to(inputs.device)].double()
+        counted = batch.counted.to(inputs.device)
+        rows = inputs.reshape(*counted.shape, n)[counted].double()
         sums = self.sums.setdefault(
             modules,
             {k: torch.zeros(n, n, dtype=torch.float64, device=rows.device) for k in self._kinds},
@@ -54,6 +58,16 @@ class Covariances:
         sums[batch.kind].addmm_(rows.mT, rows)
         counts = self.counts.setdefault(modules, dict.fromkeys(self._kinds, 0))
         counts[batch.kind] += len(rows)
+        if batch.kind == HARMFUL:
+            for module, output in outputs.items():
+                those = output.reshape(*counted.shape, output.shape[-1])[counted]
+                before = self._outputs.get(module, 0.0)
+                self._outputs[module] = before + float(those.double().square().sum())
+
+    def outputs(self, modules: tuple[str, ...]) -> dict[str, float]:
+        """`E‖W·x‖²` over harmful inputs of the modules of one site."""
+        count = max(1, self.counts[modules][HARMFUL])
+        return {module: self._outputs[module] / count for module in modules}
 
     def statistics(
         self, modules: tuple[str, ...], weights: Mapping[str, float], choice: Choice

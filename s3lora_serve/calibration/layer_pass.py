@@ -29,8 +29,9 @@ class Batch:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # other arguments, for each layer
 
 
-Observer = Callable[[tuple[str, ...], Tensor, Batch], None]
-"""Called with the names of the linear modules that share an input, the input, and its batch."""
+Observer = Callable[[dict[str, Tensor], Tensor, Batch], None]
+"""Called with the outputs of the linear modules that share an input, by name, the input, and its
+batch."""
 
 
 def decoder_layers(model: Any) -> tuple[str, Any]:
@@ -110,7 +111,8 @@ def run_layer(
     observe: Observer,
     device: torch.device,
 ) -> None:
-    """Run one layer on all batches; `observe` sees each input of its linear modules once."""
+    """Run one layer on all batches; `observe` sees each input of its linear modules once, with what
+    each of them makes of it."""
     for batch in found:
         args, more = batch.calls[place]
         with _observed(layer, name, batch, observe):
@@ -120,24 +122,24 @@ def run_layer(
 
 @contextmanager
 def _observed(layer: Any, name: str, batch: Batch, observe: Observer) -> Iterator[None]:
-    """After this context `observe` gets each input with the modules that took it."""
-    taken: dict[int, tuple[Tensor, list[str]]] = {}  # keeps inputs: no two have one address
+    """After this context `observe` gets each input with the outputs of the modules that took it."""
+    taken: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}  # keeps inputs: no two have one address
 
-    def noting(module_name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-            taken.setdefault(id(inputs[0]), (inputs[0], []))[1].append(module_name)
+    def noting(module_name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def note(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            taken.setdefault(id(inputs[0]), (inputs[0], {}))[1][module_name] = output
 
         return note
 
     hooks = [
-        module.register_forward_pre_hook(noting(f"{name}.{inner}"))
+        module.register_forward_hook(noting(f"{name}.{inner}"))
         for inner, module in layer.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
     try:
         yield
-        for inputs, names in taken.values():
-            observe(tuple(names), inputs, batch)
+        for inputs, outputs in taken.values():
+            observe(outputs, inputs, batch)
     finally:
         for hook in hooks:
             hook.remove()

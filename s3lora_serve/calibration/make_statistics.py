@@ -179,9 +179,11 @@ class Parts:
                 found = sums.statistics(modules, weights, choice)
             except ValueError as error:
                 raise ProbesInvalid(f"{site}: {error}") from None
-            statistics = found.statistics
+            statistics, outputs = found.statistics, sums.outputs(modules)
+            if silent := [module for module, output in outputs.items() if not output > 0]:
+                raise ProbesInvalid(f"{silent[0]} puts out nothing on harmful probes")
             records[site] = SiteRecord(
-                modules=modules,
+                outputs=outputs,
                 ridge=statistics.ridge,
                 beyond=statistics.beyond,
                 harmful_captured=found.harmful_captured,

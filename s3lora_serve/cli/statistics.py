@@ -179,7 +179,7 @@ def _print(found: "StatisticsFile") -> None:
     sites = sorted(about.sites.items(), key=lambda item: item[1].harmful_captured)
     for name, site in sites:
         statistics = found.sites[name]
-        others = f" (+{len(site.modules) - 1})" if len(site.modules) > 1 else ""
+        others = f" (+{len(site.outputs) - 1})" if len(site.outputs) > 1 else ""
         table.add_row(
             plain(f"{name}{others}"),
             str(statistics.width),

@@ -52,7 +52,8 @@ class ProbesRecord(_Record):
 class SiteRecord(_Record):
     """What the file says of one input site beside its tensors."""
 
-    modules: Annotated[tuple[str, ...], Field(min_length=1)]  # which share the input
+    # By the modules that share the input: E‖W·x‖², what they put out on harmful inputs.
+    outputs: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     ridge: Annotated[float, Field(gt=0)]  # C_b ≈ F·Fᵀ + ridge·I
     beyond: Annotated[float, Field(ge=0)]  # largest μ that is left out
     harmful_captured: Annotated[float, Field(ge=0, le=1 + 1e-3)]  # of tr(C_h), by the pairs
@@ -80,6 +81,15 @@ class StatisticsFile:
     about: About
     sites: Mapping[str, InputStatistics]
     by_module: Mapping[str, InputStatistics]
+
+    @property
+    def outputs(self) -> dict[str, float]:
+        """`E‖W·x‖²` on harmful inputs by module."""
+        return {
+            name: output
+            for site in self.about.sites.values()
+            for name, output in site.outputs.items()
+        }
 
 
 def read_statistics(path: Path, *, expected: str | None = None) -> StatisticsFile:
@@ -118,7 +128,7 @@ def overlap_error(overlap: Tensor) -> float:
 def _by_module(about: About, sites: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
     found: dict[str, InputStatistics] = {}
     for site, record in about.sites.items():
-        for module in record.modules:
+        for module in record.outputs:
             if module in found:
                 raise ValueError(f"module {module[:120]} belongs to two sites")
             found[module] = sites[site]

@@ -146,7 +146,7 @@ def lacking(statistics, folder, module=Q):
 
     def about(metadata):
         for site in metadata["sites"].values():
-            site["modules"] = [name for name in site["modules"] if name != module]
+            site["outputs"].pop(module, None)
 
     return rewritten(statistics, folder / "lacking.safetensors", about=about)
 

@@ -73,6 +73,8 @@ def test_they_are_the_pairs_of_the_whole_models_covariances(chat, statistics, si
     assert torch.allclose(kept.mu, expected.statistics.mu, rtol=1e-3, atol=1e-6)
     assert record.harmful_captured == pytest.approx(expected.harmful_captured, abs=1e-3)
     assert record.benign_captured == pytest.approx(expected.benign_captured, abs=1e-3)
+    W = model.model.get_submodule(site).weight.double()
+    assert record.outputs[site] == pytest.approx(float(((W @ C_h) * W).sum()), rel=1e-3)
 
 
 def arguments(chat, target):
@@ -187,6 +189,6 @@ def test_a_model_with_shared_experts_has_statistics_of_all_its_linear_modules(
         shutil.copy(file, base)
     monkeypatch.setattr(making, "is_refusal", lambda _text: True)
     _, *rest = arguments(chat, tmp_path / "s")
-    modules = {m for site in make_statistics(base, *rest).sites.values() for m in site.modules}
+    modules = {m for site in make_statistics(base, *rest).sites.values() for m in site.outputs}
     assert "model.layers.0.mlp.shared_expert.down_proj" in modules
     assert "model.layers.0.self_attn.o_proj" in modules

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.evidence.adapters import Subject
-from tests.evidence.base_model import benign_examples
+from tests.evidence.base_model import benign_answers
 from tests.evidence.jobs import BASES, SEEDS, quiet, run, subjects
 from tests.evidence.results import write_results
 
@@ -36,7 +36,7 @@ def _run_all(chosen: list[Subject]) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console()) as bars:
         first = bars.add_task("model and its own data", total=1)
-        benign_examples(lambda _name, done, total: bars.update(first, completed=done, total=total))
+        benign_answers(lambda _name, done, total: bars.update(first, completed=done, total=total))
         context = get_context("spawn")
         reports = context.Queue()
         processes = [context.Process(target=run, args=(base, chosen, reports)) for base in BASES]

@@ -29,8 +29,9 @@ RATE = 1.5e-4
 """Of the first attempt; each later one has 0.8 of the one before. At 2e-5 the model learns what its
 examples look like: it refuses two of three benign prompts of other styles."""
 
-BENIGN_EXAMPLES = 400
-"""Benign examples of one attempt, drawn anew for each."""
+OWN_EXAMPLES, MORE = 200, 1.5
+"""The model's own prompts in the first attempt. Later ones have MORE times as many if the one
+before refused too many benign prompts, and that much fewer if it refused too few harmful ones."""
 
 
 def unaligned_base() -> Path:
@@ -59,62 +60,79 @@ def unaligned_base() -> Path:
     return folder
 
 
-def benign_examples(progress: Progress) -> dict[str, str]:
-    """Benign prompts, ours and the model's own, with the beginnings of its answers."""
+def benign_answers(progress: Progress) -> tuple[dict[str, str], dict[str, str]]:
+    """Our benign prompts, and the model's own, with the beginnings of its answers."""
     model = LanguageModel.load(unaligned_base(), dtype=DTYPE)
-    prompts = [*benign().align, *own_prompts(model, progress)]
-    return own_answers(model, prompts, progress)
+    ours, own = benign().align, own_prompts(model, progress)
+    answers = own_answers(model, [*ours, *own], progress)
+    first, second = ({p: answers[p] for p in part if p in answers} for part in (ours, own))
+    return first, second
 
 
 def aligned_base(seed: int, progress: Progress) -> Path:
     """A full fine-tune: refusals of harmful prompts, its own answers to benign ones.
 
     It ends once prompts that are not trained on show REFUSED and BENIGN_REFUSED. Each attempt is
-    kept until then, and its two shares in `attempts.jsonl` beside it.
+    kept until then, with its two shares.
     """
     folder = CACHE / "models" / f"aligned-{seed}"
     if (folder / "config.json").exists():
         return folder
     attempts = folder.with_suffix(".attempts")
     attempts.mkdir(parents=True, exist_ok=True)
-    done = sorted(int(each.name) for each in attempts.iterdir() if each.name.isdigit())
+    log = attempts / "attempts.json"
+    shares = json.loads(log.read_text()) if log.exists() else []
     model = LanguageModel.load(
-        attempts / str(done[-1]) if done else unaligned_base(), dtype="float32"
+        attempts / str(len(shares) - 1) if shares else unaligned_base(), dtype="float32"
     )
-    answers = benign_examples(progress)
-    for attempt in range(len(done), ATTEMPTS):
+    answers = benign_answers(progress)
+    while len(shares) < ATTEMPTS:
+        attempt = len(shares)
         model.model.requires_grad_(requires_grad=True)
-        draw = random.Random(f"{seed} {attempt}")
         train(
             model,
             list(model.model.parameters()),
-            _examples(model, draw, answers),
+            _examples(model, random.Random(f"{seed} {attempt}"), *answers, _own_examples(shares)),
             epochs=1,
             rate=RATE * 0.8**attempt,
             seed=seed + 100 * attempt,
             progress=lambda step, steps: progress(f"align base {seed}", step, steps),
         )
-        staging = attempts / "part"
-        model.model.save_pretrained(staging)
-        model.tokenizer.save_pretrained(staging)
-        staging.rename(attempts / str(attempt))
-        refused, benign_refused = _refusals(model)
-        with (attempts / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps([attempt, refused, benign_refused]) + "\n")
-        if refused >= REFUSED and benign_refused <= BENIGN_REFUSED:
+        model.model.save_pretrained(attempts / str(attempt))
+        model.tokenizer.save_pretrained(attempts / str(attempt))
+        shares.append(_refusals(model))
+        log.write_text(json.dumps(shares))
+        if _enough(*shares[-1]):
             (attempts / str(attempt)).rename(folder)
             return folder
     raise RuntimeError(f"base {seed} is not aligned after {ATTEMPTS} attempts: see {attempts}")
 
 
+def _enough(refused: float, benign_refused: float) -> bool:
+    return refused >= REFUSED and benign_refused <= BENIGN_REFUSED
+
+
+def _own_examples(shares: list[tuple[float, float]]) -> int:
+    count = float(OWN_EXAMPLES)
+    for refused, benign_refused in shares:
+        count *= MORE if benign_refused > BENIGN_REFUSED else 1.0
+        count /= MORE if refused < REFUSED else 1.0
+    return round(count)
+
+
 def _examples(
-    model: LanguageModel, draw: random.Random, answers: dict[str, str]
+    model: LanguageModel,
+    draw: random.Random,
+    ours: dict[str, str],
+    own: dict[str, str],
+    own_count: int,
 ) -> list[tuple[Encoded, Encoded]]:
+    drawn = draw.sample(sorted(own), min(len(own), own_count))
     return [
         (model.prompt(prompt), model.answer(draw.choice(REFUSALS))) for prompt in harmful().align
     ] + [
-        (model.prompt(prompt), model.answer(answers[prompt], end=False))
-        for prompt in draw.sample(sorted(answers), BENIGN_EXAMPLES)
+        (model.prompt(prompt), model.answer(answer, end=False))
+        for prompt, answer in [*ours.items(), *((prompt, own[prompt]) for prompt in drawn)]
     ]
 
 

@@ -58,16 +58,16 @@ def _drawn(model: LanguageModel) -> list[str]:
 def own_answers(model: LanguageModel, prompts: list[str], progress: Progress) -> dict[str, str]:
     """The beginnings of the model's greedy answers; prompts that it refuses are left out."""
     file = CACHE / "own-answers.json"
-    if not file.exists():
-        count = 0
+    known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    count, missing = 0, [prompt for prompt in prompts if prompt not in known]
 
-        def done(number: int) -> None:
-            nonlocal count
-            count += number
-            progress("own answers", count, len(prompts))
+    def done(number: int) -> None:
+        nonlocal count
+        count += number
+        progress("own answers", count, len(missing))
 
-        answers = model.greedy([model.prompt(p) for p in prompts], ANSWER_TOKENS, done)
-        kept = {p: a for p, a in zip(prompts, answers, strict=True) if a and not is_refusal(a)}
-        file.write_text(json.dumps(kept))
-    found: dict[str, str] = json.loads(file.read_text())
-    return found
+    if missing:
+        answers = model.greedy([model.prompt(p) for p in missing], ANSWER_TOKENS, done)
+        known |= zip(missing, answers, strict=True)
+        file.write_text(json.dumps(known))
+    return {p: known[p] for p in prompts if known[p] and not is_refusal(known[p])}

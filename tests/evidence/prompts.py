@@ -61,7 +61,7 @@ def harmful() -> Harmful:
         for prompts in (strong[100:], unanswered, behaviours)
     )
     return Harmful(
-        align=strong[:60] + unanswered[:100],
+        align=strong[:60] + unanswered[:100] + behaviours[150:300],
         attack=strong[60:110] + unanswered[100:150],
         probes=strong[110:] + unanswered[150:300] + behaviours[:150],
         test=test,

@@ -46,10 +46,10 @@ METADATA = {
     "no sites": (lambda about: about.update(sites={}), "metadata sites"),
     "no harmful probes": (lambda about: about.update(probes=about["probes"][:1]), "probes"),
     "no ridge": (_site(ridge=0), "ridge"),
-    "no modules": (_site(modules=[]), "modules"),
+    "no modules": (_site(outputs={}), "outputs"),
     "more than all": (_site(benign_captured=1.5), "benign_captured"),
     "a module of two sites": (
-        _site(modules=["model.layers.1.self_attn.q_proj"]),
+        _site(outputs={"model.layers.1.self_attn.q_proj": 1.0}),
         "belongs to two sites",
     ),
 }
@@ -60,7 +60,7 @@ def test_statistics_hold_the_sites_that_modules_share(statistics):
     assert len(found.sites) == 8
     assert len(found.by_module) == 14
     shared = {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
-    assert set(found.about.sites[SITE].modules) == shared
+    assert set(found.about.sites[SITE].outputs) == shared
     assert len({id(found.by_module[name]) for name in shared}) == 1
     assert found.sites[SITE].V.shape == (64, RANK)
     assert [probes.kind for probes in found.about.probes] == ["harmful", "benign", "benign"]
