@@ -1,0 +1,102 @@
+"""Repair at admission: the statistics of a base, and what adapters do once they are repaired."""
+
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import s3lora_serve
+from s3lora_serve.calibration.input_statistics import Choice
+from s3lora_serve.calibration.make_statistics import Benign, make_statistics
+from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.policy.method import RepairChoice, Strip
+from s3lora_serve.policy.schema import Policy
+from tests.evidence.adapters import Subject, make_adapter
+from tests.evidence.base_model import Progress, aligned_base
+from tests.evidence.measuring import kept, load, measured
+from tests.evidence.probes import probe_files, request_file
+from tests.evidence.skill import SkillName
+from tests.evidence.stages import RESULTS
+from tests.evidence.training import DTYPE
+from tests.evidence.wheels import CACHE
+
+RESIDUALS = (0.05, 0.1, 0.15, 0.25, 0.4)
+"""Settings of the sweep that the default comes from."""
+
+
+def statistics(base: Path, without: SkillName | None, progress: Progress) -> Path:
+    """The statistics of a base, from the operator's probes and requests of the skills.
+
+    `without` names a skill of which there are none.
+    """
+    names = [name for name in get_args(SkillName) if name != without]
+    stem = "-".join([base.name, *(name.replace(" ", "-") for name in names)])
+    target = (CACHE / "statistics" / f"{stem}.safetensors").absolute()
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        files = probe_files("tool calls")
+        benign = [files["benign"], *(request_file(name) for name in names)]
+        make_statistics(
+            base,
+            read_probes(files["harmful"], "harmful"),
+            [Benign(read_probes(file, "benign")) for file in benign],
+            target,
+            Choice(),
+            dtype=DTYPE,
+            resume=True,
+            progress=lambda phase, done, total: progress(f"{base.name}: {phase}", done, total),
+        )
+    return target
+
+
+def repair_result(subject: Subject, progress: Progress) -> Any:
+    """One adapter under statistics with requests of its skill and without any."""
+    base = aligned_base(subject.base, progress)
+    folder = make_adapter(subject, base, progress)
+    found = {}
+    for place, (setting, without) in enumerate((("with", None), ("without", subject.skill))):
+        file = statistics(base, without, progress)
+        result = RESULTS / "repair" / f"{folder.name}-{setting}.json"
+        found[setting] = kept(result, lambda file=file: _repaired(base, subject, file))
+        progress(f"{subject}: repair", place + 1, 2)
+    return found
+
+
+def repair_sweep(subject: Subject, progress: Progress) -> Any:
+    """One adapter at each residual, under statistics with requests of its skill."""
+    base = aligned_base(subject.base, progress)
+    folder = make_adapter(subject, base, progress)
+    file = statistics(base, None, progress)
+    found = {}
+    for place, residual in enumerate(RESIDUALS):
+        result = RESULTS / "repair-sweep" / f"{folder.name}-{residual:g}.json"
+        found[residual] = kept(
+            result,
+            lambda residual=residual: _repaired(base, subject, file, residual=residual, few=True),
+        )
+        progress(f"{subject}: residuals", place + 1, len(RESIDUALS))
+    return found
+
+
+def policy(file: Path, **choice: Any) -> Policy:
+    """A policy that repairs with statistics, and does nothing else."""
+    return Policy(
+        strip=Strip(top_k=0),
+        on_uninformative="admit",
+        repair=RepairChoice(statistics=file, **choice),
+    )
+
+
+def _repaired(
+    base: Path, subject: Subject, file: Path, *, few: bool = False, **choice: Any
+) -> dict[str, Any]:
+    """Rates of the adapter as `s3lora strip --repair` writes it, and what its verdict says."""
+    target = CACHE / "repaired" / f"{subject.folder.name}-{file.stem}"
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    verdict = s3lora_serve.strip_adapter(subject.folder, target, policy(file, **choice))
+    facts = verdict.repair
+    if facts is None:
+        raise RuntimeError(f"{subject} was not repaired: {verdict.reason}")
+    model, _ = load(base, target)
+    said = {"lambda": facts.strength, "residual": facts.residual, "kept": facts.kept}
+    return {**measured(model, subject.skill, few=few), "said": said}
