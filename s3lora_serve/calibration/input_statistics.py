@@ -9,7 +9,7 @@ from torch import Tensor
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel, common_length
 from s3lora_serve.calibration.layer_pass import Batch, batches, decoder_layers, run_layer
 from s3lora_serve.errors import BaseModelUnfit
-from s3lora_serve.spectral.generalized_pairs import Pairs, generalized_pairs
+from s3lora_serve.spectral.projection_pairs import Pairs, projection_pairs
 
 HARMFUL = "harmful"
 
@@ -84,7 +84,7 @@ class Covariances:
         C_h = means.pop(HARMFUL)
         total = sum(weights[kind] for kind in means)
         C_b = sum((weights[kind] / total * mean for kind, mean in means.items()), 0 * C_h)
-        return generalized_pairs(
+        return projection_pairs(
             C_h, C_b, rank=choice.rank, epsilon=choice.epsilon, dtype=choice.dtype
         )
 

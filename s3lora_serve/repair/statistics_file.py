@@ -11,14 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from s3lora_serve.adapter.tensor_file import TensorFile, read_tensor_file
 from s3lora_serve.errors import StatisticsInvalid
 from s3lora_serve.policy.section import Digest, Fraction
 from s3lora_serve.spectral import InputStatistics
+from s3lora_serve.spectral.input_projection import MAX_OVERLAP_ERROR, overlap_error
 
 METADATA_KEY = "s3lora_statistics"
 
@@ -27,10 +26,6 @@ PARTS = ("V", "U", "F", "mu")
 
 MAX_BYTES = 32 * 2**30
 """k = 512 in float32 for all sites of a 70B model takes 24 GB."""
-
-MAX_OVERLAP_ERROR = 2e-2
-"""Largest entry of |VᵀU − 1|: pairs are normalised in float64, and rounded to bfloat16 for the
-file, or to float32 where that would cost more."""
 
 _Count = Annotated[int, Field(ge=1)]
 
@@ -55,7 +50,7 @@ class SiteRecord(_Record):
     # By the modules that share the input: E‖W·x‖², what they put out on harmful inputs.
     outputs: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     ridge: Annotated[float, Field(gt=0)]  # C_b ≈ F·Fᵀ + ridge·I
-    beyond: Annotated[float, Field(ge=0)]  # largest μ that is left out
+    beyond: Annotated[float, Field(ge=0)]  # as in `InputStatistics`
     harmful_captured: Annotated[float, Field(ge=0, le=1 + 1e-3)]  # of tr(C_h), by the pairs
     benign_captured: Fraction  # of tr(C_b), by F
 
@@ -120,11 +115,6 @@ def loaded_statistics(path: Path, digest: str) -> StatisticsFile:
     return read_statistics(path, expected=digest)
 
 
-def overlap_error(overlap: Tensor) -> float:
-    """Largest entry of |VᵀU − 1|."""
-    return float((overlap - torch.eye(len(overlap), dtype=overlap.dtype)).abs().max())
-
-
 def _by_module(about: About, sites: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
     found: dict[str, InputStatistics] = {}
     for site, record in about.sites.items():
@@ -153,8 +143,6 @@ def _site(file: TensorFile, name: str, record: SiteRecord) -> InputStatistics:
         raise ValueError(f"{where} holds NaN or Inf")
     if not ((mu >= 0).all() and (mu.diff() <= 0).all()):
         raise ValueError(f"the eigenvalues of {where} are negative, or do not fall")
-    if record.beyond > float(mu[-1]) * (1 + 1e-6):
-        raise ValueError(f"{where} leaves out an eigenvalue larger than those it has")
     overlap = V.double().mT @ U.double()
     error = overlap_error(overlap)
     if not error <= MAX_OVERLAP_ERROR or not math.isfinite(error):

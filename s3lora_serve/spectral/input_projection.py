@@ -1,9 +1,9 @@
 """The input projection: an update that acts little on some inputs, and as before on others.
 
 With `C_h = E[x·xᵀ]` over harmful and `C_b` over benign inputs of a module, the minimum of
-`‖ΔW'·X_h‖² + λ·‖(ΔW' − ΔW)·X_b‖²` is `ΔW' = ΔW·M`, `M = λ·C_b·(C_h + λ·C_b)⁻¹`. With the
-generalized eigenpairs `C_h·v = μ·C_b·v`, `vᵀ·C_b·v = 1`, `u = C_b·v`:
-`M = I − Σ μ/(μ+λ)·u·vᵀ`. The pairs with the largest μ are enough, and B stays: `A' = A·M`.
+`‖ΔW'·X_h‖² + λ·‖(ΔW' − ΔW)·X_b‖²` is `ΔW' = ΔW·M`, `M = λ·C_b·(C_h + λ·C_b)⁻¹`. With directions V,
+`VᵀC_bV = I`, `VᵀC_hV = diag(μ)`, and `u = C_h·v/μ`, the best M that reads no others is
+`M = I − Σ μ/(μ+λ)·u·vᵀ`; with all n directions it is M itself. B stays: `A' = A·M`.
 """
 
 import math
@@ -21,6 +21,10 @@ made in float32 are right to 1e-7 of the factors' norms."""
 SQUARES = 1e-20, 1e30
 """Sums of squares that float32 holds to seven digits: single squares far below do not count."""
 
+MAX_OVERLAP_ERROR = 2e-2
+"""Largest entry of |VᵀU − 1|: pairs are normalised in float64, and rounded to bfloat16 for the
+file, or to float32 where that would cost more."""
+
 Update = tuple[Tensor, Tensor, float]
 """B (m, r), A (r, n) and s of `ΔW = s·B·A`; any floating dtype."""
 
@@ -34,13 +38,19 @@ class InputStatistics:
     mu: Tensor  # (k,) float64, descending
     F: Tensor  # (n, f), leading part of C_b: C_b ≈ F·Fᵀ + ridge·I
     ridge: float
-    beyond: float  # largest μ of the pairs that are left out
+    beyond: float  # largest eigenvalue of C_h − U·diag(μ)·Uᵀ against C_b
     overlap: Tensor  # (k, k) float64, VᵀU: I up to the rounding of V and U
 
     @property
     def width(self) -> int:
         """n, the number of inputs."""
         return len(self.V)
+
+
+def overlap_error(overlap: Tensor) -> float:
+    """Largest entry of |VᵀU − 1|."""
+    eye = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
+    return float((overlap - eye).abs().max())
 
 
 class Coordinates(NamedTuple):

@@ -31,7 +31,6 @@ class Effect:
     harmful_before: float  # tr(ΔW·C_h·ΔWᵀ), of the pairs kept
     harmful_after: float
     benign_before: float  # tr(ΔW·C_b·ΔWᵀ)
-    benign_after: float
     benign_lost: float  # tr((ΔW − ΔW')·C_b·(ΔW − ΔW')ᵀ)
     beyond: float  # bound on what the pairs that are left out add to both harmful ones
 
@@ -45,8 +44,8 @@ class Effect:
 
     @property
     def kept(self) -> float:
-        """Share of the effect on benign inputs that is left; 1 without any."""
-        return _root_share(self.benign_after, self.benign_before) if self.benign_before else 1.0
+        """Share of the effect on benign inputs that is surely left, `1 − lost`; 1 without any."""
+        return max(0.0, 1.0 - self.lost)
 
     @property
     def lost(self) -> float:
@@ -56,7 +55,7 @@ class Effect:
 
 _numbers = attrgetter(*(field.name for field in fields(Effect)))
 
-NO_EFFECT = Effect(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+NO_EFFECT = Effect(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def _root_share(part: float, whole: float) -> float:
@@ -66,7 +65,7 @@ def _root_share(part: float, whole: float) -> float:
 def effects(found: Sequence[Coordinates], lam: float) -> list[Effect]:
     """The effects of each module's update before and after the projection with λ.
 
-    On C_b the pairs are an orthonormal frame, and the projection changes nothing beside it.
+    `A'·C_h·A'ᵀ = A·C_h·Aᵀ − Σ μ·(1 − (λ/(μ+λ))²)·(A·u)·(A·u)ᵀ`: what is beside the pairs stays.
     """
     made = [NO_EFFECT] * len(found)
     for stack in _stacks(found):
@@ -96,23 +95,17 @@ class _Stack(NamedTuple):
         """‖ΔW·u‖² for each pair: the diagonal of s²·Pᵀ·BᵀB·P, (modules, k)."""
         return self.square * ((self.gram_b @ P) * P).sum(1).clamp_min(0.0)
 
-    def beside(self, before: Tensor) -> Tensor:
-        """The effect on benign inputs beside the pairs, (modules,)."""
-        return (self.benign - before.sum(1)).clamp_min(0.0)
-
     def effects(self, lam: float) -> Tensor:
-        """The numbers of each module's `Effect`, (modules, 6)."""
+        """The numbers of each module's `Effect`, (modules, 5)."""
         weights = self.mu / (self.mu + lam)
         before = self.energies(self.P)
         after = self.energies(self.P - (self.P * weights[:, None]) @ self.overlap)
-        beside = self.beside(before)
         rows = (
             (self.mu * before).sum(1),
             (self.mu * after).sum(1),
-            before.sum(1) + beside,
-            after.sum(1) + beside,
+            self.benign,
             (weights.square() * before).sum(1),
-            self.beyond * beside,
+            self.beyond * self.benign,
         )
         return torch.stack(rows, 1)
 
@@ -177,7 +170,7 @@ class _Pairs(NamedTuple):
 
     mu: Tensor
     energies: Tensor
-    beside: float  # effect on benign inputs beside the pairs
+    benign: float
     beyond: float
 
     def effect(self, lam: float) -> Effect:
@@ -186,20 +179,17 @@ class _Pairs(NamedTuple):
         return Effect(
             harmful_before=float(self.mu @ self.energies),
             harmful_after=float(self.mu @ after),
-            benign_before=float(self.energies.sum()) + self.beside,
-            benign_after=float(after.sum()) + self.beside,
+            benign_before=self.benign,
             benign_lost=float(weights.square() @ self.energies),
             beyond=self.beyond,
         )
 
 
 def _pairs(found: Sequence[Coordinates]) -> _Pairs:
-    mu, energies, rest, beyond = [], [], 0.0, 0.0
+    mu, energies, benign, beyond = [], [], 0.0, 0.0
     for stack in _stacks(found):
-        before = stack.energies(stack.P)
-        beside = stack.beside(before)
         mu.append(stack.mu.flatten())
-        energies.append(before.flatten())
-        rest += float(beside.sum())
-        beyond += float(stack.beyond @ beside)
-    return _Pairs(torch.cat(mu), torch.cat(energies), rest, beyond)
+        energies.append(stack.energies(stack.P).flatten())
+        benign += float(stack.benign.sum())
+        beyond += float(stack.beyond @ stack.benign)
+    return _Pairs(torch.cat(mu), torch.cat(energies), benign, beyond)

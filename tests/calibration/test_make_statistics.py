@@ -17,7 +17,7 @@ from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.cli import app
 from s3lora_serve.errors import BaseUnaligned
 from s3lora_serve.repair.statistics_file import read_statistics
-from s3lora_serve.spectral.generalized_pairs import generalized_pairs
+from s3lora_serve.spectral.projection_pairs import projection_pairs
 from tests.support.tiny_chat import REFUSAL
 
 SITES = (
@@ -67,7 +67,7 @@ def test_they_are_the_pairs_of_the_whole_models_covariances(chat, statistics, si
     shared = common_length([prompt for part in (harmful, *benign) for prompt, _ in part])
     C_h = whole_model_covariance(model, harmful, site, shared)
     C_b = sum(whole_model_covariance(model, part, site, shared) for part in benign) / len(benign)
-    expected = generalized_pairs(C_h, C_b, rank=16, epsilon=0.1, dtype=torch.float32)
+    expected = projection_pairs(C_h, C_b, rank=16, epsilon=0.1, dtype=torch.float32)
     found = read_statistics(statistics)
     kept, record = found.sites[site], found.about.sites[site]
     assert torch.allclose(kept.mu, expected.statistics.mu, rtol=1e-3, atol=1e-6)

@@ -24,7 +24,6 @@ TENSORS = {
         "negative, or do not fall",
     ),
     "eigenvalues that rise": (_set("mu", lambda mu: mu.flip(0)), "negative, or do not fall"),
-    "smaller than what is left out": (_set("mu", lambda mu: mu * 1e-9), "leaves out"),
     "not orthonormal": (_set("V", lambda V: V * 1.05), "not orthonormal"),
     "pairs exchanged": (_set("V", lambda V: V.flip(1)), "not orthonormal"),
     "fewer directions": (_set("U", lambda U: U[:, 1:]), "has V, U and mu of the shapes"),

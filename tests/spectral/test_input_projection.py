@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from s3lora_serve.spectral import input_projection as projection
 from s3lora_serve.spectral import projection_effects as effects
+from s3lora_serve.spectral import projection_pairs as directions
 from s3lora_serve.spectral import reference
-from s3lora_serve.spectral.generalized_pairs import generalized_pairs
+from s3lora_serve.spectral.projection_pairs import projection_pairs
 from tests.support.statistics import covariance
 
 EPSILON = 0.1
@@ -22,7 +23,7 @@ def regularised(C_b):
 
 def pairs(n, rank, seed=0, dtype=torch.float64):
     C_h, C_b = covariance(n, seed), covariance(n, seed + 1)
-    found = generalized_pairs(C_h, C_b, rank=rank, epsilon=EPSILON, dtype=dtype)
+    found = projection_pairs(C_h, C_b, rank=rank, epsilon=EPSILON, dtype=dtype)
     return C_h, regularised(C_b), found
 
 
@@ -65,13 +66,11 @@ def test_with_all_pairs_it_is_the_least_squares_projection(update, lam):
     assert float((low_rank - dense).norm()) <= 1e-6 * size
     before = scaling * B.double() @ A.double()
     F = statistics.F.double()  # totals on benign inputs are of C_b as far as F has it
-    whole = reference.energy(before, F @ F.mT + statistics.ridge * torch.eye(n).double())
-    taken = reference.energy(before, C_b) - reference.energy(dense, C_b)
+    held = F @ F.mT + statistics.ridge * torch.eye(n).double()
     expected = effects.Effect(
         harmful_before=reference.energy(before, C_h),
         harmful_after=reference.energy(dense, C_h),
-        benign_before=max(whole, reference.energy(before, C_b)),
-        benign_after=max(whole, reference.energy(before, C_b)) - taken,
+        benign_before=reference.energy(before, held),
         benign_lost=reference.energy(before - dense, C_b),
         beyond=0.0,
     )
@@ -96,6 +95,21 @@ def test_what_the_kept_pairs_leave_on_harmful_inputs_is_bounded(update, lam, ran
     assert reference.energy(served, C_h) <= bound + slack * whole
     assert 0 < captured <= 1 + slack
     assert figures.harmful_after <= figures.harmful_before * (1 + slack)
+
+
+@given(st.integers(3, 24), st.integers(1, 8), st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_no_projection_of_its_rank_costs_less_for_an_update_of_which_nothing_is_known(
+    n, rank, seed
+):
+    C_h, C_b, (statistics, *_) = pairs(n, rank, seed)
+    lam = directions.BALANCE
+    R = statistics.U * (statistics.mu / (statistics.mu + lam)) @ statistics.V.mT
+    M = torch.eye(n).double() - R
+    cost = reference.energy(M, C_h) + lam * reference.energy(R, C_b)
+    gains = torch.linalg.eigvalsh(C_h @ torch.linalg.solve(C_h + lam * C_b, C_h)).flip(0)
+    least = float(C_h.trace() - gains[:rank].sum())
+    assert cost == pytest.approx(least, rel=1e-6, abs=1e-9 * float(C_h.trace()))
 
 
 @given(updates(), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -145,7 +159,7 @@ def test_an_update_of_zero_has_no_effect():
 
 def test_wide_sites_get_the_same_pairs_from_the_randomised_method(monkeypatch):
     exact = pairs(96, 8)[2]
-    monkeypatch.setattr("s3lora_serve.spectral.generalized_pairs.EXACT", 16)
+    monkeypatch.setattr("s3lora_serve.spectral.projection_pairs.EXACT", 16)
     found = pairs(96, 8)[2]
     assert torch.allclose(found.statistics.mu, exact.statistics.mu, rtol=1e-6)
     assert found.harmful_captured == pytest.approx(exact.harmful_captured, rel=1e-6)
@@ -155,4 +169,4 @@ def test_wide_sites_get_the_same_pairs_from_the_randomised_method(monkeypatch):
 def test_covariances_of_nothing_are_refused(which):
     C = {"harmful": covariance(6, 0), "benign": covariance(6, 1), which: torch.zeros(6, 6).double()}
     with pytest.raises(ValueError, match=which):
-        generalized_pairs(C["harmful"], C["benign"], rank=2, epsilon=0.1, dtype=torch.float32)
+        projection_pairs(C["harmful"], C["benign"], rank=2, epsilon=0.1, dtype=torch.float32)
