@@ -64,7 +64,7 @@ class RepairFacts:
     statistics_digest: str
     strength: float  # λ of the input projection: the larger, the more is kept
     residual: float  # share of the effect on harmful inputs that is left
-    kept: float  # share of the effect on benign inputs that is left
+    kept: float  # at least this share of the effect on benign inputs is left
     lost: float  # how far the effect on benign inputs moved, relative to it
 
 
