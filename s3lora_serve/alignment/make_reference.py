@@ -13,10 +13,10 @@ from torch import Tensor
 
 from s3lora_serve.adapter.tensor_parts import assemble, begin_parts
 from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest, difference
-from s3lora_serve.alignment.reference_file import METADATA_KEY, About, ModuleRecord, skew
+from s3lora_serve.alignment.reference_file import METADATA_KEY, About, ModuleRecord
 from s3lora_serve.errors import CheckpointUnfit
 from s3lora_serve.policy.globs import selects
-from s3lora_serve.spectral.leading_subspace import leading_subspace
+from s3lora_serve.spectral.leading_subspace import leading_subspace, skew
 
 BFLOAT16_SKEW = 9e-4
 """Entry of |UᵀU − 1| from which U stays in float32: a reader allows a tenth more."""

@@ -11,13 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from s3lora_serve.adapter.tensor_file import read_tensor_file
 from s3lora_serve.errors import ReferenceInvalid
 from s3lora_serve.spectral import Subspace
+from s3lora_serve.spectral.leading_subspace import skew
 
 METADATA_KEY = "s3lora_reference"
 
@@ -96,11 +96,6 @@ def loaded_reference(path: Path, digest: str) -> Reference:
         ReferenceInvalid: as `read_reference`.
     """
     return read_reference(path, expected=digest)
-
-
-def skew(gram: Tensor) -> float:
-    """Largest entry of |UᵀU − 1|, from UᵀU."""
-    return float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max()) if len(gram) else 0.0
 
 
 def _subspace(

@@ -17,7 +17,8 @@ from s3lora_serve.adapter.tensor_file import TensorFile, read_tensor_file
 from s3lora_serve.errors import StatisticsInvalid
 from s3lora_serve.policy.section import Digest, Fraction
 from s3lora_serve.spectral import InputStatistics
-from s3lora_serve.spectral.input_projection import MAX_OVERLAP_ERROR, overlap_error
+from s3lora_serve.spectral.input_projection import MAX_OVERLAP_ERROR
+from s3lora_serve.spectral.leading_subspace import skew
 
 METADATA_KEY = "s3lora_statistics"
 
@@ -77,15 +78,6 @@ class StatisticsFile:
     sites: Mapping[str, InputStatistics]
     by_module: Mapping[str, InputStatistics]
 
-    @property
-    def outputs(self) -> dict[str, float]:
-        """`E‖W·x‖²` on harmful inputs by module."""
-        return {
-            name: output
-            for site in self.about.sites.values()
-            for name, output in site.outputs.items()
-        }
-
 
 def read_statistics(path: Path, *, expected: str | None = None) -> StatisticsFile:
     """Read statistics whole into memory, then check them.
@@ -144,7 +136,7 @@ def _site(file: TensorFile, name: str, record: SiteRecord) -> InputStatistics:
     if not ((mu >= 0).all() and (mu.diff() <= 0).all()):
         raise ValueError(f"the eigenvalues of {where} are negative, or do not fall")
     overlap = V.double().mT @ U.double()
-    error = overlap_error(overlap)
+    error = skew(overlap)
     if not error <= MAX_OVERLAP_ERROR or not math.isfinite(error):
         raise ValueError(f"the pairs of {where} are not orthonormal: VᵀU is off 1 by {error:.1e}")
     return InputStatistics(V, U, mu, F, record.ridge, record.beyond, overlap)

@@ -47,12 +47,6 @@ class InputStatistics:
         return len(self.V)
 
 
-def overlap_error(overlap: Tensor) -> float:
-    """Largest entry of |VᵀU − 1|."""
-    eye = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
-    return float((overlap - eye).abs().max())
-
-
 class Coordinates(NamedTuple):
     """What λ and the figures need of one module, float64 on the host: nothing larger than r×k."""
 

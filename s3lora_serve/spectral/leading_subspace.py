@@ -1,4 +1,5 @@
-"""The leading left singular vectors of a large matrix, by randomised SVD or exactly."""
+"""The leading left singular vectors of a large matrix, by randomised SVD or exactly, and how far
+directions are from orthonormal."""
 
 import torch
 from torch import Tensor
@@ -8,6 +9,13 @@ OVERSAMPLING = 16
 
 POWER_ITERATIONS = 3
 """Multiplications by V·Vᵀ that sharpen the drawn directions. Measured: tests/spectral."""
+
+
+def skew(gram: Tensor) -> float:
+    """Largest entry of |UᵀU − 1|, or of |VᵀU − 1|, from that product."""
+    if not len(gram):
+        return 0.0
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
 
 
 def leading_subspace(V: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, Tensor]:

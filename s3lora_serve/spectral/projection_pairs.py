@@ -11,12 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral.input_projection import (
-    MAX_OVERLAP_ERROR,
-    InputStatistics,
-    overlap_error,
-)
-from s3lora_serve.spectral.leading_subspace import leading_subspace
+from s3lora_serve.spectral.input_projection import MAX_OVERLAP_ERROR, InputStatistics
+from s3lora_serve.spectral.leading_subspace import leading_subspace, skew
 
 LEADING = 16
 """Directions of C_b in F: they hold most of its energy, and only totals are made of them. Ours."""
@@ -66,7 +62,7 @@ def projection_pairs(
     U = C_h @ V / mu
     beyond = _beyond(C_h - (U * mu) @ U.mT, C_b)
     captured = float((U.square().sum(0) * mu).sum()) / float(C_h.trace())
-    if overlap_error(V.to(dtype).double().mT @ U.to(dtype).double()) > MAX_OVERLAP_ERROR:
+    if skew(V.to(dtype).double().mT @ U.to(dtype).double()) > MAX_OVERLAP_ERROR:
         dtype = torch.promote_types(dtype, torch.float32)
     V, U = V.to(dtype), U.to(dtype)
     directions, values = _leading(C_b, min(rank, LEADING))
@@ -91,8 +87,7 @@ def _directions(C_h: Tensor, C_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Q, _ = _leading(whitened @ whitened.mT, rank)
     W = torch.linalg.solve_triangular(L.mT, Q, upper=True)
     inner = torch.linalg.cholesky(W.mT @ C_b @ W)
-    half = torch.linalg.solve_triangular(inner, W.mT @ C_h @ W, upper=False)
-    small = torch.linalg.solve_triangular(inner, half.mT, upper=False)
+    small = _whitened(W.mT @ C_h @ W, inner)
     mu, Z = torch.linalg.eigh((small + small.mT) / 2)
     mu, Z = mu.flip(0), Z.flip(1)
     kept = mu > SMALLEST * mu[0]
@@ -102,10 +97,15 @@ def _directions(C_h: Tensor, C_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _beyond(rest: Tensor, C_b: Tensor) -> float:
     """The largest eigenvalue of what the pairs leave of C_h, against C_b."""
-    L = torch.linalg.cholesky(C_b)
-    half = torch.linalg.solve_triangular(L, rest, upper=False)
-    _, values = _leading(torch.linalg.solve_triangular(L, half.mT, upper=False), 1)
+    _, values = _leading(_whitened(rest, torch.linalg.cholesky(C_b)), 1)
     return max(0.0, float(values[0]))
+
+
+def _whitened(C: Tensor, L: Tensor) -> Tensor:
+    """`L⁻¹·C·L⁻ᵀ` of a symmetric C."""
+    half = torch.linalg.solve_triangular(L, C, upper=False)
+    whitened: Tensor = torch.linalg.solve_triangular(L, half.mT, upper=False)
+    return whitened
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
