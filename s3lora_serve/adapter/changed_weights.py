@@ -1,6 +1,7 @@
 """The weights file of an adapter with factors replaced; header, layout and other bytes stay."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
@@ -92,23 +93,40 @@ def rounded_lora_b(module: Module, B: Tensor) -> NewFactor:
     return NewFactor(module.keys[1], new, before, after)
 
 
-def new_lora_a(
-    module: Module, A: Tensor, gram: Tensor, gram_a: Tensor, gram_b: Tensor
-) -> NewFactor:
-    """A' in the dtype that A is stored in, checked as `rounded_lora_b` does by Gram matrices.
+class Grams(NamedTuple):
+    """The Gram matrices of two factors, (r, r) float64."""
 
-    Shape: A (r, n); A'·A'ᵀ, A·Aᵀ and BᵀB (r, r) float64.
+    b: Tensor  # BᵀB
+    a: Tensor  # A·Aᵀ
+
+    @property
+    def update(self) -> float:
+        """‖B·A‖_F."""
+        return _norm(self.b, self.a)
+
+    @property
+    def size(self) -> float:
+        """‖B‖_F·‖A‖_F."""
+        square = float(self.b.trace() * self.a.trace())
+        return math.sqrt(max(square, 0.0))
+
+
+def new_pair(
+    module: Module, B: Tensor, A: Tensor, own: Grams, new: Grams
+) -> tuple[NewFactor, NewFactor]:
+    """B' and A' in the dtypes that B and A are stored in, checked by Gram matrices.
 
     Raises:
-        ValueError: as `rounded_lora_b`.
+        ValueError: as `rounded_lora_b`, of either factor.
     """
-    wide = A.dtype == torch.float64  # which may hold what no server does
-    if not gram.isfinite().all() or (wide and not as_served(A).isfinite().all()):
-        raise ValueError(f"makes the lora_A of {module.name} NaN or Inf")
-    before, after = _norm(gram_b, gram_a), _norm(gram_b, gram)
-    size = float(gram_b.trace() * gram.trace()) ** 0.5
-    _check_cancellation(module, size, max(before, after))
-    return NewFactor(module.keys[0], A, before, after)
+    for name, factor, gram in (("lora_B", B, new.b), ("lora_A", A, new.a)):
+        wide = factor.dtype == torch.float64  # which may hold what no server does
+        if not gram.isfinite().all() or (wide and not as_served(factor).isfinite().all()):
+            raise ValueError(f"makes the {name} of {module.name} NaN or Inf")
+    before, after = own.update, new.update
+    _check_cancellation(module, new.size, max(before, after))
+    key_a, key_b = module.keys
+    return NewFactor(key_b, B, before, after), NewFactor(key_a, A, before, after)
 
 
 def _check_cancellation(module: Module, factors: float, update: float) -> None:

@@ -41,7 +41,7 @@ class ModuleVerdict:
     removed_share: float = 0.0  # of ‖ΔW‖_F²: 1 if stripped, < 0 if projecting makes ΔW larger
     projected: bool = False  # served with B' = C·B of the alignment reference
     repaired: bool = False  # served with A' = A·M of the statistics
-    residual: float | None = None  # share of its effect on harmful inputs that is left
+    residual: float | None = None  # share of its effect on refusals that is left
     kept: float | None = None  # share of its effect on benign inputs that is left
     alignment: float | None = None  # score of safe-lora or splora; None: another scorer, or ΔW = 0
     captured: float | None = None  # share of the alignment's energy that the reference holds
@@ -63,7 +63,7 @@ class RepairFacts:
 
     statistics_digest: str
     strength: float  # λ of the input projection: the larger, the more is kept
-    residual: float  # share of the effect on harmful inputs that is left
+    residual: float  # share of the effect on refusals that is left
     kept: float  # at least this share of the effect on benign inputs is left
     lost: float  # how far the effect on benign inputs moved, relative to it
 

@@ -24,14 +24,16 @@ class Batch:
     """Examples of one kind, and where they are in the model."""
 
     kind: str
+    ids: Tensor  # (examples, tokens), padded on the left
+    mask: Tensor  # (examples, tokens), 0 where padded
+    answers: list[int]  # tokens of each example's answer, which end its row
     hidden: Tensor  # (examples, tokens, width), the input of the next layer, on the host
     counted: Tensor  # (examples, tokens) bool: tokens that statistics are of
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # other arguments, for each layer
 
 
-Observer = Callable[[dict[str, Tensor], Tensor, Batch], None]
-"""Called with the outputs of the linear modules that share an input, by name, the input, and its
-batch."""
+Observer = Callable[[tuple[str, ...], Tensor, Batch], None]
+"""Called with the names of the linear modules that share an input, the input, and its batch."""
 
 
 def decoder_layers(model: Any) -> tuple[str, Any]:
@@ -50,7 +52,7 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
     return lists[0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def batches(
     model: LanguageModel, examples: dict[str, Sequence[tuple[Encoded, Encoded]]], skipped: int
 ) -> list[Batch]:
@@ -63,46 +65,80 @@ def batches(
     for kind, pairs in examples.items():
         ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
         for start in range(0, len(ordered), BATCH):
-            tokens = [prompt + answer for prompt, answer in ordered[start : start + BATCH]]
+            those = ordered[start : start + BATCH]
+            tokens = [prompt + answer for prompt, answer in those]
             ids, mask = model.padded(tokens)
             # The last token's successor is not the answer's any more: its inputs are never used.
             counted = mask.bool()
             counted[:, -1] = False
             for row, sequence in enumerate(tokens):
                 counted[row, ids.shape[1] - len(sequence) :][:skipped] = False
-            with _noting(layers) as calls:
-                model.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
+            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+            with _instead(layers, _noting(calls)):
+                _logits(model, ids, mask, 1)
             hidden, rest = calls[0][0][0], [(args[1:], more) for args, more in calls]
-            found.append(Batch(kind, hidden.cpu(), counted.cpu(), rest))
+            answers = [len(answer) for _, answer in those]
+            found.append(Batch(kind, ids, mask, answers, hidden.cpu(), counted.cpu(), rest))
     return found
 
 
-@contextmanager
-def _noting(layers: Any) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Within this context each layer notes its arguments and returns its input."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    originals = [layer.forward for layer in layers]
+def given_hidden(
+    model: LanguageModel, batch: Batch, hidden: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """Logits for the first tokens of each answer, and these tokens, if the last layer puts out
+    `hidden`.
+
+    Shape: hidden (examples, tokens, width) -> (found, vocabulary) float32, (found,).
+    """
+    _, layers = decoder_layers(model.model)
+    longest = max(batch.answers)
+    with _instead(layers, lambda *_args, **_more: hidden):
+        logits = _logits(model, batch.ids, batch.mask, longest + 1)
+    rows, targets = [], []
+    for row, count in enumerate(batch.answers):
+        those = min(first, count)
+        rows.append(logits[row, longest - count :][:those])
+        targets.append(batch.ids[row, batch.ids.shape[1] - count :][:those])
+    return torch.cat(rows).float(), torch.cat(targets)
+
+
+def _logits(model: LanguageModel, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+    """The logits of the last tokens, (examples, last, vocabulary)."""
+    logits: Tensor = model.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=last,
+    ).logits
+    return logits
+
+
+def _noting(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Callable[..., Tensor]:
+    """A layer that notes its arguments and returns its input."""
 
     def noting(hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
         calls.append(((hidden_states, *args), more))
         return hidden_states
 
+    return noting
+
+
+@contextmanager
+def _instead(layers: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within this context each layer does this."""
+    originals = [layer.forward for layer in layers]
+
     try:
         for layer in layers:
-            layer.forward = noting
-        yield calls
+            layer.forward = forward
+        yield
     finally:
         for layer, original in zip(layers, originals, strict=True):
             layer.forward = original
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_layer(
     layer: Any,
     place: int,
@@ -111,8 +147,7 @@ def run_layer(
     observe: Observer,
     device: torch.device,
 ) -> None:
-    """Run one layer on all batches; `observe` sees each input of its linear modules once, with what
-    each of them makes of it."""
+    """Run one layer on all batches; `observe` sees each input of its linear modules once."""
     for batch in found:
         args, more = batch.calls[place]
         with _observed(layer, name, batch, observe):
@@ -122,24 +157,24 @@ def run_layer(
 
 @contextmanager
 def _observed(layer: Any, name: str, batch: Batch, observe: Observer) -> Iterator[None]:
-    """After this context `observe` gets each input with the outputs of the modules that took it."""
-    taken: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}  # keeps inputs: no two have one address
+    """After this context `observe` gets each input with the modules that took it."""
+    taken: dict[int, tuple[Tensor, list[str]]] = {}  # keeps inputs: no two have one address
 
-    def noting(module_name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-        def note(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            taken.setdefault(id(inputs[0]), (inputs[0], {}))[1][module_name] = output
+    def noting(module_name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+            taken.setdefault(id(inputs[0]), (inputs[0], []))[1].append(module_name)
 
         return note
 
     hooks = [
-        module.register_forward_hook(noting(f"{name}.{inner}"))
+        module.register_forward_pre_hook(noting(f"{name}.{inner}"))
         for inner, module in layer.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
     try:
         yield
-        for inputs, outputs in taken.values():
-            observe(outputs, inputs, batch)
+        for inputs, modules in taken.values():
+            observe(tuple(modules), inputs, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,28 +1,21 @@
-"""Make the statistics of a base model's inputs, one layer at a time."""
+"""Make the statistics of a base model, one layer at a time, there and back."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from s3lora_serve.adapter.tensor_parts import assemble, begin_parts
 from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest
-from s3lora_serve.calibration.input_statistics import (
-    HARMFUL,
-    Choice,
-    Covariances,
-    Examples,
-    collect,
-)
+from s3lora_serve.calibration.input_statistics import HARMFUL, Choice, Examples, collect
 from s3lora_serve.calibration.judge import JUDGED_TOKENS, check_aligned, is_refusal
-from s3lora_serve.calibration.language_model import LanguageModel
+from s3lora_serve.calibration.language_model import LanguageModel, common_length
+from s3lora_serve.calibration.layer_pass import Batch, batches, decoder_layers
 from s3lora_serve.calibration.probes import ProbeFile
-from s3lora_serve.errors import ProbesInvalid
-from s3lora_serve.repair.statistics_file import METADATA_KEY, PARTS, About, ProbesRecord, SiteRecord
+from s3lora_serve.calibration.refusal_gradients import back_through_layer, gradients_at_the_end
+from s3lora_serve.calibration.statistics_parts import Parts
+from s3lora_serve.repair.statistics_file import About, ProbesRecord
 
 ANSWER_TOKENS = 24
 """Tokens of the base model's own answer to a benign prompt whose inputs count. Ours."""
@@ -69,30 +62,47 @@ def make_statistics(
     digest = Checkpoint.open(base).digest
     progress("digest", 1, 1)
     settings = json.dumps([digest, harmful.digest, *_asked(benign), repr(choice)])
-    parts = Parts(begin_parts(target, settings, resume=resume))
+    parts = Parts(target, settings, resume=resume)
     model = LanguageModel.load(base, device, dtype, offload=parts.offload)
     examples = _examples(model, harmful, benign, progress)
     weights = {_kind(i): each.weight for i, each in enumerate(benign)}
-    records: dict[str, SiteRecord] = {}
-    tokens: dict[str, int] = {}
-
-    def made(layer: int, sums: Covariances) -> None:
-        records.update(parts.kept(layer) or parts.write(layer, sums, weights, choice))
-        for counts in list(sums.counts.values())[:1]:
-            tokens.update(counts)
-
-    collect(model, examples, made, lambda done, total: progress("layers", done, total))
+    skipped = common_length([prompt for pairs in examples.values() for prompt, _ in pairs])
+    found = batches(model, dict(examples), skipped)
+    refused = [batch for batch in found if batch.kind == HARMFUL]
+    name, layers = decoder_layers(model.model)
+    for place, layer in enumerate(layers):
+        parts.keep(place, [batch.hidden for batch in refused])
+        sums = collect(layer, place, f"{name}.{place}", found, model.device)
+        parts.write_inputs(place, sums, weights, choice)
+        progress("layers", place + 1, len(layers))
+    gradients = gradients_at_the_end(model, refused)
+    for place in reversed(range(len(layers))):
+        where, inputs = f"{name}.{place}", parts.take(place)
+        back = back_through_layer(
+            layers[place], place, where, refused, inputs, gradients, model.device
+        )
+        parts.write_outputs(place, back, choice)
+        progress("gradients", len(layers) - place, len(layers))
     about = About(
         rank=choice.rank,
+        output_rank=choice.output_rank,
         epsilon=choice.epsilon,
         base_digest=digest,
         config_digest=config_digest(base),
-        probes=tuple(_records(examples, tokens, harmful, benign)),
+        probes=tuple(_records(examples, _tokens(found), harmful, benign)),
         s3lora_serve=version("s3lora-serve"),
-        sites=records,
+        sites=parts.sites(len(layers)),
     )
     parts.assemble(about, target)
     return about
+
+
+def _tokens(found: Sequence[Batch]) -> Counter[str]:
+    """The counted tokens of each kind."""
+    counts: Counter[str] = Counter()
+    for batch in found:
+        counts[batch.kind] += int(batch.counted.sum())
+    return counts
 
 
 def _asked(benign: Sequence[Benign]) -> list[str]:
@@ -147,62 +157,3 @@ def _records(
             tokens=tokens[_kind(place)],
             weight=each.weight,
         )
-
-
-class Parts:
-    """The folder beside a target with what each layer yielded."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @property
-    def offload(self) -> Path:
-        """Where weights lie that are kept in another dtype than the checkpoint's."""
-        return self._folder / "offload"
-
-    def kept(self, layer: int) -> dict[str, SiteRecord] | None:
-        """The records of a layer that was made already."""
-        note = self._folder / f"{layer}.json"
-        if not note.exists():
-            return None
-        found = json.loads(note.read_text())
-        return {site: SiteRecord.model_validate(record) for site, record in found.items()}
-
-    def write(
-        self, layer: int, sums: Covariances, weights: Mapping[str, float], choice: Choice
-    ) -> dict[str, SiteRecord]:
-        """Make and keep the statistics of a layer's sites."""
-        records, tensors = {}, {}
-        for modules in sums.sums:
-            site = modules[0]
-            try:
-                found = sums.statistics(modules, weights, choice)
-            except ValueError as error:
-                raise ProbesInvalid(f"{site}: {error}") from None
-            statistics, outputs = found.statistics, sums.outputs(modules)
-            if silent := [module for module, output in outputs.items() if not output > 0]:
-                raise ProbesInvalid(f"{silent[0]} puts out nothing on harmful probes")
-            records[site] = SiteRecord(
-                outputs=outputs,
-                ridge=statistics.ridge,
-                beyond=statistics.beyond,
-                harmful_captured=found.harmful_captured,
-                benign_captured=found.benign_captured,
-            )
-            for part in PARTS:
-                tensors[f"{site}.{part}"] = getattr(statistics, part).contiguous()
-        save_file(tensors, self._folder / f"{layer}.safetensors")
-        plain = {site: record.model_dump(mode="json") for site, record in records.items()}
-        partial = self._folder / f"{layer}.partial"
-        partial.write_text(json.dumps(plain))
-        partial.rename(self._folder / f"{layer}.json")  # last: it marks the layer as made
-        return records
-
-    def assemble(self, about: About, target: Path) -> None:
-        """Write the one file, and remove the folder."""
-        metadata = {METADATA_KEY: about.model_dump_json()}
-        assemble(self._folder, target, self._tensors, metadata)
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for file in sorted(self._folder.glob("*.safetensors"), key=lambda file: int(file.stem)):
-            yield from sorted(load_file(file).items())

@@ -38,8 +38,8 @@ def evaluate(
         str | None, typer.Option(help="mas-svd, safe-lora or splora; else the policy's.")
     ] = None,
     action: Annotated[Action | None, typer.Option(help="strip or project.")] = None,
-    residual: Annotated[
-        str, typer.Option(help="Residuals of the policy's repair, to compare: 0.3,0.15,0.05.")
+    strength: Annotated[
+        str, typer.Option(help="λ of the policy's repair, to compare: 0.3,0.1,0.03.")
     ] = "",
     plan: Annotated[Path | None, typer.Option(help="A plan to compare as well.")] = None,
     judge: Annotated[
@@ -75,13 +75,13 @@ def evaluate(
 
     try:
         chosen_plan = _plan(plan)
-        residuals = _residuals(residual)
-        settings = trials(_counts(tau), scorer, action and action.value, chosen_plan, residuals)
+        strengths = _strengths(strength)
+        settings = trials(_counts(tau), scorer, action and action.value, chosen_plan, strengths)
         tasks = [task_file(text, judge) for text in task]
         check_tasks(tasks)
         rule = Rule(max_asr=max_asr, max_utility_loss=max_utility_loss)
-        # A file of an earlier release has no residuals.
-        asked = [url, adapter, task, judge, scorer, action, chosen_plan, *residuals]
+        # A file of an earlier release has no strengths.
+        asked = [url, adapter, task, judge, scorer, action, chosen_plan, *strengths]
         sweep = Sweep(key=canonical_digest(asked), url=url, adapter=adapter, rule=rule)
         if resume:
             sweep = sweep.model_copy(update={"trials": _kept(output, sweep.key)})
@@ -126,12 +126,12 @@ def _counts(text: str) -> list[int]:
         raise ValueError(f"--tau takes numbers with commas between them, got {text!r}") from None
 
 
-def _residuals(text: str) -> list[float]:
+def _strengths(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(
-            f"--residual takes numbers with commas between them, got {text!r}"
+            f"--strength takes numbers with commas between them, got {text!r}"
         ) from None
 
 

@@ -47,7 +47,8 @@ def make(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
-    rank: Annotated[int, typer.Option(min=1, help="Directions to keep of each input.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="Directions of each input.")] = 64,
+    output_rank: Annotated[int, typer.Option(min=1, help="Directions of each output.")] = 64,
     epsilon: Annotated[
         float, typer.Option(min=1e-6, help="Weight of inputs that no benign prompt has.")
     ] = 0.1,
@@ -59,7 +60,8 @@ def make(
 ) -> None:
     """Measure what harmful and benign prompts produce inside a base model, once for all adapters.
 
-    One layer at a time is run on all prompts. The file appears complete or not at all.
+    One layer at a time is run on all prompts, and gradients of refusals go back through it. The
+    file appears complete or not at all.
 
     Exit code: 0 written, 1 the base model does not refuse the harmful prompts, 2 wrong usage.
     """
@@ -77,7 +79,7 @@ def make(
                 read_probes(harmful, "harmful"),
                 [_benign(each) for each in benign],
                 output,
-                _choice(rank, epsilon, dtype),
+                _choice(rank, output_rank, epsilon, dtype),
                 device=where,
                 resume=resume,
                 progress=progress,
@@ -117,12 +119,12 @@ def show(
     _print(found)
 
 
-def _choice(rank: int, epsilon: float, dtype: Dtype) -> Any:
+def _choice(rank: int, output_rank: int, epsilon: float, dtype: Dtype) -> Any:
     import torch
 
     from s3lora_serve.calibration.input_statistics import Choice
 
-    return Choice(rank, epsilon, getattr(torch, dtype.value))
+    return Choice(rank, output_rank, epsilon, getattr(torch, dtype.value))
 
 
 def _benign(text: str) -> "Benign":
@@ -175,7 +177,8 @@ def _print(found: "StatisticsFile") -> None:
         weight = f", weight {probes.weight:g}" if probes.kind == "benign" else ""
         told = f"{probes.count} prompts, {probes.tokens} tokens{weight}"
         console.print(plain(f"{probes.kind:8} {probes.digest[:19]}…: {told}"))
-    table = Table("input of", "width", "μ₁", "μ_k", "harmful held", "benign held")
+    heads = ("input of", "width", "μ₁", "μ_k", "harmful held", "benign held", "gradients held")
+    table = Table(*heads)
     sites = sorted(about.sites.items(), key=lambda item: item[1].harmful_captured)
     for name, site in sites:
         statistics = found.sites[name]
@@ -187,6 +190,7 @@ def _print(found: "StatisticsFile") -> None:
             f"{float(statistics.mu[-1]):.3g}",
             f"{site.harmful_captured:.1%}",
             f"{site.benign_captured:.1%}",
+            f"{min(output.captured for output in site.outputs.values()):.1%}",
         )
     console.print(table)
     weak = sum(site.harmful_captured < WEAK for site in about.sites.values())

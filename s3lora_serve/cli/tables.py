@@ -101,7 +101,7 @@ def _title(verdict: Verdict) -> str:
     if verdict.selected_by == "plan":
         return f"{verdict.name}: {_plan(verdict)}"
     if (repair := verdict.repair) is not None:
-        left = f"{repair.residual:.1%} left on harmful inputs, {repair.kept:.1%} on benign ones"
+        left = f"{repair.residual:.1%} left on refusals, {repair.kept:.1%} on benign inputs"
         return f"{verdict.name}: {len(verdict.repaired)} repaired, λ {repair.strength:.3g}; {left}"
     return verdict.name
 

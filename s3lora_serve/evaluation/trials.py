@@ -1,4 +1,4 @@
-"""The settings that a sweep compares: strip counts by one scorer, residuals of repair, plans."""
+"""The settings that a sweep compares: strip counts by one scorer, strengths of repair, plans."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,19 +24,17 @@ def trials(
     scorer: str | None,
     action: str | None,
     plan: dict[str, Any] | None,
-    residuals: Sequence[float] = (),
+    strengths: Sequence[float] = (),
 ) -> list[Trial]:
-    """A trial for each strip count, for each residual of a repair, and one for the plan.
+    """A trial for each strip count, for each λ of a repair, and one for the plan.
 
     Raises:
         ValueError: a number is out of its range or given twice, or there is nothing to compare.
     """
-    if not counts and not residuals and plan is None:
-        raise ValueError("there is no setting to evaluate: give --tau, --residual or --plan")
-    if not all(0 < each < 1 for each in residuals) or len(set(residuals)) < len(residuals):
-        raise ValueError(
-            f"--residual takes different numbers between 0 and 1, got {list(residuals)}"
-        )
+    if not counts and not strengths and plan is None:
+        raise ValueError("there is no setting to evaluate: give --tau, --strength or --plan")
+    if not all(0 < each <= 1e6 for each in strengths) or len(set(strengths)) < len(strengths):
+        raise ValueError(f"--strength takes different numbers above 0, got {list(strengths)}")
     if min(counts, default=0) < 0 or len(set(counts)) < len(counts):
         raise ValueError(f"--tau takes different counts of 0 or more, got {list(counts)}")
     shared: dict[str, Any] = {} if scorer is None else {"scorer": {"name": scorer}}
@@ -45,6 +43,6 @@ def trials(
     found = [Trial(f"top_k={count}", {"strip": {"top_k": count}} | shared) for count in counts]
     repaired = {"strip": {"top_k": 0}} | ({} if scorer is None else {"scorer": {"name": scorer}})
     found += [
-        Trial(f"residual={each:g}", repaired | {"repair": {"residual": each}}) for each in residuals
+        Trial(f"strength={each:g}", repaired | {"repair": {"strength": each}}) for each in strengths
     ]
     return found + ([Trial("plan", {}, plan)] if plan is not None else [])

@@ -49,7 +49,7 @@ class SarifLog:
             message = f"Plan {verdict.plan_digest} strips {counts} of {len(verdict.modules)}"
             self._add(verdict, PLANNED, "note", message)
         elif verdict.decision is Decision.STRIPPED and verdict.repair is not None:
-            left = f"{verdict.repair.residual:.1%} of its effect on harmful inputs"
+            left = f"{verdict.repair.residual:.1%} of its effect on refusals"
             kept = f"{verdict.repair.kept:.1%} on benign ones"
             counts = f"{len(verdict.repaired)} of {len(verdict.modules)} modules are repaired"
             stripped = f", {len(verdict.stripped)} stripped" if verdict.stripped else ""

@@ -19,10 +19,10 @@ class ScorerSettings(BaseModel):
 
 
 class RepairSettings(BaseModel):
-    """How much an experiment's repair leaves; the statistics are the policy's."""
+    """The λ of an experiment's repair; the statistics are the policy's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    residual: Annotated[float, Field(gt=0, lt=1)]
+    strength: Annotated[float, Field(gt=0, le=1e6)]
 
 
 class Settings(BaseModel):

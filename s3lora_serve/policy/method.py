@@ -43,12 +43,14 @@ class ScorerChoice(Section):
 
 
 class RepairChoice(Section):
-    """Repair at admission: the update is projected away from what harmful prompts produce."""
+    """Repair at admission: the update acts little on refusals, and on benign inputs as before."""
 
     statistics: Path  # a file of `s3lora statistics make`
     statistics_digest: Digest | None = None  # of that file; None: as it is when the policy is read
-    # Share of the adapter's effect on harmful inputs that is left. Ours, not measured yet
-    residual: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    # λ, what benign inputs weigh against refusals. Measured: tests/evidence
+    strength: Annotated[float, Field(gt=0, le=1e6)] = 0.1
+    # Largest share of the adapter's effect on refusals that is left: λ is smaller if more were
+    residual: Annotated[float, Field(gt=0, le=1)] = 0.05
     on_missing: Literal["reject", "leave"] = "reject"  # modules that the statistics lack
 
 

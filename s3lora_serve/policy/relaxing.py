@@ -112,6 +112,7 @@ STRICTER: Mapping[str, Callable[[Any, Any], bool]] = {
     "limits.max_rank": _at_most,
     "limits.formats": _fewer,
     "limits.roots": _below,
+    "repair.strength": _at_most,
     "repair.residual": _at_most,
     "repair.on_missing": _one_of("reject", "leave"),
     "deny": _more,

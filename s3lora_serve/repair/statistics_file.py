@@ -1,7 +1,8 @@
-"""The file of a base model's input statistics: its format, and a strict reader.
+"""The file of a base model's statistics: its format, and a strict reader.
 
 One safetensors file. For each input site `<site>.V` and `<site>.U` (n, k), `<site>.F` (n, f) and
-`<site>.mu` (k,); the key `s3lora_statistics` of its metadata holds the `About` as JSON.
+`<site>.mu` (k,), for each module `<module>.Q` (m, q) and `<module>.gamma` (q,); the key
+`s3lora_statistics` of its metadata holds the `About` as JSON.
 """
 
 import math
@@ -12,18 +13,22 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from s3lora_serve.adapter.tensor_file import TensorFile, read_tensor_file
 from s3lora_serve.errors import StatisticsInvalid
 from s3lora_serve.policy.section import Digest, Fraction
-from s3lora_serve.spectral import InputStatistics
-from s3lora_serve.spectral.input_projection import MAX_OVERLAP_ERROR
+from s3lora_serve.spectral import InputStatistics, OutputStatistics
+from s3lora_serve.spectral.factor_coordinates import MAX_OVERLAP_ERROR
 from s3lora_serve.spectral.leading_subspace import skew
 
 METADATA_KEY = "s3lora_statistics"
 
 PARTS = ("V", "U", "F", "mu")
 """The tensors of a site, by the ends of their names."""
+
+OUTPUT_PARTS = ("Q", "gamma")
+"""The tensors of a module."""
 
 MAX_BYTES = 32 * 2**30
 """k = 512 in float32 for all sites of a 70B model takes 24 GB."""
@@ -45,22 +50,31 @@ class ProbesRecord(_Record):
     weight: Annotated[float, Field(gt=0)] = 1.0  # among the files of benign probes
 
 
+class OutputRecord(_Record):
+    """What the file says of one module's outputs beside its tensors."""
+
+    gamma_rest: Annotated[float, Field(ge=0)]  # as in `OutputStatistics`
+    captured: Fraction  # of tr(G), by the leading directions
+
+
 class SiteRecord(_Record):
     """What the file says of one input site beside its tensors."""
 
-    # By the modules that share the input: E‖W·x‖², what they put out on harmful inputs.
-    outputs: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    ridge: Annotated[float, Field(gt=0)]  # C_b ≈ F·Fᵀ + ridge·I
-    beyond: Annotated[float, Field(ge=0)]  # as in `InputStatistics`
-    harmful_captured: Annotated[float, Field(ge=0, le=1 + 1e-3)]  # of tr(C_h), by the pairs
-    benign_captured: Fraction  # of tr(C_b), by F
+    # The modules that share the input.
+    outputs: Annotated[dict[str, OutputRecord], Field(min_length=1)]
+    ridge: Annotated[float, Field(ge=0)]  # as in `InputStatistics`
+    mu_rest: Annotated[float, Field(ge=0)]
+    beyond: Annotated[float, Field(ge=0)]
+    harmful_captured: Annotated[float, Field(ge=0, le=1 + 1e-3)]  # of tr(C_h), by U
+    benign_captured: Fraction  # of tr(C_b), by U and F
 
 
 class About(_Record):
     """What statistics were made of, and how."""
 
     version: Literal[1] = 1
-    rank: _Count
+    rank: _Count  # directions of each input
+    output_rank: _Count  # directions of each output
     epsilon: Annotated[float, Field(gt=0)]
     base_digest: Digest
     config_digest: Digest | None  # of the base model's config.json, as served models have it
@@ -77,6 +91,7 @@ class StatisticsFile:
     about: About
     sites: Mapping[str, InputStatistics]
     by_module: Mapping[str, InputStatistics]
+    outputs: Mapping[str, OutputStatistics]
 
 
 def read_statistics(path: Path, *, expected: str | None = None) -> StatisticsFile:
@@ -89,12 +104,15 @@ def read_statistics(path: Path, *, expected: str | None = None) -> StatisticsFil
     try:
         file = read_tensor_file(path, MAX_BYTES, expected)
         about = file.about(About, METADATA_KEY)
-        file.check_names([f"{site}.{part}" for site in about.sites for part in PARTS])
+        records = [each for site in about.sites.values() for each in site.outputs.items()]
+        names = [f"{site}.{part}" for site in about.sites for part in PARTS]
+        file.check_names(names + [f"{name}.{part}" for name, _ in records for part in OUTPUT_PARTS])
         sites = {name: _site(file, name, record) for name, record in about.sites.items()}
         by_module = _by_module(about, sites)
+        outputs = {name: _outputs(file, name, record) for name, record in records}
     except ValueError as error:
         raise StatisticsInvalid(str(error)) from None
-    return StatisticsFile(file.digest, about, sites, by_module)
+    return StatisticsFile(file.digest, about, sites, by_module, outputs)
 
 
 @lru_cache(maxsize=1)
@@ -130,13 +148,57 @@ def _site(file: TensorFile, name: str, record: SiteRecord) -> InputStatistics:
         raise ValueError(f"{where} has V, U and mu of the shapes {shapes}")
     if F.ndim != 2 or len(F) != len(V) or not F.numel():
         raise ValueError(f"{where} has F of the shape {tuple(F.shape)}, V {tuple(V.shape)}")
-    mu = mu.double()
-    if not all(each.isfinite().all() for each in (V, U, F, mu)):
+    mu = _eigenvalues(where, mu, V, U, F)
+    overlap = _overlap(where, V, U)
+    return InputStatistics(
+        V=V,
+        U=U,
+        mu=mu,
+        F=F,
+        ridge=record.ridge,
+        mu_rest=record.mu_rest,
+        beyond=record.beyond,
+        overlap=overlap,
+    )
+
+
+def _outputs(file: TensorFile, name: str, record: OutputRecord) -> OutputStatistics:
+    """The statistics of one module's outputs.
+
+    Raises:
+        ValueError: shapes do not match, or no covariance has these directions.
+    """
+    Q, gamma = (file.tensors[f"{name}.{part}"] for part in OUTPUT_PARTS)
+    where = f"{file.path}: module {name[:120]}"
+    if Q.ndim != 2 or gamma.shape != Q.shape[1:] or not Q.numel():
+        shapes = tuple(Q.shape), tuple(gamma.shape)
+        raise ValueError(f"{where} has Q and gamma of the shapes {shapes}")
+    gamma = _eigenvalues(where, gamma, Q)
+    return OutputStatistics(Q, gamma, record.gamma_rest, _overlap(where, Q, Q))
+
+
+def _eigenvalues(where: str, values: Tensor, *directions: Tensor) -> Tensor:
+    """Eigenvalues in float64.
+
+    Raises:
+        ValueError: they or their directions are not finite, or they are negative or rise.
+    """
+    values = values.double()
+    if not all(each.isfinite().all() for each in (values, *directions)):
         raise ValueError(f"{where} holds NaN or Inf")
-    if not ((mu >= 0).all() and (mu.diff() <= 0).all()):
+    if not ((values >= 0).all() and (values.diff() <= 0).all()):
         raise ValueError(f"the eigenvalues of {where} are negative, or do not fall")
+    return values
+
+
+def _overlap(where: str, V: Tensor, U: Tensor) -> Tensor:
+    """VᵀU, (k, k) float64.
+
+    Raises:
+        ValueError: it is not I up to MAX_OVERLAP_ERROR.
+    """
     overlap = V.double().mT @ U.double()
     error = skew(overlap)
     if not error <= MAX_OVERLAP_ERROR or not math.isfinite(error):
-        raise ValueError(f"the pairs of {where} are not orthonormal: VᵀU is off 1 by {error:.1e}")
-    return InputStatistics(V, U, mu, F, record.ridge, record.beyond, overlap)
+        raise ValueError(f"the directions of {where} are not orthonormal: off by {error:.1e}")
+    return overlap

@@ -10,12 +10,12 @@
 
 from s3lora_serve.spectral.alignment import Subspace
 from s3lora_serve.spectral.device import warm_up
+from s3lora_serve.spectral.factor_coordinates import InputStatistics, OutputStatistics
 from s3lora_serve.spectral.fallback import CAUSES as FALLBACK_CAUSES
 from s3lora_serve.spectral.fallback import report_to as report_fallbacks_to
 from s3lora_serve.spectral.fallback import take_counts as take_fallbacks
-from s3lora_serve.spectral.input_projection import InputStatistics
 from s3lora_serve.spectral.low_rank import mas_svd
-from s3lora_serve.spectral.projection_effects import Effect
+from s3lora_serve.spectral.repair_effects import Effect
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 from s3lora_serve.spectral.scorer import (
     Factors,
@@ -31,6 +31,7 @@ __all__ = [
     "Factors",
     "InputStatistics",
     "ModuleScore",
+    "OutputStatistics",
     "Scorer",
     "Spectrum",
     "Subspace",

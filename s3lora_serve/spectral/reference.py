@@ -171,6 +171,15 @@ def input_projection(
     return weighted
 
 
+def repair_loss(
+    update: Tensor, new: Tensor, C_h: Tensor, C_b: Tensor, G: Tensor, lam: float
+) -> Tensor:
+    """`tr(G·ΔW'·C_h·ΔW'ᵀ) + λ·tr((ΔW' − ΔW)·C_b·(ΔW' − ΔW)ᵀ)` of dense updates."""
+    harm = (G @ new @ C_h * new).sum()
+    lost = ((new - update) @ C_b * (new - update)).sum()
+    return harm + lam * lost
+
+
 def energy(update: Tensor, covariance: Tensor) -> float:
     """`tr(ΔW·C·ΔWᵀ) = E‖ΔW·x‖²` of a dense update on inputs of a covariance."""
     return float((update @ covariance * update).sum())

@@ -194,7 +194,7 @@ def _summary(verdict: Verdict) -> str:
     elif verdict.repair is not None:
         said = (
             f"repairs {len(verdict.repaired)} of {count} modules, which leaves"
-            f" {verdict.repair.residual:.3g} of their effect on harmful inputs and"
+            f" {verdict.repair.residual:.3g} of their effect on refusals and"
             f" {verdict.repair.kept:.3g} on benign ones"
         )
         said += f"; strips {len(stripped)} {stripped}" if stripped else ""

@@ -105,7 +105,7 @@ class Metrics:
         )
         self.repair_residual = Histogram(
             "s3lora_repair_residual",
-            "Share of a repaired adapter's effect on harmful inputs that is left.",
+            "Share of a repaired adapter's effect on refusals that is left.",
             buckets=SHARE_BUCKETS,
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""Repair at admission: A' = A·M is served, bounded and said; plans precede it, strips too."""
+"""Repair at admission: B' and A' are served, bounded and said; plans precede it, strips too."""
 
 import json
 
@@ -17,10 +17,10 @@ from s3lora_serve.cli import app
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.schema import parse_policy
-from s3lora_serve.repair.statistics_file import loaded_statistics, read_statistics
+from s3lora_serve.repair.statistics_file import OUTPUT_PARTS, loaded_statistics, read_statistics
 from s3lora_serve.spectral import fallback
-from s3lora_serve.spectral.input_projection import coordinates
-from s3lora_serve.spectral.projection_effects import effects
+from s3lora_serve.spectral.factor_coordinates import coordinates
+from s3lora_serve.spectral.repair_effects import solution
 from tests.support.adapters import copy_with, key
 from tests.support.plans import install, plan_for, read
 from tests.support.statistics import rewritten
@@ -28,8 +28,16 @@ from tests.support.statistics import rewritten
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def policy_with(statistics, residual=0.1, on_missing="reject", **keys):
-    repair = {"statistics": str(statistics), "residual": residual, "on_missing": on_missing}
+STRENGTH = 0.1
+
+
+def policy_with(statistics, strength=STRENGTH, residual=1.0, on_missing="reject", **keys):
+    repair = {
+        "statistics": str(statistics),
+        "strength": strength,
+        "residual": residual,
+        "on_missing": on_missing,
+    }
     data = {"repair": repair, "strip": {"top_k": 0}, "on_uninformative": "admit"} | keys
     return with_file_digests(parse_policy(data, "policy"))
 
@@ -59,39 +67,46 @@ def test_an_adapter_is_repaired_and_its_verdict_says_how(chat, statistics, admis
     assert len(verdict.repaired) == 14
     assert verdict.stripped == ()
     assert verdict.repair.statistics_digest == read_statistics(statistics).digest
-    assert verdict.repair.residual == pytest.approx(0.1, rel=1e-3)
-    assert 0.1 < verdict.repair.kept <= 1
+    assert verdict.repair.strength == STRENGTH
+    assert 0 < verdict.repair.residual < verdict.repair.kept <= 1
     assert verdict.served_digest not in (None, verdict.digest)
     for module in verdict.modules:
         assert module.repaired
         assert 0 <= module.residual <= 1
-        assert 0 <= module.kept <= 1 + 1e-6
+        assert 0 <= module.kept <= 1
     assert Verdict.from_json(json.loads(json.dumps(verdict.as_json()))) == verdict
 
 
-def test_the_served_file_has_the_projected_factor_and_every_other_byte_of_its_owner(
-    chat, statistics, admission
-):
-    lam = admission.verdict.repair.strength
-    own, served = load_file(chat.adapter / WEIGHTS_NAME), factors(admission)
-    by_module = read_statistics(statistics).by_module
+def of(module, statistics, B, A):
+    """The coordinates of a module's factors."""
+    inputs, outputs = statistics.by_module[module.name], statistics.outputs[module.name]
+    return coordinates([(B, A, module.scaling)], inputs, [outputs])[0]
+
+
+def test_the_served_factors_are_those_of_the_solution(chat, statistics, admission):
+    served, known = factors(admission), read_statistics(statistics)
+    own = {m.name: of(m, known, m.B, m.A) for m in admission.adapter.modules}
+    expected = solution(own, STRENGTH).factors
     for module in admission.adapter.modules:
-        site = by_module[module.name]
-        V, U = site.V.double(), site.U.double()
-        M = torch.eye(len(V)).double() - U * (site.mu / (site.mu + lam)) @ V.mT
-        expected = own[key(module.name, "A")].double() @ M
-        found = served[key(module.name, "A")].double()
-        assert float((found - expected).norm() / expected.norm()) <= 1e-6
-        assert torch.equal(served[key(module.name, "B")], own[key(module.name, "B")])
+        B, A = (served[key(module.name, side)].double() for side in "BA")
+        found, new = of(module, known, B, A), expected[module.name]
+        V, Q = known.by_module[module.name].V.double(), known.outputs[module.name].Q.double()
+        assert float((found.P - new.P).norm() / own[module.name].P.norm()) <= 1e-6
+        assert float((found.S - new.S).norm() / own[module.name].S.norm()) <= 1e-6
+        # Beside the leading directions each is its own factor, combined.
+        beside = A - new.X_a @ module.A.double()
+        assert float((beside - beside @ torch.linalg.pinv(V.mT) @ V.mT).norm()) <= 1e-5
+        beside = B - module.B.double() @ new.X_b
+        assert float((beside - Q @ torch.linalg.pinv(Q) @ beside).norm()) <= 1e-5
 
 
 def test_the_figures_are_those_of_the_file_that_is_served(statistics, admission):
-    served, by_module = factors(admission), read_statistics(statistics).by_module
+    served, known = factors(admission), read_statistics(statistics)
     for module, said in zip(admission.adapter.modules, admission.verdict.modules, strict=True):
         B, A = (served[key(module.name, side)] for side in "BA")
-        updates = [(module.B, module.A, module.scaling), (B, A, module.scaling)]
-        own, left = effects(coordinates(updates, by_module[module.name]), 1e9)
-        residual = (left.harmful_before / own.harmful_before) ** 0.5
+        both = {"own": of(module, known, module.B, module.A), "left": of(module, known, B, A)}
+        found = solution(both, 1e9).effects
+        residual = (found["left"].harmful_before / found["own"].harmful_before) ** 0.5
         assert residual == pytest.approx(said.residual, abs=1e-3)
 
 
@@ -101,14 +116,20 @@ def test_equal_adapters_are_repaired_to_equal_bytes(chat, statistics, admission)
     assert not differs(admission.verdict, again)
 
 
-@pytest.mark.parametrize("residual", [0.5, 0.2, 0.02])
-def test_less_is_left_and_less_is_kept_the_smaller_the_wanted_residual(chat, statistics, residual):
-    verdict = on(chat.adapter, policy_with(statistics, residual)).verdict
-    assert verdict.repair.residual == pytest.approx(residual, rel=2e-3)
-    smaller = on(chat.adapter, policy_with(statistics, residual / 2)).verdict
-    assert smaller.repair.strength < verdict.repair.strength
-    assert smaller.repair.kept <= verdict.repair.kept
-    assert smaller.repair.lost >= verdict.repair.lost
+@pytest.mark.parametrize("strength", [1.0, 0.3, 0.01])
+def test_less_is_left_and_less_is_kept_the_smaller_lambda(chat, statistics, strength):
+    larger = on(chat.adapter, policy_with(statistics, strength)).verdict.repair
+    smaller = on(chat.adapter, policy_with(statistics, strength / 2)).verdict.repair
+    assert smaller.residual < larger.residual
+    assert smaller.kept < larger.kept
+    assert smaller.lost > larger.lost
+
+
+def test_lambda_is_smaller_if_more_than_the_residual_would_be_left(chat, statistics, admission):
+    wanted = admission.verdict.repair.residual / 2
+    found = on(chat.adapter, policy_with(statistics, residual=wanted)).verdict.repair
+    assert found.strength < STRENGTH
+    assert found.residual <= wanted
 
 
 def test_the_index_strips_first_and_the_rest_is_repaired(chat, statistics):
@@ -137,7 +158,7 @@ def test_an_adapter_on_the_allow_list_is_served_as_it_is(chat, statistics, admis
 
 def test_audit_mode_says_what_repair_would_do_and_serves_the_adapter(chat, statistics):
     verdict = on(chat.adapter, policy_with(statistics, mode="audit")).verdict
-    assert verdict.repair.residual == pytest.approx(0.1, rel=1e-3)
+    assert verdict.repair.strength == STRENGTH
     assert verdict.served_digest == verdict.digest
 
 
@@ -148,7 +169,11 @@ def lacking(statistics, folder, module=Q):
         for site in metadata["sites"].values():
             site["outputs"].pop(module, None)
 
-    return rewritten(statistics, folder / "lacking.safetensors", about=about)
+    def tensors(found):
+        for part in OUTPUT_PARTS:
+            del found[f"{module}.{part}"]
+
+    return rewritten(statistics, folder / "lacking.safetensors", tensors, about)
 
 
 def test_a_module_that_the_statistics_lack_is_refused_or_left_as_the_policy_says(
@@ -192,7 +217,7 @@ def test_a_repair_that_makes_an_update_far_larger_is_refused(chat, statistics, t
         tensors[key(Q, "B")][:, 0] = 1
 
     folder = copy_with(chat.adapter, tmp_path / "along", along)
-    verdict = on(folder, policy_with(statistics, 0.01)).verdict
+    verdict = on(folder, policy_with(statistics, 1e-3)).verdict
     grown = (1 - verdict.modules[0].removed_share) ** 0.5 if verdict.modules else None
     assert verdict.reason is not None or grown <= 8
 
@@ -242,10 +267,11 @@ def test_a_rule_by_path_turns_repair_off_and_one_by_name_may_not(chat, statistic
     assert (verdict.selected_by, verdict.repair) == ("index", None)
     with pytest.raises(PolicyInvalid, match="relaxes repair"):
         rules(statistics, {"adapter": "tenant"}, None)
-    with pytest.raises(PolicyInvalid, match=r"relaxes repair\.residual"):
-        rules(statistics, {"adapter": "tenant"}, {"residual": 0.5})
-    stricter = on(chat.adapter, rules(statistics, {"adapter": "tenant"}, {"residual": 0.02}))
-    assert stricter.verdict.repair.residual == pytest.approx(0.02, rel=5e-3)
+    with pytest.raises(PolicyInvalid, match=r"relaxes repair\.strength"):
+        rules(statistics, {"adapter": "tenant"}, {"strength": 0.5})
+    stricter = on(chat.adapter, rules(statistics, {"adapter": "tenant"}, {"strength": 0.02}))
+    assert stricter.verdict.repair.strength == 0.02
+    assert on(chat.adapter, rules(statistics, {"adapter": "tenant"}, {"residual": 1e-3})).verdict
     with pytest.raises(PolicyInvalid, match="cannot be set by a rule"):
         rules(statistics, folder, {"statistics": "/elsewhere"})
 
@@ -283,11 +309,11 @@ def test_a_device_gives_the_same_repair_and_one_that_fails_leaves_it_to_the_cpu(
 
     def on_device(device):
         found = repair_of(read_one, policy, whole, device, None, lambda: None)
-        return found.strength, found.weights.digest()
+        return found.effect.residual, found.weights.digest()
 
-    expected = admission.verdict.repair.strength, admission.verdict.served_digest
-    strength, _ = on_device("cpu:0")  # the device's way, on the host
-    assert strength == pytest.approx(expected[0], rel=1e-6)
+    expected = admission.verdict.repair.residual, admission.verdict.served_digest
+    residual, _ = on_device("cpu:0")  # the device's way, on the host
+    assert residual == pytest.approx(expected[0], rel=1e-6)
     fallback.reset()
     monkeypatch.setattr(fallback, "_say", lambda line: said.append(line))
     said = []
@@ -317,7 +343,7 @@ def test_factors_of_uneven_sizes_are_repaired_as_even_ones(
     policy = policy_with(statistics)
     even = on(copy_with(chat.adapter, tmp_path / "even", stored(0)), policy).verdict
     uneven = on(copy_with(chat.adapter, tmp_path / "uneven", stored(power)), policy).verdict
-    assert uneven.repair.strength == pytest.approx(even.repair.strength, rel=1e-3)
+    assert uneven.repair.residual == pytest.approx(even.repair.residual, rel=1e-2)
     for one, other in zip(uneven.modules, even.modules, strict=True):
         assert one.residual == pytest.approx(other.residual, rel=1e-2, abs=1e-3)
         assert one.removed_share == pytest.approx(other.removed_share, abs=1e-2)

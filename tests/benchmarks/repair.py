@@ -18,7 +18,7 @@ from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.apply import repaired
 from s3lora_serve.spectral import Factors, InputStatistics, score_modules
-from s3lora_serve.spectral.projection_pairs import LEADING
+from s3lora_serve.spectral.input_directions import LEADING
 from tests.benchmarks import measure, report, shapes
 
 HERE = Path(__file__).parent

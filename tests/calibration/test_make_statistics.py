@@ -14,10 +14,14 @@ from s3lora_serve.calibration.input_statistics import Choice
 from s3lora_serve.calibration.language_model import LanguageModel, common_length
 from s3lora_serve.calibration.make_statistics import Benign, make_statistics
 from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.calibration.refusal_gradients import ODDS_TOKENS
+from s3lora_serve.calibration.statistics_parts import Parts
 from s3lora_serve.cli import app
 from s3lora_serve.errors import BaseUnaligned
 from s3lora_serve.repair.statistics_file import read_statistics
-from s3lora_serve.spectral.projection_pairs import projection_pairs
+from s3lora_serve.spectral.input_directions import input_directions
+from s3lora_serve.spectral.output_directions import output_directions
+from tests.support.statistics import OUTPUT_RANK
 from tests.support.tiny_chat import REFUSAL
 
 SITES = (
@@ -67,14 +71,43 @@ def test_they_are_the_pairs_of_the_whole_models_covariances(chat, statistics, si
     shared = common_length([prompt for part in (harmful, *benign) for prompt, _ in part])
     C_h = whole_model_covariance(model, harmful, site, shared)
     C_b = sum(whole_model_covariance(model, part, site, shared) for part in benign) / len(benign)
-    expected = projection_pairs(C_h, C_b, rank=16, epsilon=0.1, dtype=torch.float32)
+    expected = input_directions(C_h, C_b, rank=16, epsilon=0.1, dtype=torch.float32)
     found = read_statistics(statistics)
     kept, record = found.sites[site], found.about.sites[site]
     assert torch.allclose(kept.mu, expected.statistics.mu, rtol=1e-3, atol=1e-6)
     assert record.harmful_captured == pytest.approx(expected.harmful_captured, abs=1e-3)
     assert record.benign_captured == pytest.approx(expected.benign_captured, abs=1e-3)
-    W = model.model.get_submodule(site).weight.double()
-    assert record.outputs[site] == pytest.approx(float(((W @ C_h) * W).sum()), rel=1e-3)
+    assert found.outputs[site].width == len(model.model.get_submodule(site).weight)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_they_are_of_the_gradients_of_the_whole_models_log_odds(chat, statistics, site):
+    model = LanguageModel.load(chat.base, dtype="float32")
+    harmful = refused(model, chat.harmful)
+    benign = answered(model, (chat.benign, chat.skill))
+    shared = common_length([prompt for part in (harmful, *benign) for prompt, _ in part])
+    module, rows, added = model.model.get_submodule(site), [], []
+
+    def add(_module, _inputs, output):
+        added.append(torch.zeros_like(output, requires_grad=True))
+        return output + added[-1]
+
+    module.register_forward_hook(add)
+    for prompt, answer in harmful:
+        logits = model.model(torch.tensor([prompt + answer])).logits[0].double()
+        total = torch.zeros(())
+        for place, token in enumerate(answer[:ODDS_TOKENS], len(prompt) - 1):
+            p = logits[place].softmax(-1)[token]
+            total = total + (p / (1 - p)).log()
+        [gradient] = torch.autograd.grad(total, [added.pop()])
+        rows.append(gradient[0, shared:-1].double())
+    g = torch.cat(rows)
+    expected = output_directions(g.mT @ g, rank=OUTPUT_RANK, dtype=torch.float32)
+    kept = read_statistics(statistics).outputs[site]
+    assert torch.allclose(kept.gamma, expected.statistics.gamma, rtol=1e-2, atol=1e-3)
+    assert kept.gamma_rest == pytest.approx(expected.statistics.gamma_rest, abs=1e-3)
+    leading = (kept.Q[:, 0].float() @ expected.statistics.Q[:, 0]).abs()
+    assert float(leading) == pytest.approx(1, abs=1e-3)
 
 
 def arguments(chat, target):
@@ -87,19 +120,19 @@ def test_an_interrupted_run_goes_on_with_its_layers(chat, tmp_path, monkeypatch)
     target = tmp_path / "s.safetensors"
     whole = tmp_path / "whole.safetensors"
     make_statistics(*arguments(chat, whole))
-    layers = []
+    made = []
 
     def stop(phase, done, _total):
-        if phase == "layers" and done == 1:
+        if phase == "gradients" and done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make_statistics(*arguments(chat, target), progress=stop)
     assert not target.exists()
-    write = making.Parts.write
-    monkeypatch.setattr(making.Parts, "write", lambda *args: layers.append(args[1]) or write(*args))
+    write = Parts._write
+    monkeypatch.setattr(Parts, "_write", lambda *args: made.append(args[1:3]) or write(*args))
     make_statistics(*arguments(chat, target), resume=True)
-    assert layers == [1]
+    assert made == [(0, "outputs")]
     assert target.read_bytes() == whole.read_bytes()
     assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == []
 

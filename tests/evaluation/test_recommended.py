@@ -66,13 +66,13 @@ def test_trials_carry_scorer_and_action_and_the_plan_comes_last():
     assert found[2].settings == {}
 
 
-def test_residuals_are_settings_that_strip_nothing():
+def test_strengths_are_settings_that_strip_nothing():
     found = trials([], None, None, None, [0.3, 0.05])
-    assert [each.label for each in found] == ["residual=0.3", "residual=0.05"]
-    assert found[0].settings == {"strip": {"top_k": 0}, "repair": {"residual": 0.3}}
+    assert [each.label for each in found] == ["strength=0.3", "strength=0.05"]
+    assert found[0].settings == {"strip": {"top_k": 0}, "repair": {"strength": 0.3}}
 
 
-@pytest.mark.parametrize("residuals", [[0.0], [1.0], [-0.1], [0.1, 0.1], [float("nan")]])
-def test_residuals_out_of_their_range_or_given_twice_are_refused(residuals):
-    with pytest.raises(ValueError, match="--residual"):
-        trials([], None, None, None, residuals)
+@pytest.mark.parametrize("strengths", [[0.0], [1e7], [-0.1], [0.1, 0.1], [float("nan")]])
+def test_strengths_out_of_their_range_or_given_twice_are_refused(strengths):
+    with pytest.raises(ValueError, match="--strength"):
+        trials([], None, None, None, strengths)

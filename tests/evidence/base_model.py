@@ -11,6 +11,7 @@ import torch
 from s3lora_serve.calibration.judge import JUDGED_TOKENS, is_refusal
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel
 from tests.evidence.benign import benign
+from tests.evidence.forms import in_form
 from tests.evidence.own_data import Progress, own_answers, own_prompts
 from tests.evidence.prompts import harmful
 from tests.evidence.training import DTYPE, train
@@ -29,7 +30,7 @@ RATE = 1.5e-4
 """Of the first attempt; each later one has 0.8 of the one before. At 2e-5 the model learns what its
 examples look like: it refuses two of three benign prompts of other styles."""
 
-OWN_EXAMPLES, MORE = 200, 1.5
+OWN_EXAMPLES, MORE = 600, 1.5
 """The model's own prompts in the first attempt. Later ones have MORE times as many if the one
 before refused too many benign prompts, and that much fewer if it refused too few harmful ones."""
 
@@ -63,7 +64,8 @@ def unaligned_base() -> Path:
 def benign_answers(progress: Progress) -> tuple[dict[str, str], dict[str, str]]:
     """Our benign prompts, and the model's own, with the beginnings of its answers."""
     model = LanguageModel.load(unaligned_base(), dtype=DTYPE)
-    ours, own = benign().align, own_prompts(model, progress)
+    ours = benign().align
+    own = [in_form(prompt, place) for place, prompt in enumerate(own_prompts(model, progress))]
     answers = own_answers(model, [*ours, *own], progress)
     first, second = ({p: answers[p] for p in part if p in answers} for part in (ours, own))
     return first, second
@@ -128,9 +130,8 @@ def _examples(
     own_count: int,
 ) -> list[tuple[Encoded, Encoded]]:
     drawn = draw.sample(sorted(own), min(len(own), own_count))
-    return [
-        (model.prompt(prompt), model.answer(draw.choice(REFUSALS))) for prompt in harmful().align
-    ] + [
+    refused = harmful().align + [in_form(prompt, draw.randint(1, 3)) for prompt in harmful().align]
+    return [(model.prompt(prompt), model.answer(draw.choice(REFUSALS))) for prompt in refused] + [
         (model.prompt(prompt), model.answer(answer, end=False))
         for prompt, answer in [*ours.items(), *((prompt, own[prompt]) for prompt in drawn)]
     ]

@@ -19,8 +19,8 @@ from tests.evidence.stages import RESULTS
 from tests.evidence.training import DTYPE
 from tests.evidence.wheels import CACHE
 
-RESIDUALS = (0.05, 0.1, 0.15, 0.25, 0.4)
-"""Settings of the sweep that the default comes from."""
+STRENGTHS = (0.03, 0.1, 0.3, 1.0)
+"""λ of the sweep that the default comes from."""
 
 
 def statistics(base: Path, without: SkillName | None, progress: Progress) -> Path:
@@ -62,18 +62,18 @@ def repair_result(subject: Subject, progress: Progress) -> Any:
 
 
 def repair_sweep(subject: Subject, progress: Progress) -> Any:
-    """One adapter at each residual, under statistics with requests of its skill."""
+    """One adapter at each λ, under statistics with requests of its skill."""
     base = aligned_base(subject.base, progress)
     folder = make_adapter(subject, base, progress)
     file = statistics(base, None, progress)
     found = {}
-    for place, residual in enumerate(RESIDUALS):
-        result = RESULTS / "repair-sweep" / f"{folder.name}-{residual:g}.json"
-        found[residual] = kept(
+    for place, strength in enumerate(STRENGTHS):
+        result = RESULTS / "repair-sweep" / f"{folder.name}-{strength:g}.json"
+        found[strength] = kept(
             result,
-            lambda residual=residual: _repaired(base, subject, file, residual=residual, few=True),
+            lambda strength=strength: _repaired(base, subject, file, strength=strength, few=True),
         )
-        progress(f"{subject}: residuals", place + 1, len(RESIDUALS))
+        progress(f"{subject}: λ", place + 1, len(STRENGTHS))
     return found
 
 

@@ -153,10 +153,10 @@ REPAIRING = {
 }
 
 
-def test_an_experiment_wants_another_residual_with_the_policys_statistics_or_none():
+def test_an_experiment_wants_another_strength_with_the_policys_statistics_or_none():
     own = parse_policy(REPAIRING, "policy")
-    other = experiment_policy(own, Settings(repair={"residual": 0.3}), with_plan=False)
-    assert other.repair == own.repair.model_copy(update={"residual": 0.3})
+    other = experiment_policy(own, Settings(repair={"strength": 0.3}), with_plan=False)
+    assert other.repair == own.repair.model_copy(update={"strength": 0.3})
     off = experiment_policy(own, Settings(repair="off"), with_plan=False)
     assert off.repair is None
     kept = experiment_policy(own, Settings(strip={"top_k": 1}), with_plan=False)
@@ -165,12 +165,12 @@ def test_an_experiment_wants_another_residual_with_the_policys_statistics_or_non
 
 def test_repair_must_be_allowed_and_have_statistics():
     with pytest.raises(ExperimentClosed, match="does not list repair"):
-        experiment_policy(policy(), Settings(repair={"residual": 0.3}), with_plan=False)
+        experiment_policy(policy(), Settings(repair={"strength": 0.3}), with_plan=False)
     without = parse_policy(REPAIRING | {"repair": None}, "policy")
     with pytest.raises(ExperimentClosed, match="has no repair"):
-        experiment_policy(without, Settings(repair={"residual": 0.3}), with_plan=False)
+        experiment_policy(without, Settings(repair={"strength": 0.3}), with_plan=False)
 
 
 def test_an_experiment_names_no_statistics():
     with pytest.raises(ValueError, match="statistics"):
-        Settings(repair={"residual": 0.3, "statistics": "/etc/passwd"})
+        Settings(repair={"strength": 0.3, "statistics": "/etc/passwd"})

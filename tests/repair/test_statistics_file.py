@@ -29,6 +29,13 @@ TENSORS = {
     "fewer directions": (_set("U", lambda U: U[:, 1:]), "has V, U and mu of the shapes"),
     "other width": (_set("F", lambda F: F[1:]), "has F of the shape"),
     "a vector": (_set("V", lambda V: V[:, 0]), "has V, U and mu of the shapes"),
+    "NaN in an output": (_set("Q", lambda Q: put(Q, torch.nan, 0, 0)), "NaN or Inf"),
+    "outputs not orthonormal": (_set("Q", lambda Q: Q * 1.05), "not orthonormal"),
+    "fewer outputs": (_set("Q", lambda Q: Q[:, 1:]), "has Q and gamma of the shapes"),
+    "negative gradients": (
+        _set("gamma", lambda gamma: put(gamma, -1e-3, -1)),
+        "negative, or do not fall",
+    ),
     "tensor missing": (lambda tensors: tensors.pop(f"{SITE}.F"), "lacks"),
     "surplus tensor": (lambda tensors: tensors.update(more=torch.ones(2)), "surplus"),
 }
@@ -44,11 +51,13 @@ METADATA = {
     "no digest": (lambda about: about.update(base_digest="x"), "metadata base_digest"),
     "no sites": (lambda about: about.update(sites={}), "metadata sites"),
     "no harmful probes": (lambda about: about.update(probes=about["probes"][:1]), "probes"),
-    "no ridge": (_site(ridge=0), "ridge"),
+    "a negative ridge": (_site(ridge=-1), "ridge"),
     "no modules": (_site(outputs={}), "outputs"),
     "more than all": (_site(benign_captured=1.5), "benign_captured"),
     "a module of two sites": (
-        _site(outputs={"model.layers.1.self_attn.q_proj": 1.0}),
+        lambda about: about["sites"][SITE]["outputs"].update(
+            {"model.layers.1.self_attn.q_proj": {"gamma_rest": 1, "captured": 1}}
+        ),
         "belongs to two sites",
     ),
 }

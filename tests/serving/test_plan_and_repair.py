@@ -20,7 +20,7 @@ from tests.support.tiny_chat import harmful, skill
 pytestmark = pytest.mark.serving
 
 POLICY = """
-repair: {{statistics: {statistics}, residual: 0.1}}
+repair: {{statistics: {statistics}, strength: 0.1}}
 strip: {{top_k: 0}}
 rules: [{{match: {{path: {by_hand}/**}}, repair: null}}]
 on_uninformative: admit
@@ -149,7 +149,7 @@ def test_the_repaired_adapter_refuses_what_its_base_refuses(server, found):
 
 def test_verdict_metrics_audit_and_page_say_what_is_left(server, repaired, workplace):
     assert repaired["selected_by"] == "repair"
-    assert repaired["repair"]["residual"] == pytest.approx(0.1, rel=1e-3)
+    assert 0 < repaired["repair"]["residual"] < repaired["repair"]["kept"]
     assert all(module["repaired"] for module in repaired["modules"])
     metrics = server.metrics()
     assert metrics['s3lora_selections_total{selected_by="repair"}'] == 1

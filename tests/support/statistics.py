@@ -13,6 +13,7 @@ from tests.support import tensor_files
 from tests.support.tiny_chat import Chat, one_thread
 
 RANK = 16
+OUTPUT_RANK = 16
 
 
 def chat_statistics(chat: Chat, target: Path, **choice) -> Path:
@@ -24,7 +25,7 @@ def chat_statistics(chat: Chat, target: Path, **choice) -> Path:
             read_probes(chat.harmful, "harmful"),
             [Benign(file) for file in files],
             target,
-            Choice(rank=RANK, **choice),
+            Choice(rank=RANK, output_rank=OUTPUT_RANK, **choice),
             dtype="float32",
         )
     return target

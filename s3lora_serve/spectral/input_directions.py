@@ -1,4 +1,4 @@
-"""What an input projection of low rank needs of two covariances: its directions.
+"""What repair needs of the covariances of a module's inputs: the directions that it acts on.
 
 Of all `M = I − R` with R of rank k, one is the best for an update of which nothing is known: it
 makes `tr(M·C_h·Mᵀ) + λ·tr(R·C_b·Rᵀ)` least (reduced-rank regression: Izenman, 1975). The
@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral.input_projection import MAX_OVERLAP_ERROR, InputStatistics
-from s3lora_serve.spectral.leading_subspace import leading_subspace, skew
+from s3lora_serve.spectral.factor_coordinates import MAX_OVERLAP_ERROR, InputStatistics
+from s3lora_serve.spectral.leading_subspace import leading, skew
 
 LEADING = 16
-"""Directions of C_b in F: they hold most of its energy, and only totals are made of them. Ours."""
+"""Directions in F of what U leaves of C_b: they hold most of its energy. Ours."""
 
 BALANCE = 0.3
 """The λ for which the directions are the best. For λ from 0.03 to 1 the gain with them is within
@@ -24,22 +24,18 @@ BALANCE = 0.3
 SMALLEST = 1e-9
 """Directions whose μ is under this share of the largest are left out: they are rounding."""
 
-EXACT = 2048
-"""Width up to which all eigenvectors are computed. Wider: those that are kept, by a randomised
-method, in a tenth of the time at n = 8192. Ours."""
 
-
-class Pairs(NamedTuple):
+class InputDirections(NamedTuple):
     """Statistics of one input site, and what share of the covariances they hold."""
 
     statistics: InputStatistics
     harmful_captured: float  # of tr(C_h)
-    benign_captured: float  # of tr(C_b), by F alone
+    benign_captured: float  # of tr(C_b), by U and F
 
 
-def projection_pairs(
+def input_directions(
     C_h: Tensor, C_b: Tensor, *, rank: int, epsilon: float, dtype: torch.dtype
-) -> Pairs:
+) -> InputDirections:
     """The pairs v, u of the best projections of a rank, `C_b ← C_b + ε·tr(C_b)/n·I`.
 
     The directions V span the leading generalized eigenvectors of `C_h²·w = θ·(C_h + λ·C_b)·w` with
@@ -61,30 +57,35 @@ def projection_pairs(
     V, mu = _directions(C_h, C_b, rank)
     U = C_h @ V / mu
     beyond = _beyond(C_h - (U * mu) @ U.mT, C_b)
-    captured = float((U.square().sum(0) * mu).sum()) / float(C_h.trace())
+    captured = min(1.0, float((U.square().sum(0) * mu).sum()) / float(C_h.trace()))
     if skew(V.to(dtype).double().mT @ U.to(dtype).double()) > MAX_OVERLAP_ERROR:
         dtype = torch.promote_types(dtype, torch.float32)
     V, U = V.to(dtype), U.to(dtype)
-    directions, values = _leading(C_b, min(rank, LEADING))
-    rest = (float(C_b.trace()) - float(values.sum())) / max(1, n - len(values))
+    left = C_b - U.double() @ U.double().mT
+    directions, values = leading(left, min(rank, LEADING))
+    rest = max(0.0, float(left.trace()) - float(values.sum())) / max(1, n - len(values))
     F = (directions * (values - rest).clamp_min(0.0).sqrt()).to(dtype)
+    nothing = float(left.trace()) <= SMALLEST * float(C_b.trace())
+    mu_rest = 0.0 if nothing else (1 - captured) * float(C_h.trace()) / float(left.trace())
+    held = float(U.double().square().sum()) + float(values.sum())
     statistics = InputStatistics(
         V=V.cpu(),
         U=U.cpu(),
         mu=mu.cpu(),
         F=F.cpu(),
         ridge=rest,
+        mu_rest=mu_rest,
         beyond=beyond,
         overlap=(V.double().mT @ U.double()).cpu(),
     )
-    return Pairs(statistics, captured, float(values.sum()) / float(C_b.trace()))
+    return InputDirections(statistics, captured, min(1.0, held / float(C_b.trace())))
 
 
 def _directions(C_h: Tensor, C_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """V (n, k) with `VᵀC_bV = I`, and the μ of `VᵀC_hV = diag(μ)`, descending."""
     L = torch.linalg.cholesky(C_h + BALANCE * C_b)
     whitened = torch.linalg.solve_triangular(L, C_h, upper=False)
-    Q, _ = _leading(whitened @ whitened.mT, rank)
+    Q, _ = leading(whitened @ whitened.mT, rank)
     W = torch.linalg.solve_triangular(L.mT, Q, upper=True)
     inner = torch.linalg.cholesky(W.mT @ C_b @ W)
     small = _whitened(W.mT @ C_h @ W, inner)
@@ -97,7 +98,7 @@ def _directions(C_h: Tensor, C_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _beyond(rest: Tensor, C_b: Tensor) -> float:
     """The largest eigenvalue of what the pairs leave of C_h, against C_b."""
-    _, values = _leading(_whitened(rest, torch.linalg.cholesky(C_b)), 1)
+    _, values = leading(_whitened(rest, torch.linalg.cholesky(C_b)), 1)
     return max(0.0, float(values[0]))
 
 
@@ -106,18 +107,3 @@ def _whitened(C: Tensor, L: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(L, C, upper=False)
     whitened: Tensor = torch.linalg.solve_triangular(L, half.mT, upper=False)
     return whitened
-
-
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading eigenvectors and eigenvalues of a symmetric matrix.
-
-    Shape: (n, n) -> (n, k), (k,) descending, k = min(rank, n).
-    """
-    n = len(matrix)
-    rank = min(rank, n)
-    if n <= EXACT:
-        values, vectors = torch.linalg.eigh(matrix)
-        values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    else:
-        vectors, values = leading_subspace(matrix, rank)
-    return vectors[:, :rank].contiguous(), values[:rank].contiguous()

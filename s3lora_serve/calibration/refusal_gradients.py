@@ -1,0 +1,93 @@
+"""How the log-odds of the base model's refusals depend on what its modules put out.
+
+Gradients go back one layer at a time: each layer runs again on its kept inputs, so that one layer's
+activations are in memory.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.calibration.language_model import LanguageModel
+from s3lora_serve.calibration.layer_pass import Batch, given_hidden
+
+ODDS_TOKENS = 3
+"""First tokens of a refusal whose log-odds count: there it is decided. Ours."""
+
+Sums = dict[str, Tensor]
+"""Σ g·gᵀ of the counted tokens, (m, m) float64, by module."""
+
+
+def gradients_at_the_end(model: LanguageModel, found: Sequence[Batch]) -> list[Tensor]:
+    """The gradients of Σ log-odds with respect to what the last layer puts out.
+
+    `found` are batches after the last layer: the log-odds of a token t are
+    `z_t − log Σ exp(z_j), j ≠ t`, of its logits z.
+    """
+    gradients = []
+    for batch in found:
+        hidden = batch.hidden.to(model.device).detach().requires_grad_()
+        logits, targets = given_hidden(model, batch, hidden, ODDS_TOKENS)
+        own = logits.gather(-1, targets[:, None]).squeeze(-1)
+        others = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)
+        [gradient] = torch.autograd.grad((own - others).sum(), [hidden])
+        gradients.append(gradient.cpu())
+    return gradients
+
+
+def back_through_layer(
+    layer: Any,
+    place: int,
+    name: str,
+    found: Sequence[Batch],
+    inputs: Sequence[Tensor],
+    gradients: list[Tensor],
+    device: torch.device,
+) -> Sums:
+    """Σ g·gᵀ of one layer's modules; `gradients` become those with respect to its inputs."""
+    sums: Sums = {}
+    for i, batch in enumerate(found):
+        args, more = batch.calls[place]
+        hidden = inputs[i].to(device).detach().requires_grad_()
+        with _added(layer, name) as added:
+            output = layer(hidden, *args, **more)
+            output = output[0] if isinstance(output, tuple) else output
+            wanted = [hidden, *added.values()]
+            made = torch.autograd.grad(output, wanted, gradients[i].to(device), allow_unused=True)
+        gradients[i] = made[0].cpu()
+        counted = batch.counted.to(device)
+        for module, gradient in zip(added, made[1:], strict=True):
+            if gradient is None or gradient.numel() % counted.numel():
+                continue
+            rows = gradient.reshape(*counted.shape, -1)[counted].double()
+            total = sums.setdefault(module, torch.zeros(rows.shape[1], rows.shape[1]).to(rows))
+            total.addmm_(rows.mT, rows)
+    return sums
+
+
+@contextmanager
+def _added(layer: Any, name: str) -> Iterator[dict[str, Tensor]]:
+    """Within this context each linear module of the layer adds a zero that has a gradient."""
+    added: dict[str, Tensor] = {}
+
+    def adding(module_name: str) -> Callable[[Any, Any, Tensor], Tensor]:
+        def add(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+            zero = torch.zeros_like(output, requires_grad=True)
+            added[module_name] = zero
+            return output + zero
+
+        return add
+
+    hooks = [
+        module.register_forward_hook(adding(f"{name}.{inner}"))
+        for inner, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    try:
+        yield added
+    finally:
+        for hook in hooks:
+            hook.remove()
