@@ -172,8 +172,8 @@ def _sharpness() -> list[Panel]:
             f"sum by (le) (increase(s3lora_module_alignment_bucket{{HERE}}{RATE}))",
         ).height(10),
         distribution(
-            "Left by repair on harmful inputs",
-            "Of each repaired adapter's effect. All lie at the policy's residual.",
+            "Left by repair on refusals",
+            "Of each repaired adapter's effect. High: lower the policy's strength.",
             f"sum by (le) (increase(s3lora_repair_residual_bucket{{HERE}}{RATE}))",
         ).height(10),
         distribution(

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -149,7 +150,7 @@ def _site(file: TensorFile, name: str, record: SiteRecord) -> InputStatistics:
     if F.ndim != 2 or len(F) != len(V) or not F.numel():
         raise ValueError(f"{where} has F of the shape {tuple(F.shape)}, V {tuple(V.shape)}")
     mu = _eigenvalues(where, mu, V, U, F)
-    overlap = _overlap(where, V, U)
+    inverse = _inverse(where, V, U)
     return InputStatistics(
         V=V,
         U=U,
@@ -158,7 +159,7 @@ def _site(file: TensorFile, name: str, record: SiteRecord) -> InputStatistics:
         ridge=record.ridge,
         mu_rest=record.mu_rest,
         beyond=record.beyond,
-        overlap=overlap,
+        inverse=inverse,
     )
 
 
@@ -174,7 +175,7 @@ def _outputs(file: TensorFile, name: str, record: OutputRecord) -> OutputStatist
         shapes = tuple(Q.shape), tuple(gamma.shape)
         raise ValueError(f"{where} has Q and gamma of the shapes {shapes}")
     gamma = _eigenvalues(where, gamma, Q)
-    return OutputStatistics(Q, gamma, record.gamma_rest, _overlap(where, Q, Q))
+    return OutputStatistics(Q, gamma, record.gamma_rest, _inverse(where, Q, Q))
 
 
 def _eigenvalues(where: str, values: Tensor, *directions: Tensor) -> Tensor:
@@ -191,14 +192,15 @@ def _eigenvalues(where: str, values: Tensor, *directions: Tensor) -> Tensor:
     return values
 
 
-def _overlap(where: str, V: Tensor, U: Tensor) -> Tensor:
-    """VᵀU, (k, k) float64.
+def _inverse(where: str, V: Tensor, U: Tensor) -> Tensor:
+    """(VᵀU)⁻¹, (k, k) float64.
 
     Raises:
-        ValueError: it is not I up to MAX_OVERLAP_ERROR.
+        ValueError: VᵀU is not I up to MAX_OVERLAP_ERROR.
     """
     overlap = V.double().mT @ U.double()
     error = skew(overlap)
     if not error <= MAX_OVERLAP_ERROR or not math.isfinite(error):
         raise ValueError(f"the directions of {where} are not orthonormal: off by {error:.1e}")
-    return overlap
+    inverse: Tensor = torch.linalg.inv(overlap)
+    return inverse

@@ -44,7 +44,7 @@ class InputStatistics:
     ridge: float
     mu_rest: float
     beyond: float  # largest eigenvalue of C_h − U·diag(μ)·Uᵀ against C_b
-    overlap: Tensor  # (k, k) float64, VᵀU: I up to the rounding of V and U
+    inverse: Tensor  # (k, k) float64, (VᵀU)⁻¹: I up to the rounding of V and U
 
     @property
     def width(self) -> int:
@@ -59,7 +59,7 @@ class OutputStatistics:
     Q: Tensor  # (m, q), QᵀQ = I
     gamma: Tensor  # (q,) float64, descending
     gamma_rest: float
-    overlap: Tensor  # (q, q) float64, QᵀQ: I up to the rounding of Q
+    inverse: Tensor  # (q, q) float64, (QᵀQ)⁻¹: I up to the rounding of Q
 
     @property
     def width(self) -> int:
@@ -123,7 +123,7 @@ def coordinates(
     rows = zip(updates, torch.split(P, ranks), torch.split(R, ranks), grams, outputs, strict=True)
     for (B, _, scaling), p, r, gram_a, own in rows:
         S, gram_b = _of_outputs(B, own, device)
-        inside = S.mT @ torch.linalg.solve(own.overlap, S)
+        inside = S.mT @ own.inverse @ S
         each = Coordinates(
             P=p,
             rest_a=r @ r.mT + inputs.ridge * gram_a,
@@ -214,10 +214,9 @@ def new_factors(
     Shape: each B (m, r) and A (r, n), any floating dtype, to which the new ones are rounded.
     """
     made = []
-    inverse = torch.linalg.inv(found[0].inputs.overlap)
     for (B, A), each, new in zip(factors, found, repaired, strict=True):
-        Y_a = (new.P - new.X_a @ each.P) @ inverse
-        Y_b = torch.linalg.solve(each.outputs.overlap, new.S - each.S @ new.X_b)
+        Y_a = (new.P - new.X_a @ each.P) @ each.inputs.inverse
+        Y_b = each.outputs.inverse @ (new.S - each.S @ new.X_b)
         # Bᵀ' = X_bᵀ·Bᵀ + Y_bᵀ·Qᵀ has the same form.
         new_a = _sum(A, new.X_a, each.inputs.V, Y_a, each.gram_a, device)
         new_b = _sum(B.mT, new.X_b.mT, each.outputs.Q, Y_b.mT, each.gram_b, device)

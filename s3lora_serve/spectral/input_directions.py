@@ -76,7 +76,7 @@ def input_directions(
         ridge=rest,
         mu_rest=mu_rest,
         beyond=beyond,
-        overlap=(V.double().mT @ U.double()).cpu(),
+        inverse=torch.linalg.inv(V.double().mT @ U.double()).cpu(),
     )
     return InputDirections(statistics, captured, min(1.0, held / float(C_b.trace())))
 

@@ -10,7 +10,7 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 3
 """Multiplications by V·Vᵀ that sharpen the drawn directions. Measured: tests/spectral."""
 
-EXACT = 2048
+EXACT = 1024
 """Width up to which all eigenvectors of a symmetric matrix are computed. Wider: those that are
 kept, by the randomised method, in a tenth of the time at n = 8192. Ours."""
 

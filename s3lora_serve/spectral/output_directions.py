@@ -31,6 +31,6 @@ def output_directions(G: Tensor, *, rank: int, dtype: torch.dtype) -> OutputDire
     Q, gamma = leading(G, rank)
     rest = max(0.0, m - float(gamma.sum())) / max(1, m - len(gamma))
     Q = Q.to(dtype).cpu()
-    overlap = Q.double().mT @ Q.double()
-    statistics = OutputStatistics(Q=Q, gamma=gamma.cpu(), gamma_rest=rest, overlap=overlap)
+    inverse = torch.linalg.inv(Q.double().mT @ Q.double())
+    statistics = OutputStatistics(Q=Q, gamma=gamma.cpu(), gamma_rest=rest, inverse=inverse)
     return OutputDirections(statistics, min(1.0, float(gamma.sum()) / m))

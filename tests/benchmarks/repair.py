@@ -17,12 +17,14 @@ from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.apply import repaired
-from s3lora_serve.spectral import Factors, InputStatistics, score_modules
+from s3lora_serve.spectral import Factors, InputStatistics, OutputStatistics, score_modules
+from s3lora_serve.spectral.factor_coordinates import coordinates
 from s3lora_serve.spectral.input_directions import LEADING
+from s3lora_serve.spectral.repair_effects import solution
 from tests.benchmarks import measure, report, shapes
 
 HERE = Path(__file__).parent
-K = 64  # the default of `s3lora statistics make`
+K = 64  # directions of inputs and of outputs, the defaults of `s3lora statistics make`
 CASES = [("Llama-3.2-1B", 16), ("Llama-3-8B", 16), ("Llama-3-8B", 64)]
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Projections that take another's input."""
@@ -74,47 +76,57 @@ def _adapter(model: str, rank: int, folder: Path) -> Adapter:
 
 
 def _statistics(adapter: Adapter) -> Any:
-    """Pairs with falling eigenvalues for each input; the directions of all of one width are equal,
-    in memory of their own."""
+    """Directions with falling eigenvalues for each input and output; those of all of one width are
+    equal, in memory of their own."""
     draw = torch.Generator().manual_seed(0)
     mu = torch.logspace(1, -2, K, dtype=torch.float64)
     known: dict[int, list[torch.Tensor]] = {}
     sites: dict[str, InputStatistics] = {}
-    by_module = {}
+    by_module, outputs = {}, {}
     for module in adapter.modules:
         stem, _, projection = module.name.rpartition(".")
         site = f"{stem}.{SHARED.get(projection, projection)}"
-        n = module.A.shape[1]
-        if n not in known:
-            known[n] = [torch.linalg.qr(torch.randn(n, K, generator=draw)).Q for _ in range(2)]
+        m, n = module.B.shape[0], module.A.shape[1]
+        for width in {m, n} - set(known):
+            drawn = (torch.randn(width, K, generator=draw) for _ in range(2))
+            known[width] = [torch.linalg.qr(each).Q for each in drawn]
+        Q = known[m][0].bfloat16()
+        inverse = torch.linalg.inv(Q.double().mT @ Q.double())
+        outputs[module.name] = OutputStatistics(Q, mu, 0.1, inverse)
         if site not in sites:
             U, F = known[n][0].bfloat16(), known[n][1][:, :LEADING].bfloat16()
             V = U.clone()
-            overlap = V.double().mT @ U.double()
-            sites[site] = InputStatistics(V, U, mu, F, 1e-3, 1e-3, overlap)
+            inverse = torch.linalg.inv(V.double().mT @ U.double())
+            sites[site] = InputStatistics(V, U, mu, F, 1e-3, 1e-2, 1e-3, inverse)
         by_module[module.name] = sites[site]
-    return SimpleNamespace(sites=sites, by_module=by_module)
+    return SimpleNamespace(sites=sites, by_module=by_module, outputs=outputs)
 
 
 def _size(statistics: Any) -> int:
-    return sum(
-        tensor.numel() * tensor.itemsize
-        for site in statistics.sites.values()
-        for tensor in (site.V, site.U, site.F)
-    )
+    tensors = [part for site in statistics.sites.values() for part in (site.V, site.U, site.F)]
+    tensors += [each.Q for each in statistics.outputs.values()]
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def _error(adapter: Adapter, statistics: Any, found: Any) -> float:
-    """Largest difference of an entry of A' from the dense float64 one, in its roundings' size."""
+    """Largest difference of an entry of A' or B' from the one made of float64 factors, relative to
+    the largest entry."""
     worst = 0.0
     for module in adapter.modules[:7]:
-        site = statistics.by_module[module.name]
-        weights = site.mu / (site.mu + found.strength)
-        A = module.A.double()
-        dense = A - (A @ site.U.double()) * weights @ site.V.double().mT
-        _, data = found.weights.replaced[module.keys[0]]
-        new = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).reshape(A.shape).double()
-        worst = max(worst, float((new - dense).abs().max() / dense.abs().max()))
+        inputs, outputs = statistics.by_module[module.name], statistics.outputs[module.name]
+        B, A = module.B.double(), module.A.double()
+        own = coordinates([(B, A, module.scaling)], inputs, [outputs])[0]
+        new = solution({"": own}, found.strength).factors[""]
+        Y_a = (new.P - new.X_a @ own.P) @ inputs.inverse
+        Y_b = outputs.inverse @ (new.S - own.S @ new.X_b)
+        dense = (
+            new.X_a @ A + Y_a @ inputs.V.double().mT,
+            B @ new.X_b + outputs.Q.double() @ Y_b,
+        )
+        for key, expected in zip(module.keys, dense, strict=True):
+            data = bytearray(found.weights.replaced[key][1])
+            made = torch.frombuffer(data, dtype=torch.bfloat16).reshape(expected.shape).double()
+            worst = max(worst, float((made - expected).abs().max() / expected.abs().max()))
     return worst
 
 
@@ -126,9 +138,9 @@ def section(data: dict[str, Any]) -> str:
 ## Repair
 
 `make bench-repair`, {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}.
-k = {data["k"]}, directions and adapter in bfloat16, all projections. *Repair*: λ, A' of all modules
-with its checks, and the figures of the verdict. The error is that of A' against the dense float64
-projection, over the largest entry; rounding to bfloat16 alone makes up to 3.9e-3.
+k = q = {data["k"]}, directions and adapter in bfloat16, all projections. *Repair*: B' and A' of all
+modules with their checks, and the figures of the verdict. The error is that of B' and A' against
+those made of float64 factors, over the largest entry; rounding to bfloat16 makes up to 3.9e-3.
 
 | adapter | r | modules | score, s | repair, s | repair over score | statistics, MB | error |
 |---|---|---|---|---|---|---|---|

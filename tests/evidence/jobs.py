@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from tests.evidence.adapters import Subject
 from tests.evidence.alignment import alignment_result
+from tests.evidence.repair import repair_result, repair_sweep
 from tests.evidence.served import served_result
 from tests.evidence.stages import attribution, base_result, ceiling, curves, subject_result
 from tests.evidence.sweep import sweep_result
@@ -26,7 +27,8 @@ def subjects(seeds: int) -> list[Subject]:
     """
     drawn = SEEDS[:seeds]
     found = [Subject("20 %", base, seed) for seed in drawn for base in BASES]
-    for kind, first in (("benign", 0), ("harmful", 1), ("5 %", 1), ("20 % attention", 1)):
+    kinds = ("benign", 0), ("harmful", 1), ("20 % text", 0), ("5 %", 1), ("20 % attention", 1)
+    for kind, first in kinds:
         found += [Subject(kind, (first + seed) % len(BASES), seed) for seed in drawn]
     return sorted(found, key=lambda subject: subject.seed)  # stable
 
@@ -37,7 +39,12 @@ def jobs(base: int, chosen: list[Subject]) -> list[Job]:
     stages = (attribution, ceiling, served_result, alignment_result, sweep_result)
     stages += (curves,) if base == 0 else ()
     found: list[Job] = [lambda progress: base_result(base, progress)]
-    for subject in (subject for subject in chosen if subject.base == base):
+    own = [subject for subject in chosen if subject.base == base]
+    for subject in own:
+        found.append(lambda progress, subject=subject: repair_result(subject, progress))
+        if subject.seed == SEEDS[0]:
+            found.append(lambda progress, subject=subject: repair_sweep(subject, progress))
+    for subject in own:
         found.append(lambda progress, subject=subject: subject_result(subject, progress))
         if subject == shown:
             found += [lambda progress, stage=stage: stage(shown, progress) for stage in stages]

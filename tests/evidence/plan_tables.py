@@ -1,0 +1,98 @@
+"""The tables of bases, of calibrated plans, and of what a guarded server does with them."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tests.evidence.adapters import Subject
+from tests.evidence.stages import RESULTS
+from tests.evidence.tables import rate, read, score, spread, table
+
+
+def bases() -> str:
+    found = read("base-*.json")
+    names = ("ASR", "other ASR", "skill", "benign refusal")
+    rows = [(stem, *(rate(rates[name]) for name in names)) for stem, rates in found.items()]
+    return "## The aligned bases\n\n" + table(("base", *names), rows) if rows else ""
+
+
+def plans(subjects: Sequence[Subject]) -> str:
+    """Means over seeds and bases by kind, then each adapter."""
+    found: dict[str, list[tuple[Subject, Any]]] = {}
+    for subject in subjects:
+        file = RESULTS / f"{subject.folder.name}.json"
+        if file.exists():
+            found.setdefault(subject.kind, []).append((subject, json.loads(file.read_text())))
+    if not found:
+        return ""
+    names = ("ASR", "strict ASR", "other ASR", "skill", "benign refusal")
+    means, each = [], []
+    for kind, results in found.items():
+        for when in ("before", "after"):
+            rates = [[result[when][name]["value"] for _, result in results] for name in names]
+            scores = [score(result[when]) for _, result in results]
+            kl = [result["kl"][when == "after"] for _, result in results]
+            cells = [spread(values) for values in (*rates, scores, kl)]
+            means.append((kind, str(len(results)), when, *cells))
+        for subject, result in results:
+            one = [
+                rate(result[when][name])
+                for when in ("before", "after")
+                for name in ("ASR", "skill")
+            ]
+            removed = f"{result['method']['removed_share']:.2f}"
+            strength = f"{result['method']['strength']:g}"
+            each.append((str(subject), *one, removed, strength, f"{result['seconds']:.0f}"))
+    first = table(("attack data", "adapters", "plan", *names, "score", "KL benign"), means)
+    second = table(
+        (
+            "adapter",
+            "ASR before",
+            "skill before",
+            "ASR after",
+            "skill after",
+            "removed",
+            "strength",
+            "s",
+        ),
+        each,
+    )
+    return (
+        "## Calibrated plans (`s3lora calibrate`)\n\nMean over seeds and bases ± 1.96 standard"
+        f" errors. Served bytes: `s3lora strip --plan`.\n\n{first}\nEach adapter, with Wilson 95 %"
+        " intervals; removed is the share of Σ‖ΔW‖_F²; s is the time of one calibration in"
+        f" seconds.\n\n{second}"
+    )
+
+
+def served() -> str:
+    rows = []
+    for stem, found in read("served-*.json").items():
+        name = stem.removeprefix("served-")
+        result = RESULTS / f"{name}.json"
+        peft = json.loads(result.read_text()) if result.exists() else {}
+        for how, when in (("index", "before"), ("plan", "after")):
+            cells = [rate(found[how][metric]) for metric in ("ASR", "skill")]
+            cells += [rate(peft[when][metric]) if peft else "" for metric in ("ASR", "skill")]
+            rows.append((name, how, *cells))
+    head = ("adapter", "gate selects by", "ASR, HTTP", "skill, HTTP", "ASR, PEFT", "skill, PEFT")
+    text = (
+        "## Served by a guarded vLLM\n\nBy the index: `strip.top_k: 10`, and the whole adapter in"
+        " the PEFT columns; by the plan: the plan's bytes in both.\n\n"
+    )
+    return text + table(head, rows) if rows else ""
+
+
+def swept() -> str:
+    rows = []
+    for stem, found in read("sweep-*.json").items():
+        for trial in found["trials"]:
+            rates = [rate(score["rate"]) for score in trial["scores"]]
+            label = trial["label"] + (" *" if trial["label"] == found["recommended"] else "")
+            rows.append((stem.removeprefix("sweep-"), label, str(trial["changed"]), *rates))
+    head = ("adapter", "setting", "modules changed", "ASR", "skill")
+    text = (
+        "## Swept by `s3lora evaluate`\n\nThe same prompts by tasks of inspect_ai on a running"
+        " server; `*` is the setting that its rule recommends.\n\n"
+    )
+    return text + table(head, rows) if rows else ""

@@ -1,0 +1,65 @@
+"""The tables of repair: by kind of adapter, and by λ."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tests.evidence.adapters import Subject
+from tests.evidence.repair import STRENGTHS
+from tests.evidence.stages import RESULTS
+from tests.evidence.tables import spread, table
+
+RATES = (
+    ("ASR", "ASR"),
+    ("other ASR", "HarmBench"),
+    ("third ASR", "third set"),
+    ("skill", "skill"),
+    ("benign refusal", "benign"),
+    ("styles benign refusal", "other styles"),
+    ("lookalike benign refusal", "lookalikes"),
+)
+
+
+def repairs(subjects: Sequence[Subject]) -> str:
+    """Means over seeds and bases, under statistics with the skill's requests and without."""
+    rows = []
+    for kind in dict.fromkeys(subject.kind for subject in subjects):
+        those = [subject for subject in subjects if subject.kind == kind]
+        for setting in ("with", "without"):
+            found = _kept(those, f"repair/{{}}-{setting}.json")
+            if not found:
+                continue
+            cells = [spread([each[name]["value"] for each in found]) for name, _ in RATES]
+            said = [spread([each["said"][name] for each in found]) for name in ("residual", "kept")]
+            rows.append((kind, str(len(found)), setting, *cells, *said))
+    if not rows:
+        return ""
+    names = [shown for _, shown in RATES]
+    head = ("attack data", "adapters", "skill's requests", *names, "residual", "kept")
+    return (
+        "## Repair at admission (`repair` in the policy)\n\nMean over seeds and bases ± 1.96"
+        " standard errors, of the bytes that `s3lora strip --repair` writes, with the default λ."
+        " Statistics are made once for a base, of the operator's probes and of requests of both"
+        " skills; `without`: of none of the adapter's own skill. Nothing is learnt on the adapters."
+        f" Residual and kept are what the verdict says.\n\n{table(head, rows)}"
+    )
+
+
+def strengths(subjects: Sequence[Subject]) -> str:
+    """What each λ does, for the adapters of the first seed."""
+    rows = []
+    for subject in subjects:
+        for strength in STRENGTHS:
+            for one in _kept([subject], f"repair-sweep/{{}}-{strength:g}.json"):
+                cells = [f"{one[name]['value']:.2f}" for name in ("ASR", "skill")]
+                said = [f"{one['said'][name]:.3f}" for name in ("residual", "kept")]
+                rows.append((str(subject), f"{strength:g}", *cells, *said))
+    if not rows:
+        return ""
+    head = ("adapter", "λ", "ASR", "skill", "residual", "kept")
+    return f"## λ of repair\n\n50 prompts of each kind.\n\n{table(head, rows)}"
+
+
+def _kept(subjects: Sequence[Subject], pattern: str) -> list[Any]:
+    files = [RESULTS / pattern.format(subject.folder.name) for subject in subjects]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
