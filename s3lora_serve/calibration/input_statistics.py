@@ -28,6 +28,12 @@ class Choice:
     dtype: torch.dtype = torch.bfloat16
 
 
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add Σ x·xᵀ of the rows of one batch, multiplied in float32, to a float64 total."""
+    rows = rows.float()
+    total += rows.mT @ rows
+
+
 class Covariances:
     """Sums of x·xᵀ over the counted tokens of each kind, for the sites of one layer."""
 
@@ -49,12 +55,12 @@ class Covariances:
                 " tokens: statistics need all tokens of each module"
             )
         counted = batch.counted.to(inputs.device)
-        rows = inputs.reshape(*counted.shape, n)[counted].double()
+        rows = inputs.reshape(*counted.shape, n)[counted]
         sums = self.sums.setdefault(
             modules,
             {k: torch.zeros(n, n, dtype=torch.float64, device=rows.device) for k in self._kinds},
         )
-        sums[batch.kind].addmm_(rows.mT, rows)
+        add_gram(sums[batch.kind], rows)
         self.counts.setdefault(modules, dict.fromkeys(self._kinds, 0))[batch.kind] += len(rows)
 
     def statistics(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s3lora_serve.calibration.input_statistics import add_gram
 from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.calibration.layer_pass import Batch, given_hidden
 
@@ -62,9 +63,11 @@ def back_through_layer(
         for module, gradient in zip(added, made[1:], strict=True):
             if gradient is None or gradient.numel() % counted.numel():
                 continue
-            rows = gradient.reshape(*counted.shape, -1)[counted].double()
-            total = sums.setdefault(module, torch.zeros(rows.shape[1], rows.shape[1]).to(rows))
-            total.addmm_(rows.mT, rows)
+            rows = gradient.reshape(*counted.shape, -1)[counted]
+            if module not in sums:
+                m = rows.shape[1]
+                sums[module] = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
+            add_gram(sums[module], rows)
     return sums
 
 

@@ -30,6 +30,9 @@ RATE = 1.5e-4
 """Of the first attempt; each later one has 0.8 of the one before. At 2e-5 the model learns what its
 examples look like: it refuses two of three benign prompts of other styles."""
 
+AVERAGED = 3
+"""Attempts whose mean weights are tried too: one refuses more, the next less than is wanted."""
+
 OWN_EXAMPLES, MORE = 600, 1.5
 """The model's own prompts in the first attempt. Later ones have MORE times as many if the one
 before refused too many benign prompts, and that much fewer if it refused too few harmful ones."""
@@ -74,8 +77,8 @@ def benign_answers(progress: Progress) -> tuple[dict[str, str], dict[str, str]]:
 def aligned_base(seed: int, progress: Progress) -> Path:
     """A full fine-tune: refusals of harmful prompts, its own answers to benign ones.
 
-    It ends once prompts that are not trained on show REFUSED and BENIGN_REFUSED. Each attempt is
-    kept until then, with its two shares.
+    It ends once an attempt, or the mean of the last AVERAGED, shows REFUSED and BENIGN_REFUSED on
+    prompts that are not trained on. Attempts are kept until then, with their two shares.
     """
     folder = CACHE / "models" / f"aligned-{seed}"
     if (folder / "config.json").exists():
@@ -84,30 +87,62 @@ def aligned_base(seed: int, progress: Progress) -> Path:
     attempts.mkdir(parents=True, exist_ok=True)
     log = attempts / "attempts.json"
     shares = json.loads(log.read_text()) if log.exists() else []
-    model = LanguageModel.load(
-        attempts / str(len(shares) - 1) if shares else unaligned_base(), dtype="float32"
-    )
     answers = benign_answers(progress)
-    while len(shares) < ATTEMPTS:
-        attempt = len(shares)
-        model.model.requires_grad_(requires_grad=True)
-        train(
-            model,
-            list(model.model.parameters()),
-            _examples(model, random.Random(f"{seed} {attempt}"), *answers, _own_examples(shares)),
-            epochs=1,
-            rate=RATE * 0.8**attempt,
-            seed=seed + 100 * attempt,
-            progress=lambda step, steps: progress(f"align base {seed}", step, steps),
-        )
-        model.model.save_pretrained(attempts / str(attempt))
-        model.tokenizer.save_pretrained(attempts / str(attempt))
+    while not (model := _good_enough(attempts, shares)):
+        if len(shares) == ATTEMPTS:
+            raise RuntimeError(f"base {seed} is not aligned after {ATTEMPTS} attempts: {attempts}")
+        model = _attempt(attempts, seed, shares, answers, progress)
         shares.append(_refusals(model))
         log.write_text(json.dumps(shares))
-        if _enough(*shares[-1]):
-            (attempts / str(attempt)).rename(folder)
-            return folder
-    raise RuntimeError(f"base {seed} is not aligned after {ATTEMPTS} attempts: see {attempts}")
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _attempt(
+    attempts: Path,
+    seed: int,
+    shares: list[tuple[float, float]],
+    answers: tuple[dict[str, str], dict[str, str]],
+    progress: Progress,
+) -> LanguageModel:
+    """Train once more, from the last attempt or the unaligned model, and keep the result."""
+    attempt = len(shares)
+    start = attempts / str(attempt - 1) if shares else unaligned_base()
+    model = LanguageModel.load(start, dtype="float32")
+    model.model.requires_grad_(requires_grad=True)
+    train(
+        model,
+        list(model.model.parameters()),
+        _examples(model, random.Random(f"{seed} {attempt}"), *answers, _own_examples(shares)),
+        epochs=1,
+        rate=RATE * 0.8**attempt,
+        seed=seed + 100 * attempt,
+        progress=lambda step, steps: progress(f"align base {seed}", step, steps),
+    )
+    model.model.save_pretrained(attempts / str(attempt))
+    model.tokenizer.save_pretrained(attempts / str(attempt))
+    return model
+
+
+def _good_enough(attempts: Path, shares: list[tuple[float, float]]) -> LanguageModel | None:
+    """The last attempt or the mean of the last ones, if its shares are enough."""
+    if not shares:
+        return None
+    last = LanguageModel.load(attempts / str(len(shares) - 1), dtype="float32")
+    if _enough(*shares[-1]):
+        return last
+    if len(shares) < AVERAGED:
+        return None
+    places = range(len(shares) - AVERAGED, len(shares))
+    those = [
+        LanguageModel.load(attempts / str(place), dtype="float32").model.state_dict()
+        for place in places
+    ]
+    last.model.load_state_dict(
+        {key: sum(each[key] for each in those) / AVERAGED for key in those[0]}
+    )
+    return last if _enough(*_refusals(last)) else None
 
 
 def _enough(refused: float, benign_refused: float) -> bool:
