@@ -132,6 +132,17 @@ def test_lambda_is_smaller_if_more_than_the_residual_would_be_left(chat, statist
     assert found.residual <= wanted
 
 
+def test_no_owner_moves_what_is_left_of_other_modules_by_a_module_that_draws_attention(
+    chat, statistics, admission, tmp_path
+):
+    def loud(tensors):
+        tensors[key(Q, "B")] *= 100
+
+    verdict = on(copy_with(chat.adapter, tmp_path / "loud", loud), policy_with(statistics)).verdict
+    for module, own in zip(verdict.modules, admission.verdict.modules, strict=True):
+        assert module.residual == pytest.approx(own.residual, rel=1e-3)
+
+
 def test_the_index_strips_first_and_the_rest_is_repaired(chat, statistics):
     both = on(chat.adapter, policy_with(statistics, strip={"top_k": 3})).verdict
     assert len(both.stripped) == 3
