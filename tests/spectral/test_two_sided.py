@@ -81,7 +81,7 @@ def solved(found, lam, steps=STEPS):
 
 
 @given(updates(), lambdas, st.sampled_from(["a", "b", "ba", "bab"]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_each_step_is_the_minimum_over_its_factor(update, lam, steps):
     B, A, scaling, _ = update
     C_h, C_b, G, found = complete(update)
@@ -102,7 +102,7 @@ def test_each_step_is_the_minimum_over_its_factor(update, lam, steps):
 
 
 @given(updates(), lambdas)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_no_step_increases_the_loss(update, lam):
     B, A, scaling, _ = update
     C_h, C_b, G, found = complete(update)
@@ -116,7 +116,7 @@ def test_no_step_increases_the_loss(update, lam):
 
 
 @given(updates(), lambdas)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_with_all_directions_the_figures_are_those_of_the_dense_update(update, lam):
     B, A, scaling, _ = update
     C_h, C_b, G, found = complete(update)
@@ -136,7 +136,7 @@ def test_with_all_directions_the_figures_are_those_of_the_dense_update(update, l
 
 
 @given(updates(), lambdas)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_if_all_outputs_weigh_alike_it_is_the_least_squares_projection_of_the_inputs(update, lam):
     B, A, scaling, seed = update
     C_h, C_b, (own_inputs, *_) = inputs(A.shape[1], A.shape[1], seed)
@@ -149,7 +149,7 @@ def test_if_all_outputs_weigh_alike_it_is_the_least_squares_projection_of_the_in
 
 
 @given(updates(), lambdas, st.integers(1, 8), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_with_some_directions_less_is_left_and_the_factors_are_those_of_the_figures(
     update, lam, rank, dtype
 ):
@@ -168,7 +168,7 @@ def test_with_some_directions_less_is_left_and_the_factors_are_those_of_the_figu
 
 
 @given(st.integers(3, 24), st.integers(1, 8), st.integers(0, 1000))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_no_projection_of_its_rank_costs_less_for_an_update_of_which_nothing_is_known(
     n, rank, seed
 ):
