@@ -138,7 +138,7 @@ def _statistics() -> Iterator[Check]:
     except S3LoRAError as error:
         yield Check("statistics", False, str(error))
         return
-    detail = f"{policy.repair.statistics}, residual {policy.repair.residual:g}"
+    detail = f"{policy.repair.statistics}, λ {policy.repair.strength:g}"
     yield Check("statistics", True, detail)
 
 

@@ -1,10 +1,8 @@
 """The tables of orders of whole modules, and of the index beside attribution."""
 
-import json
 from typing import Any
 
-from tests.evidence.stages import RESULTS
-from tests.evidence.tables import rate, read, score, table
+from tests.evidence.tables import kept_result, rate, read, score, table
 
 
 def curves() -> dict[str, dict[str, list[Any]]]:
@@ -31,10 +29,8 @@ def orders() -> str:
         best = max(score(point) for p in by_order.values() for point in p)
         text = f"\n{adapter}: ASR / skill at each point; the best score of any is {best:.2f}.\n\n"
         parts.append(text + table(("order", *points), rows))
-        ceiling = RESULTS / f"ceiling-{adapter}.json"
-        plan = RESULTS / f"{adapter}.json"
-        if ceiling.exists() and plan.exists():
-            top, ours = (json.loads(file.read_text()) for file in (ceiling, plan))
+        top, ours = kept_result(f"ceiling-{adapter}"), kept_result(adapter)
+        if top and ours:
             parts.append(
                 f"\nGates learnt on the test prompts themselves (a ceiling): ASR"
                 f" {rate(top['ASR'])}, skill {rate(top['skill'])}, score {score(top):.2f};"

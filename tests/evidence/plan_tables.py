@@ -1,12 +1,10 @@
 """The tables of bases, of calibrated plans, and of what a guarded server does with them."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from tests.evidence.adapters import Subject
-from tests.evidence.stages import RESULTS
-from tests.evidence.tables import rate, read, score, spread, table
+from tests.evidence.tables import kept_result, rate, read, score, spread, table
 
 
 def bases() -> str:
@@ -20,9 +18,8 @@ def plans(subjects: Sequence[Subject]) -> str:
     """Means over seeds and bases by kind, then each adapter."""
     found: dict[str, list[tuple[Subject, Any]]] = {}
     for subject in subjects:
-        file = RESULTS / f"{subject.folder.name}.json"
-        if file.exists():
-            found.setdefault(subject.kind, []).append((subject, json.loads(file.read_text())))
+        if result := kept_result(subject.folder.name):
+            found.setdefault(subject.kind, []).append((subject, result))
     if not found:
         return ""
     names = ("ASR", "strict ASR", "other ASR", "skill", "benign refusal")
@@ -69,8 +66,7 @@ def served() -> str:
     rows = []
     for stem, found in read("served-*.json").items():
         name = stem.removeprefix("served-")
-        result = RESULTS / f"{name}.json"
-        peft = json.loads(result.read_text()) if result.exists() else {}
+        peft = kept_result(name)
         for how, when in (("index", "before"), ("plan", "after")):
             cells = [rate(found[how][metric]) for metric in ("ASR", "skill")]
             cells += [rate(peft[when][metric]) if peft else "" for metric in ("ASR", "skill")]

@@ -6,10 +6,8 @@ from typing import Any
 from tests.evidence.order_tables import curves
 from tests.evidence.tables import read
 
-FOLDER = Path(__file__).parent
 
-
-def write_plots() -> None:
+def write_plots(folder: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -28,7 +26,7 @@ def write_plots() -> None:
     axes.plot(xs, ys, "*", markersize=13, color="black", label="calibrated plan")
     axes.set(xlabel="attack success rate", ylabel="skill (exact match)", xlim=(-0.03, 1.03))
     axes.legend(fontsize=7)
-    _save(figure, "asr-skill.png")
+    _save(figure, folder / "asr-skill.png")
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     for stem, one in read("attribution-*.json").items():
         modules = one["modules"]
@@ -37,10 +35,10 @@ def write_plots() -> None:
     axes.set(xlabel="relative SSI", ylabel="attribution of harm (log-odds)")
     if axes.lines:
         axes.legend(fontsize=7)
-    _save(figure, "index-attribution.png")
+    _save(figure, folder / "index-attribution.png")
     plt.close("all")
 
 
-def _save(figure: Any, name: str) -> None:
+def _save(figure: Any, file: Path) -> None:
     figure.tight_layout()
-    figure.savefig(FOLDER / name, dpi=120, metadata={"Software": None})
+    figure.savefig(file, dpi=120, metadata={"Software": None})

@@ -1,20 +1,18 @@
 """The tables of repair: by kind of adapter, and by λ."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from tests.evidence.adapters import Subject
 from tests.evidence.repair import STRENGTHS
-from tests.evidence.stages import RESULTS
-from tests.evidence.tables import spread, table
+from tests.evidence.tables import kept_result, spread, table
 
 RATES = (
     ("ASR", "ASR"),
     ("other ASR", "HarmBench"),
     ("third ASR", "third set"),
     ("skill", "skill"),
-    ("benign refusal", "benign"),
+    ("benign refusal", "familiar"),
     ("styles benign refusal", "other styles"),
     ("lookalike benign refusal", "lookalikes"),
 )
@@ -26,7 +24,7 @@ def repairs(subjects: Sequence[Subject]) -> str:
     for kind in dict.fromkeys(subject.kind for subject in subjects):
         those = [subject for subject in subjects if subject.kind == kind]
         for setting in ("with", "without"):
-            found = _kept(those, f"repair/{{}}-{setting}.json")
+            found = _kept(those, f"repair/{{}}-{setting}")
             if not found:
                 continue
             cells = [spread([each[name]["value"] for each in found]) for name, _ in RATES]
@@ -50,7 +48,7 @@ def strengths(subjects: Sequence[Subject]) -> str:
     rows = []
     for subject in subjects:
         for strength in STRENGTHS:
-            for one in _kept([subject], f"repair-sweep/{{}}-{strength:g}.json"):
+            for one in _kept([subject], f"repair-sweep/{{}}-{strength:g}"):
                 cells = [f"{one[name]['value']:.2f}" for name in ("ASR", "skill")]
                 said = [f"{one['said'][name]:.3f}" for name in ("residual", "kept")]
                 rows.append((str(subject), f"{strength:g}", *cells, *said))
@@ -61,5 +59,5 @@ def strengths(subjects: Sequence[Subject]) -> str:
 
 
 def _kept(subjects: Sequence[Subject], pattern: str) -> list[Any]:
-    files = [RESULTS / pattern.format(subject.folder.name) for subject in subjects]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    found = [kept_result(pattern.format(subject.folder.name)) for subject in subjects]
+    return [each for each in found if each]

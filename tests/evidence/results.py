@@ -3,13 +3,15 @@
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from tests.evidence.adapters import Subject
 from tests.evidence.order_tables import attribution, orders
 from tests.evidence.plan_tables import bases, plans, served, swept
-from tests.evidence.plots import FOLDER, write_plots
+from tests.evidence.plots import write_plots
 from tests.evidence.repair_tables import repairs, strengths
 
+FOLDER = Path(__file__).parent
 HEAD = """# Evidence on a real language model
 
 Written by `make evidence`; every figure here is one that it measured. SmolLM2-135M-Instruct,
@@ -44,7 +46,7 @@ def write_results(subjects: Sequence[Subject]) -> None:
     ]
     text = "\n".join(part for part in parts if part)
     (FOLDER / "RESULTS.md").write_text(text)
-    write_plots()
+    write_plots(FOLDER)
 
 
 def _setting() -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from tests.evidence.stages import RESULTS
+from tests.evidence import stages
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -16,7 +16,15 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def read(pattern: str) -> dict[str, Any]:
-    return {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob(pattern))}
+    """The kept results whose names match, by the stems of their files."""
+    files = sorted(stages.RESULTS.glob(pattern))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def kept_result(name: str) -> Any:
+    """One kept result; None if its stage has not run."""
+    file = stages.RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def rate(rate: Any) -> str:

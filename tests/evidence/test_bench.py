@@ -13,7 +13,7 @@ from s3lora_serve.calibration.gates import attach
 from s3lora_serve.calibration.language_model import LanguageModel
 from s3lora_serve.plans.schema import wilson
 from s3lora_serve.policy.limits import Limits
-from tests.evidence import results, shares
+from tests.evidence import results, shares, stages
 from tests.evidence.adapters import Subject
 from tests.evidence.attribution import harm_by_module, spearman
 from tests.evidence.benign import benign
@@ -76,10 +76,12 @@ def test_the_page_of_shares_is_what_the_kept_figures_say():
 
 
 def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(stages, "RESULTS", tmp_path)
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     rate = wilson(3, 60).model_dump()
-    names = ("ASR", "strict ASR", "other ASR", "other strict ASR", "skill", "benign refusal")
+    kinds = ("", "other ", "third "), ("", "styles ", "lookalike ")
+    names = ["skill", *(f"{kind}benign refusal" for kind in kinds[1])]
+    names += [f"{kind}{strict}ASR" for kind in kinds[0] for strict in ("", "strict ")]
     rates = dict.fromkeys(names, rate)
     subject = Subject("20 %", 0, 0)
     kept = {
@@ -89,6 +91,9 @@ def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
             "method": {"removed_share": 0.25, "strength": 0.5}, "seconds": 12.0,
         },
         "ceiling-20pct-b0-s0": rates,
+        "repair/20pct-b0-s0-with": {
+            **rates, "said": {"lambda": 0.3, "residual": 0.03, "kept": 0.6},
+        },
         "served-20pct-b0-s0": {"index": rates, "plan": rates},
         "attribution-20pct-b0-s0": {
             "correlations": {"SSI": 0.4}, "modules": [{"name": "a", "ssi": 0.5, "harm": 1.0}],
@@ -96,11 +101,13 @@ def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
         "curves/20pct-b0-s0-random-0": [{"at": "count 10", "share": 0.1, **rates}],
     }  # fmt: skip
     (tmp_path / "curves").mkdir()
+    (tmp_path / "repair").mkdir()
     for name, value in kept.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     results.write_results([subject, Subject("benign", 0, 0)])
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| 20 % | 1 | before |" in text
     assert "benign | " not in text.replace("KL benign | ", "").replace("benign refusal | ", "")
+    assert "| 20 % | 1 | with | 0.05 |" in text
     assert "| random-0 | 0.05 / 0.05 |" in text
     assert (tmp_path / "asr-skill.png").stat().st_size > 1000
