@@ -128,7 +128,6 @@ def _noting(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Callable[...
 def _instead(layers: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within this context each layer does this."""
     originals = [layer.forward for layer in layers]
-
     try:
         for layer in layers:
             layer.forward = forward
@@ -152,7 +151,28 @@ def run_layer(
         args, more = batch.calls[place]
         with _observed(layer, name, batch, observe):
             output = layer(batch.hidden.to(device), *args, **more)
-        batch.hidden = (output[0] if isinstance(output, tuple) else output).cpu()
+        batch.hidden = hidden_of(output).cpu()
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states among what a layer returns."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+@contextmanager
+def hooked(layer: Any, name: str, register: Callable[[Any, str], Any]) -> Iterator[None]:
+    """Within this context each linear module of the layer has the hook that `register` gives it."""
+    hooks = [
+        register(module, f"{name}.{inner}")
+        for inner, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -160,21 +180,13 @@ def _observed(layer: Any, name: str, batch: Batch, observe: Observer) -> Iterato
     """After this context `observe` gets each input with the modules that took it."""
     taken: dict[int, tuple[Tensor, list[str]]] = {}  # keeps inputs: no two have one address
 
-    def noting(module_name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+    def noting(module: Any, module_name: str) -> Any:
         def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:
             taken.setdefault(id(inputs[0]), (inputs[0], []))[1].append(module_name)
 
-        return note
+        return module.register_forward_pre_hook(note)
 
-    hooks = [
-        module.register_forward_pre_hook(noting(f"{name}.{inner}"))
-        for inner, module in layer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    try:
+    with hooked(layer, name, noting):
         yield
-        for inputs, modules in taken.values():
-            observe(tuple(modules), inputs, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for inputs, modules in taken.values():
+        observe(tuple(modules), inputs, batch)

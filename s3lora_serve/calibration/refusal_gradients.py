@@ -4,7 +4,7 @@ Gradients go back one layer at a time: each layer runs again on its kept inputs,
 activations are in memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s3lora_serve.calibration.input_statistics import add_gram
 from s3lora_serve.calibration.language_model import LanguageModel
-from s3lora_serve.calibration.layer_pass import Batch, given_hidden
+from s3lora_serve.calibration.layer_pass import Batch, given_hidden, hidden_of, hooked
 
 ODDS_TOKENS = 3
 """First tokens of a refusal whose log-odds count: there it is decided. Ours."""
@@ -54,8 +54,7 @@ def back_through_layer(
         args, more = batch.calls[place]
         hidden = inputs[i].to(device).detach().requires_grad_()
         with _added(layer, name) as added:
-            output = layer(hidden, *args, **more)
-            output = output[0] if isinstance(output, tuple) else output
+            output = hidden_of(layer(hidden, *args, **more))
             wanted = [hidden, *added.values()]
             made = torch.autograd.grad(output, wanted, gradients[i].to(device), allow_unused=True)
         gradients[i] = made[0].cpu()
@@ -76,21 +75,13 @@ def _added(layer: Any, name: str) -> Iterator[dict[str, Tensor]]:
     """Within this context each linear module of the layer adds a zero that has a gradient."""
     added: dict[str, Tensor] = {}
 
-    def adding(module_name: str) -> Callable[[Any, Any, Tensor], Tensor]:
+    def adding(module: Any, module_name: str) -> Any:
         def add(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
             zero = torch.zeros_like(output, requires_grad=True)
             added[module_name] = zero
             return output + zero
 
-        return add
+        return module.register_forward_hook(add)
 
-    hooks = [
-        module.register_forward_hook(adding(f"{name}.{inner}"))
-        for inner, module in layer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    try:
+    with hooked(layer, name, adding):
         yield added
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -11,7 +11,7 @@ from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.statistics_file import StatisticsFile
 from s3lora_serve.spectral import Effect
 from s3lora_serve.spectral.factor_coordinates import Coordinates, coordinates, new_factors
-from s3lora_serve.spectral.repair_effects import NO_EFFECT, Solution, largest_solution
+from s3lora_serve.spectral.repair_effects import Solution, largest_solution
 
 MAX_GROWTH = 8.0
 """Largest ‖ΔW'‖_F/‖ΔW‖_F of a module. What harmful directions carried may be expressed by others,
@@ -23,14 +23,10 @@ class RepairedAdapter:
     """What repairing does to one adapter."""
 
     strength: float  # λ
+    effect: Effect  # of all repaired modules together
     effects: Mapping[str, Effect]  # by module
     removed: Mapping[str, float]  # by module: 1 − ‖ΔW'‖_F²/‖ΔW‖_F², < 0 if it grows
     weights: ChangedWeights
-
-    @property
-    def effect(self) -> Effect:
-        """Of all repaired modules together."""
-        return sum(self.effects.values(), NO_EFFECT)
 
 
 def repaired(
@@ -72,6 +68,7 @@ def repaired(
             new |= _new_pairs(acting, found, solved, device)
     return RepairedAdapter(
         strength=solved.lam,
+        effect=solved.effect,
         effects=solved.effects,
         removed={name: 1.0 - (B.after / B.before) ** 2 for name, (B, _) in new.items()},
         weights=ChangedWeights.of(adapter, chain.from_iterable(new.values())),

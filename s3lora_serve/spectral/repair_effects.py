@@ -103,12 +103,13 @@ class _Stack(NamedTuple):
     def effects(self, new: FactorPair) -> list[Effect]:
         metric = self.surroundings
         own = metric.own
+        sensitivity, benign = metric.sensitivity(own), metric.benign(own)
         rows = (
-            _product(metric.sensitivity(own), metric.harmful(own)),
+            _product(sensitivity, metric.harmful(own)),
             _product(metric.sensitivity(new), metric.harmful(new)),
-            _product(metric.gram_b(own), metric.benign(own)),
+            _product(metric.gram_b(own), benign),
             metric.lost(new),
-            self.beyond * _product(metric.sensitivity(own), metric.benign(own)),
+            self.beyond * _product(sensitivity, benign),
         )
         return [Effect(*row) for row in (self.square * torch.stack(rows)).T.tolist()]
 

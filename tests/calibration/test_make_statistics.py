@@ -63,12 +63,18 @@ def answered(model, files):
     return found
 
 
-@pytest.mark.parametrize("site", SITES)
-def test_they_are_the_pairs_of_the_whole_models_covariances(chat, statistics, site):
-    model = LanguageModel.load(chat.base, dtype="float32")
+def examples(model, chat):
+    """What the chat's statistics are of, and how many tokens all prompts share."""
     harmful = refused(model, chat.harmful)
     benign = answered(model, (chat.benign, chat.skill))
     shared = common_length([prompt for part in (harmful, *benign) for prompt, _ in part])
+    return harmful, benign, shared
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_they_are_the_pairs_of_the_whole_models_covariances(chat, statistics, site):
+    model = LanguageModel.load(chat.base, dtype="float32")
+    harmful, benign, shared = examples(model, chat)
     C_h = whole_model_covariance(model, harmful, site, shared)
     C_b = sum(whole_model_covariance(model, part, site, shared) for part in benign) / len(benign)
     expected = input_directions(C_h, C_b, rank=16, epsilon=0.1, dtype=torch.float32)
@@ -83,9 +89,7 @@ def test_they_are_the_pairs_of_the_whole_models_covariances(chat, statistics, si
 @pytest.mark.parametrize("site", SITES)
 def test_they_are_of_the_gradients_of_the_whole_models_log_odds(chat, statistics, site):
     model = LanguageModel.load(chat.base, dtype="float32")
-    harmful = refused(model, chat.harmful)
-    benign = answered(model, (chat.benign, chat.skill))
-    shared = common_length([prompt for part in (harmful, *benign) for prompt, _ in part])
+    harmful, _, shared = examples(model, chat)
     module, rows, added = model.model.get_submodule(site), [], []
 
     def add(_module, _inputs, output):
