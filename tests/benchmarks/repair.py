@@ -43,8 +43,8 @@ def main() -> None:
 
 def _measured(model: str, rank: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        adapter = _adapter(model, rank, Path(folder))
-    statistics = _statistics(adapter)
+        adapter = make_adapter(model, rank, Path(folder))
+    statistics = make_statistics(adapter)
     factors = [Factors(m.name, m.B, m.A, m.scaling) for m in adapter.modules]
     choice = RepairChoice(statistics=Path("unused"))
     best = {"score": float("inf"), "repair": float("inf")}
@@ -63,7 +63,8 @@ def _measured(model: str, rank: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _adapter(model: str, rank: int, folder: Path) -> Adapter:
+def make_adapter(model: str, rank: int, folder: Path) -> Adapter:
+    """An adapter of all projections in bfloat16, as it is admitted."""
     tensors = {}
     for module in shapes.adapter(model, rank, torch.bfloat16):
         for side in "AB":
@@ -75,7 +76,7 @@ def _adapter(model: str, rank: int, folder: Path) -> Adapter:
     return read_adapter(copy_adapter(folder, Limits()), Limits())
 
 
-def _statistics(adapter: Adapter) -> Any:
+def make_statistics(adapter: Adapter) -> Any:
     """Directions with falling eigenvalues for each input and output; those of all of one width are
     equal, in memory of their own."""
     draw = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ STEPS = {  # seconds
     "machine": 30,
     "device_tests": 75,
     "scoring": 70,
+    "repair": 40,
     "layers": 80,
     "doors": 90,
     "tokens": 170,
@@ -26,6 +27,9 @@ GRACE_SECONDS = 15
 """For a step to stop its servers."""
 
 ON_CPU = os.environ.get("CHECK_DEVICE") == "cpu"
+SAID = 8000
+"""Characters of what a failed step said that are kept. Servers' logs lie beside check.json."""
+
 TIMES_ON_CPU = 3
 """The dry run has two cores, perhaps beside other work, and nobody pays for its minutes."""
 
@@ -49,7 +53,8 @@ def run_step(name: str, seconds: float) -> dict[str, Any]:
     found = [line for line in lines if line.startswith("{")]
     return {
         "status": code, "seconds": round(time.monotonic() - started, 1),
-        "found": json.loads(found[-1]) if found else None, "said": text[-3000:] if code else "",
+        "found": json.loads(found[-1]) if found else None,
+        "said": text[-SAID:] if code != 0 else "",
     }  # fmt: skip
 
 

@@ -58,6 +58,20 @@ def scoring(found: Found) -> list[str]:
     return ["## Scoring", "", words, "", *table(head, rows)]
 
 
+def repair(found: Found) -> list[str]:
+    """Repair beside scoring, on both."""
+    head = ["adapter", "r", "score, CPU, ms", "repair, CPU", "score, device", "repair, device"]
+    rows = [
+        [
+            one["model"], f"{one['rank']}",
+            *(_ms(one[on][what]) for on in ("cpu", "cuda") for what in ("score", "repair")),
+            f"{one['largest difference of kept']:.1e}",
+        ]
+        for one in found["cases"]
+    ]  # fmt: skip
+    return ["## Repair", "", *table([*head, "difference of what is left"], rows)]
+
+
 def layers(found: Found) -> list[str]:
     """LoRA of 128 linear layers in one graph."""
     kinds = found["milliseconds"]
@@ -110,7 +124,8 @@ def loads(found: Found) -> list[str]:
 
 
 SECTIONS: dict[str, Callable[[Found], list[str]]] = {
-    "machine": machine, "device_tests": device_tests, "scoring": scoring, "layers": layers,
+    "machine": machine, "device_tests": device_tests, "scoring": scoring, "repair": repair,
+    "layers": layers,
     "doors": doors, "tokens": tokens, "loads": loads,
 }  # fmt: skip
 

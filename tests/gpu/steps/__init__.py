@@ -2,12 +2,17 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 DEVICE = os.environ.get("CHECK_DEVICE", "cuda")
 """`cuda`, or `cpu` to try the steps themselves: sizes are small then, and times mean nothing."""
 
 ON_GPU = DEVICE == "cuda"
+
+
+OUT = Path(os.environ.get("OUT", "."))
+"""Where check.json and the logs of servers are written."""
 
 
 def show(found: dict[str, Any]) -> None:

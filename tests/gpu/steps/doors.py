@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.steps import DEVICE, ON_GPU, show
+from tests.gpu.steps import DEVICE, ON_GPU, OUT, show
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import PROMPT
 
@@ -23,16 +23,18 @@ ON_A_GPU = ("--attention-backend", "TRITON_ATTN", "--gpu-memory-utilization", "0
 
 
 @contextmanager
-def guarded(folder: Path, device: str, *arguments: str, **more: str) -> Iterator[Server]:
+def guarded(
+    folder: Path, device: str, *arguments: str, log: Path | None = None
+) -> Iterator[Server]:
     """A guarded server of the tiny model with room for two adapters."""
     with tempfile.TemporaryDirectory() as work:
         policy = Path(work) / "policy.yaml"
         policy.write_text(f"strip: {{top_k: {TOP_K}}}\n")
         environment = OPEN_LOADING | {
-            "S3LORA_POLICY": str(policy), "S3LORA_STATE_DIR": work, "S3LORA_DEVICE": device, **more
+            "S3LORA_POLICY": str(policy), "S3LORA_STATE_DIR": work, "S3LORA_DEVICE": device
         }  # fmt: skip
         arguments = ("--max-cpu-loras", "2", "--max-loras", "1", *arguments)
-        server = Server(folder / "base", Path(work) / "log", arguments, environment)
+        server = Server(folder / "base", log or Path(work) / "log", arguments, environment)
         with server:
             yield server
 
@@ -90,7 +92,7 @@ def main() -> None:
     """Compare with the pack's answers, then try the doors."""
     more = (*ON_A_GPU, "--dtype", "float16") if ON_GPU else ()
     expected = json.loads((PACK / "answers.json").read_text())
-    with guarded(PACK, DEVICE, *more) as server:
+    with guarded(PACK, DEVICE, *more, log=OUT / "doors.log") as server:
         for name in ("trained", "spiked"):
             server.load(name, PACK / name).raise_for_status()
         now = {n: [server.logprobs(n, prompt) for prompt in PROMPTS] for n in expected}

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from tests.gpu.steps import DEVICE, ON_GPU, show
+from tests.gpu.steps import DEVICE, ON_GPU, OUT, show
 from tests.gpu.steps.big_model import make_adapter, make_base
 from tests.gpu.steps.doors import ON_A_GPU, PACK
 from tests.support.server import OPEN_LOADING, Server
@@ -73,7 +73,12 @@ def measure(folder: Path, kind: str, environment: dict[str, str]) -> dict[str, A
     own = OPEN_LOADING | {"S3LORA_STATE_DIR": str(folder)} | environment
     guarded = kind != "stock"
     server = Server(
-        folder / "base", folder / f"{kind}.log", more, own, guarded=guarded, one_process=not ON_GPU
+        folder / "base",
+        OUT / f"loads {kind}.log".replace(" ", "-"),
+        more,
+        own,
+        guarded=guarded,
+        one_process=not ON_GPU,
     )
     with server, Streams(server) as streams:
         time.sleep(QUIET_SECONDS)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.steps import ON_GPU, show
+from tests.gpu.steps import ON_GPU, OUT, show
 from tests.gpu.steps.big_model import make_adapter, make_base, module_count
 from tests.gpu.steps.doors import PACK
 from tests.support.server import CPU, ONE_PROCESS
@@ -118,9 +118,15 @@ def main() -> None:
                     command, env=os.environ | own | environment, capture_output=True, text=True,
                     timeout=SECONDS, check=False,
                 )  # fmt: skip
-                output, problem = done.stdout, done.stderr[-800:] if done.returncode else ""
+                output, said = done.stdout, done.stderr
+                problem = said[-800:] if done.returncode else ""
             except subprocess.TimeoutExpired as stopped:
-                output, problem = str(stopped.stdout or b"", "utf-8"), "stopped: no time left"
+                output, said = (
+                    str(text or b"", "utf-8") for text in (stopped.stdout, stopped.stderr)
+                )
+                problem = "stopped: no time left"
+            with (OUT / "tokens.log").open("a") as log:
+                log.write(f"== {kind}\n{said}\n")
             lines = [line for line in output.splitlines() if line.startswith("{")]
             found["milliseconds a token"][kind] = json.loads(lines[-1]) if lines else {}
             if problem:
