@@ -22,6 +22,7 @@ tarfile.open(pack / "vllm.tar.xz").extractall(site, filter="data")
 library = lzma.decompress((pack / "library.so.xz").read_bytes())
 (site / "vllm" / "_C_stable_libtorch.abi3.so").write_bytes(library)
 PYTHON
+    "$python" -m compileall -q -j 0 "$site" || true  # once, and not in each of the first processes
     export PYTHONPATH=$site
 fi
 exec "$python" -m tests.gpu.check "$@"

@@ -11,6 +11,9 @@ DEVICE = os.environ.get("CHECK_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
 
 
+ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} if ON_GPU else {}
+"""Of engines: FlashInfer is not in the pack."""
+
 OUT = Path(os.environ.get("OUT", "."))
 """Where check.json and the logs of servers are written."""
 

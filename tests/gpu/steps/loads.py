@@ -5,14 +5,16 @@ import statistics
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
 
-from tests.gpu.steps import DEVICE, ON_GPU, OUT, show
+from tests.gpu.steps import DEVICE, ENVIRONMENT, ON_GPU, OUT, show
 from tests.gpu.steps.big_model import make_adapter, make_base
 from tests.gpu.steps.doors import ON_A_GPU, PACK
+from tests.gpu.steps.turns import turn
 from tests.support.server import OPEN_LOADING, Server
 
 ADAPTERS = 12 if ON_GPU else 2
@@ -66,21 +68,22 @@ def p99(values: list[float]) -> float | None:
     return statistics.quantiles(values, n=100)[98] if len(values) > 1 else None
 
 
-def measure(folder: Path, kind: str, environment: dict[str, str]) -> dict[str, Any]:
-    """Load and unload adapters beside streams on one server."""
+def make_server(folder: Path, kind: str, environment: dict[str, str]) -> Server:
+    """A server with the big model, not started."""
     flags = ("--load-format", "dummy", *(("--dtype", "bfloat16") if ON_GPU else ()))
-    more = (*flags, *(ON_A_GPU if ON_GPU else ()))
-    own = OPEN_LOADING | {"S3LORA_STATE_DIR": str(folder)} | environment
-    guarded = kind != "stock"
-    server = Server(
-        folder / "base",
-        OUT / f"loads {kind}.log".replace(" ", "-"),
-        more,
-        own,
-        guarded=guarded,
-        one_process=not ON_GPU,
-    )
-    with server, Streams(server) as streams:
+    state = folder / f"state {kind}"
+    state.mkdir()
+    own = OPEN_LOADING | ENVIRONMENT | {"S3LORA_STATE_DIR": str(state)} | environment
+    return Server(
+        folder / "base", OUT / f"loads {kind}.log".replace(" ", "-"),
+        (*flags, *(ON_A_GPU if ON_GPU else ())), own,
+        guarded=kind != "stock", one_process=not ON_GPU,
+    )  # fmt: skip
+
+
+def measure(server: Server, folder: Path) -> dict[str, Any]:
+    """Load adapters beside streams on one server."""
+    with Streams(server) as streams:
         time.sleep(QUIET_SECONDS)
         quiet, seconds, statuses = streams.take(), [], []
         for number in range(ADAPTERS):
@@ -88,7 +91,7 @@ def measure(folder: Path, kind: str, environment: dict[str, str]) -> dict[str, A
             statuses.append(server.load(f"a{number}", folder / f"a{number}").status_code)
             seconds.append(time.perf_counter() - started)
         beside = streams.take()
-        metrics = server.metrics() if guarded else {}
+    metrics = server.metrics() if server.guarded else {}
     return {
         "load, ms": [1000 * one for one in seconds], "statuses": statuses,
         "p50 before": statistics.median(quiet), "p99 before": p99(quiet), "p99 beside": p99(beside),
@@ -97,22 +100,31 @@ def measure(folder: Path, kind: str, environment: dict[str, str]) -> dict[str, A
     }  # fmt: skip
 
 
+KINDS = {
+    "scored on the CPU": {"S3LORA_DEVICE": "cpu"},
+    "scored on the device": {"S3LORA_DEVICE": DEVICE},
+    "stock": {"VLLM_PLUGINS": ""},
+}
+
+
 def main() -> None:
-    """Stock, scored on the CPU, scored on the device."""
+    """Start all servers, then measure one after the other."""
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, ExitStack() as servers:
         folder = Path(work)
         make_base(folder / "base", PACK / "base")
         for number in range(ADAPTERS):
             make_adapter(folder / f"a{number}", number)
-        kinds = {
-            "scored on the CPU": {"S3LORA_DEVICE": "cpu"},
-            "scored on the device": {"S3LORA_DEVICE": DEVICE},
-            "stock": {"VLLM_PLUGINS": ""},
-        }
-        for kind, environment in kinds.items():
-            found[kind] = measure(folder, kind, environment)
-            show(found)
+        made = {kind: make_server(folder, kind, environment) for kind, environment in KINDS.items()}
+        for server in made.values():
+            servers.callback(server.stop)
+            server.start()
+        for server in made.values():
+            server.wait()
+        with turn("loads"):
+            for kind, server in made.items():
+                found[kind] = measure(server, folder)
+                show(found)
 
 
 if __name__ == "__main__":
