@@ -168,7 +168,7 @@ def admit(
         if outcome.projected and (reference := alignment_reference(effective)):
             weights = projected_weights(adapter, reference, outcome.projected, check_deadline)
         if outcome.repairs and (
-            repair := repair_of(adapter, effective, outcome, device, base_model, check_deadline)
+            repair := repair_of(adapter, effective, outcome, base_model, check_deadline)
         ):
             outcome = replace(outcome, decision=Decision.STRIPPED)
             weights = repair.weights

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from s3lora_serve.adapter.reader import Adapter
@@ -14,22 +13,18 @@ from s3lora_serve.errors import PolicyInvalid, RepairImpossible, StatisticsInval
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.repair.apply import RepairedAdapter, repaired
 from s3lora_serve.repair.statistics_file import StatisticsFile, loaded_statistics, read_statistics
-from s3lora_serve.spectral import resolve_device
-from s3lora_serve.spectral.device import turn
-from s3lora_serve.spectral.fallback import attempt
 
 
 def repair_of(
     adapter: Adapter,
     policy: Policy,
     outcome: Outcome,
-    device: str,
     base_model: str | None,
     check_deadline: Callable[[], None],
 ) -> RepairedAdapter | None:
     """The repaired adapter; None if the policy repairs none, or it has no module to repair.
 
-    A device that fails leaves the work to the CPU, as in scoring.
+    On the CPU, also where a device scores: a GPU would wait for the statistics of each module.
 
     Raises:
         RepairImpossible: as `repaired`.
@@ -39,22 +34,7 @@ def repair_of(
     if statistics is None or policy.repair is None:
         return None
     _check_base_model(statistics, base_model)
-    work = partial(repaired, adapter, statistics, policy.repair, outcome.stripped)
-    if (chosen := resolve_device(device)) != "cpu":
-
-        def on_device(between: Callable[[], None]) -> RepairedAdapter | RepairImpossible | None:
-            try:
-                with turn(chosen):
-                    return work(between, chosen)
-            except RepairImpossible as refusal:  # of the adapter: the device has not failed
-                return refusal
-
-        found = attempt(on_device, check_deadline)
-        if isinstance(found, RepairImpossible):
-            raise found
-        if found is not None:
-            return found
-    return work(check_deadline)
+    return repaired(adapter, statistics, policy.repair, outcome.stripped, check_deadline)
 
 
 def _check_base_model(statistics: StatisticsFile, base_model: str | None) -> None:

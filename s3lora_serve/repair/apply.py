@@ -35,13 +35,11 @@ def repaired(
     choice: RepairChoice,
     stripped: Collection[str] = (),
     between_modules: Callable[[], None] = lambda: None,
-    device: str = "cpu",
 ) -> RepairedAdapter | None:
     """Repair the modules of an adapter that are not stripped; None if there are none to repair.
 
     λ, one for all modules, is `choice.strength`, or as much smaller as `choice.residual` wants.
-    `between_modules` runs before the modules of each input and may raise to stop. `device`
-    multiplies; the rest is the host's.
+    `between_modules` runs before the modules of each input and may raise to stop.
 
     Raises:
         RepairImpossible: the statistics lack a module, or have it with another width; B' or A' is
@@ -55,7 +53,7 @@ def repaired(
     if not modules:
         return None
     groups = _sharing_an_input(modules, statistics)
-    found = _acting(groups, statistics, device, between_modules)
+    found = _acting(groups, statistics, between_modules)
     if not found:
         return None
     solved = largest_solution(found, choice.strength, choice.residual)
@@ -65,7 +63,7 @@ def repaired(
     for members in groups:
         if acting := [module for module in members if module.name in found]:
             between_modules()
-            new |= _new_pairs(acting, found, solved, device)
+            new |= _new_pairs(acting, found, solved)
     return RepairedAdapter(
         strength=solved.lam,
         effect=solved.effect,
@@ -81,7 +79,6 @@ _Group = list[Module]
 def _acting(
     groups: Sequence[_Group],
     statistics: StatisticsFile,
-    device: str,
     between_modules: Callable[[], None],
 ) -> dict[str, Coordinates]:
     """The coordinates of the modules whose update is not 0."""
@@ -92,7 +89,7 @@ def _acting(
         outputs = [statistics.outputs[m.name] for m in members]
         try:
             inputs = statistics.by_module[members[0].name]
-            together = coordinates(updates, inputs, outputs, device)
+            together = coordinates(updates, inputs, outputs)
         except ValueError as error:
             raise RepairImpossible(f"module {members[0].name}: {error}") from None
         found |= {m.name: each for m, each in zip(members, together, strict=True) if each.acts}
@@ -100,7 +97,7 @@ def _acting(
 
 
 def _new_pairs(
-    modules: Sequence[Module], found: Mapping[str, Coordinates], solved: Solution, device: str
+    modules: Sequence[Module], found: Mapping[str, Coordinates], solved: Solution
 ) -> dict[str, tuple[NewFactor, NewFactor]]:
     """The checked factors of modules that share an input."""
     those = [found[module.name] for module in modules]
@@ -108,7 +105,6 @@ def _new_pairs(
         [(module.B, module.A) for module in modules],
         those,
         [solved.factors[module.name] for module in modules],
-        device,
     )
     pairs = {}
     for module, own, each in zip(modules, those, new, strict=True):

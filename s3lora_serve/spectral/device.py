@@ -8,7 +8,6 @@ elsewhere the upload takes longer.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,12 +38,20 @@ WAITING_SECONDS = 1.0
 """For a turn on the device; the host scores most adapters in that time. Ours."""
 
 _one_at_a_time = threading.Lock()  # the bound on memory is the process's
+_warming_up = threading.Event()  # who has the turn compiles: nobody waits for it
 
 FLOAT64 = torch.float64
 DTYPES = {torch.bfloat16, torch.float16, torch.float32, FLOAT64}
 
 MAX_RANK = 64
 """Largest rank whose float64 matrices fit into the registers of one program."""
+
+COMMON = [
+    (torch.ones(32, rank, dtype=dtype), torch.ones(rank, 32, dtype=dtype))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for rank in (16, 32, 64)
+]
+"""What kernels are compiled for at the start of a server."""
 
 FIELDS = 5
 """Of a solution, besides its singular values: what `triton_chain.spectrum` stores after them."""
@@ -82,13 +89,15 @@ def turn(device: str) -> Iterator[torch.device]:
     """The device, for this thread alone in this context.
 
     Raises:
-        DeviceBusy: another thread has used it for too long.
+        DeviceBusy: another thread has used it for too long, or compiles its kernels.
     """
     target = torch.device(device)
     # Kernels are launched on the thread's current device.
     current = torch.cuda.device(target) if target.type == "cuda" else nullcontext()
-    if not _one_at_a_time.acquire(timeout=WAITING_SECONDS):
-        raise fallback.DeviceBusy(f"no turn within {WAITING_SECONDS:g} s")
+    if not _one_at_a_time.acquire(timeout=0 if _warming_up.is_set() else WAITING_SECONDS):
+        compiles = "its kernels are being compiled"
+        said = compiles if _warming_up.is_set() else f"no turn within {WAITING_SECONDS:g} s"
+        raise fallback.DeviceBusy(said)
     try:
         with current:
             yield target
@@ -96,17 +105,28 @@ def turn(device: str) -> Iterator[torch.device]:
         _one_at_a_time.release()
 
 
-def warm_up(device: str) -> None:
+def warm_up(device: str, between_kernels: Callable[[], None] = lambda: None) -> None:
     """Compile the kernels and load them on the device, so that no adapter waits for that.
 
-    For the ranks and dtypes that adapters commonly have. A failure is that of an adapter: the host
-    scores from then on.
+    For the ranks and dtypes that adapters commonly have, commonest first. Until all are there, the
+    host scores. A failure is that of an adapter: the host scores from then on.
+
+    Raises:
+        Whatever `between_kernels` raises.
     """
-    for rank in (16, 32, 64):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            factors = torch.ones(32, rank, dtype=dtype), torch.ones(rank, 32, dtype=dtype)
-            if fits([factors], NORMALIZATION):
-                fallback.attempt(partial(solve, [factors], device), lambda: None)
+
+    def compile_all(between: Callable[[], None]) -> bool:
+        with turn(device) as target:
+            _warming_up.set()
+            try:
+                for factors in COMMON:
+                    if fits([factors], NORMALIZATION):
+                        _solve([factors], target, between)
+            finally:
+                _warming_up.clear()
+        return True
+
+    fallback.attempt(compile_all, between_kernels)
 
 
 def parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
@@ -168,8 +188,11 @@ class _Launches:
         self._parts = min(max(1, PROGRAMS // self._slots), max(1, most))
         self._groups = self._on_device(tables, counts)
 
-    def solution(self) -> Tensor:
-        """Run all; (modules, R + FIELDS) as `triton_chain.spectrum` stores it, on the device."""
+    def solution(self, between_kernels: Callable[[], None]) -> Tensor:
+        """Run all; (modules, R + FIELDS) as `triton_chain.spectrum` stores it, on the device.
+
+        The first launch of a kernel compiles it, for seconds.
+        """
         from s3lora_serve.spectral import triton_chain, triton_passes
 
         R, slots, parts = self._size, self._slots, self._parts
@@ -178,11 +201,14 @@ class _Launches:
         stats, sums = self._empty(slots, 2), self._empty(slots, parts, 2)
         out = self._empty(slots // 2, R + FIELDS)
         self._pass(triton_passes.gram, partials)
+        between_kernels()
         triton_chain.factorise[(slots,)](
             partials, parts, grams, lowers, stats, self._rank,
             UNIT=UNIT[FLOAT64], ZERO_ROW=ZERO_ROW, R=R, num_warps=self._warps,
         )  # fmt: skip
+        between_kernels()
         self._pass(triton_passes.normalised_gram, lowers, partials, sums, FLOOR=FLOOR[FLOAT64])
+        between_kernels()
         triton_chain.spectrum[(slots // 2,)](
             partials, sums, parts, self._counts, grams, stats, out, self._rank,
             UNIT=UNIT[FLOAT64], R=R, num_warps=self._warps,
@@ -241,6 +267,6 @@ def _solve(
     uploaded = upload(modules, device, between_batches)
     launches = _Launches(uploaded, device)
     between_batches()
-    found = launches.solution().cpu()  # the only time that the host waits
+    found = launches.solution(between_batches).cpu()  # the only time that the host waits
     values = found[:, :-FIELDS].sort(descending=True).values[:, : modules[0][0].shape[1]]
     return Solution(values, *found[:, -FIELDS:].T.clone())

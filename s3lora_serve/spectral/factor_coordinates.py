@@ -102,7 +102,6 @@ def coordinates(
     updates: Sequence[Update],
     inputs: InputStatistics,
     outputs: Sequence[OutputStatistics],
-    device: str = "cpu",
 ) -> list[Coordinates]:
     """The coordinates of the updates of modules that share an input.
 
@@ -115,14 +114,14 @@ def coordinates(
     """
     stacked = torch.cat([A for _, A, _ in updates])
     ranks = [len(A) for _, A, _ in updates]
-    for dtype in _dtypes(device, stacked, inputs.U, inputs.F):
-        P, R, grams = _of_inputs(stacked, ranks, inputs, device, dtype)
+    for dtype in _dtypes(stacked, inputs.U, inputs.F):
+        P, R, grams = _of_inputs(stacked, ranks, inputs, dtype)
         if _in_range(grams, dtype):
             break
     found = []
     rows = zip(updates, torch.split(P, ranks), torch.split(R, ranks), grams, outputs, strict=True)
     for (B, _, scaling), p, r, gram_a, own in rows:
-        S, gram_b = _of_outputs(B, own, device)
+        S, gram_b = _of_outputs(B, own)
         inside = S.mT @ own.inverse @ S
         each = Coordinates(
             P=p,
@@ -143,41 +142,39 @@ def coordinates(
 
 
 def _of_inputs(
-    stacked: Tensor, ranks: list[int], inputs: InputStatistics, device: str, dtype: torch.dtype
+    stacked: Tensor, ranks: list[int], inputs: InputStatistics, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A·U and A·F of stacked factors, and A·Aᵀ of each, float64 on the host."""
+    """A·U and A·F of stacked factors, and A·Aᵀ of each, float64."""
     k, f = inputs.U.shape[1], inputs.F.shape[1]
-    P, R = (
-        torch.zeros(len(stacked), columns, dtype=torch.float64, device=device) for columns in (k, f)
-    )
-    own = [torch.zeros(rank, rank, dtype=torch.float64, device=device) for rank in ranks]
-    for part in _blocks(stacked.shape[1], device):
-        A = stacked[:, part].to(device, dtype)
-        P += A @ inputs.U[part].to(device, dtype)
-        R += A @ inputs.F[part].to(device, dtype)
+    P, R = (torch.zeros(len(stacked), columns, dtype=torch.float64) for columns in (k, f))
+    own = [torch.zeros(rank, rank, dtype=torch.float64) for rank in ranks]
+    for part in _blocks(stacked.shape[1]):
+        A = stacked[:, part].to(dtype)
+        P += A @ inputs.U[part].to(dtype)
+        R += A @ inputs.F[part].to(dtype)
         for gram, each in zip(own, torch.split(A, ranks), strict=True):
             gram += each @ each.mT
-    return P.cpu(), R.cpu(), [gram.cpu() for gram in own]
+    return P, R, own
 
 
-def _of_outputs(B: Tensor, outputs: OutputStatistics, device: str) -> tuple[Tensor, Tensor]:
-    """QᵀB and BᵀB, float64 on the host."""
+def _of_outputs(B: Tensor, outputs: OutputStatistics) -> tuple[Tensor, Tensor]:
+    """QᵀB and BᵀB, float64."""
     q, r = outputs.Q.shape[1], B.shape[1]
     found = torch.empty(0)
-    for dtype in _dtypes(device, B, outputs.Q):
-        found = torch.zeros(q + r, r, dtype=torch.float64, device=device)
-        for part in _blocks(len(B), device):
-            own = B[part].to(device, dtype)
-            found[:q] += outputs.Q[part].to(device, dtype).mT @ own
+    for dtype in _dtypes(B, outputs.Q):
+        found = torch.zeros(q + r, r, dtype=torch.float64)
+        for part in _blocks(len(B)):
+            own = B[part].to(dtype)
+            found[:q] += outputs.Q[part].to(dtype).mT @ own
             found[q:] += own.mT @ own
         if _in_range([found[q:]], dtype):
             break
-    return found[:q].cpu(), found[q:].cpu()
+    return found[:q], found[q:]
 
 
-def _dtypes(device: str, *tensors: Tensor) -> list[torch.dtype]:
+def _dtypes(*tensors: Tensor) -> list[torch.dtype]:
     """In which products are tried: float32 holds those of factors of 16 bits, in half the time."""
-    if device == "cpu" and all(tensor.itemsize == 2 for tensor in tensors):
+    if all(tensor.itemsize == 2 for tensor in tensors):
         return [torch.float32, torch.float64]
     return [torch.float64]
 
@@ -194,18 +191,16 @@ def _in_range(grams: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return bool(squares.min() >= low) and bool(squares.max() <= high)  # NaN is in no range
 
 
-def _blocks(width: int, device: str) -> Iterator[slice]:
+def _blocks(width: int) -> Iterator[slice]:
     """The inputs or outputs, as many at a time as are converted together."""
-    step = BLOCK if device == "cpu" else width
-    for at in range(0, width, max(1, step)):
-        yield slice(at, at + step)
+    for at in range(0, width, BLOCK):
+        yield slice(at, at + BLOCK)
 
 
 def new_factors(
     factors: Sequence[tuple[Tensor, Tensor]],
     found: Sequence[Coordinates],
     repaired: Sequence[FactorPair],
-    device: str = "cpu",
 ) -> list[NewFactors]:
     """`A' = X_a·A + Y_a·Vᵀ` and `B' = B·X_b + Q·Y_b` of modules that share an input.
 
@@ -218,20 +213,20 @@ def new_factors(
         Y_a = (new.P - new.X_a @ each.P) @ each.inputs.inverse
         Y_b = each.outputs.inverse @ (new.S - each.S @ new.X_b)
         # Bᵀ' = X_bᵀ·Bᵀ + Y_bᵀ·Qᵀ has the same form.
-        new_a = _sum(A, new.X_a, each.inputs.V, Y_a, each.gram_a, device)
-        new_b = _sum(B.mT, new.X_b.mT, each.outputs.Q, Y_b.mT, each.gram_b, device)
+        new_a = _sum(A, new.X_a, each.inputs.V, Y_a, each.gram_a)
+        new_b = _sum(B.mT, new.X_b.mT, each.outputs.Q, Y_b.mT, each.gram_b)
         made.append(NewFactors(new_b.mT.contiguous(), new_a, _gram(new_b), _gram(new_a)))
     return made
 
 
-def _sum(A: Tensor, X: Tensor, V: Tensor, Y: Tensor, gram: Tensor, device: str) -> Tensor:
-    """`X·A + Y·Vᵀ` rounded to the dtype of A, (r, n) on the host."""
-    narrow = _dtypes(device, A, V)[0]
+def _sum(A: Tensor, X: Tensor, V: Tensor, Y: Tensor, gram: Tensor) -> Tensor:
+    """`X·A + Y·Vᵀ` rounded to the dtype of A, (r, n)."""
+    narrow = _dtypes(A, V)[0]
     dtype = narrow if _in_range([gram], narrow) else torch.float64
-    X, Y = X.to(device, dtype), Y.to(device, dtype)
+    X, Y = X.to(dtype), Y.to(dtype)
     new = torch.empty(A.shape, dtype=A.dtype)
-    for part in _blocks(A.shape[1], device):
-        own, directions = (each.to(device, dtype) for each in (A[:, part], V[part]))
+    for part in _blocks(A.shape[1]):
+        own, directions = (each.to(dtype) for each in (A[:, part], V[part]))
         new[:, part] = torch.addmm(X @ own, Y, directions.mT)
     return new
 
@@ -239,9 +234,9 @@ def _sum(A: Tensor, X: Tensor, V: Tensor, Y: Tensor, gram: Tensor, device: str) 
 def _gram(A: Tensor) -> Tensor:
     """A·Aᵀ, float64."""
     gram = torch.empty(0)
-    for dtype in _dtypes("cpu", A):
+    for dtype in _dtypes(A):
         gram = torch.zeros(len(A), len(A), dtype=torch.float64)
-        for part in _blocks(A.shape[1], "cpu"):
+        for part in _blocks(A.shape[1]):
             each = A[:, part].to(dtype)
             gram += each @ each.mT
         if _in_range([gram], dtype):

@@ -9,16 +9,14 @@ from typer.testing import CliRunner
 
 import s3lora_serve
 from s3lora_serve.adapter.private_copy import OWN_FOLDER, WEIGHTS_NAME
-from s3lora_serve.admission.decision import Outcome
 from s3lora_serve.admission.pipeline import admit
-from s3lora_serve.admission.repairing import check_statistics, preload_statistics, repair_of
-from s3lora_serve.admission.verdict import Decision, Verdict, differs
+from s3lora_serve.admission.repairing import check_statistics, preload_statistics
+from s3lora_serve.admission.verdict import Verdict, differs
 from s3lora_serve.cli import app
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.schema import parse_policy
 from s3lora_serve.repair.statistics_file import OUTPUT_PARTS, loaded_statistics, read_statistics
-from s3lora_serve.spectral import fallback
 from s3lora_serve.spectral.factor_coordinates import coordinates
 from s3lora_serve.spectral.repair_effects import solution
 from tests.support.adapters import copy_with, key
@@ -310,28 +308,6 @@ def test_statistics_are_checked_with_the_policy_and_not_exchanged_later(chat, st
     file.write_bytes(b"nothing")
     with pytest.raises(PolicyInvalid, match=r"repair\.statistics"):
         check_statistics(policy_with(file))
-
-
-def test_a_device_gives_the_same_repair_and_one_that_fails_leaves_it_to_the_cpu(
-    chat, statistics, admission, monkeypatch
-):
-    policy, whole = policy_with(statistics), Outcome(Decision.ADMITTED, repairs=True)
-    read_one = admission.adapter
-
-    def on_device(device):
-        found = repair_of(read_one, policy, whole, device, None, lambda: None)
-        return found.effect.residual, found.weights.digest()
-
-    expected = admission.verdict.repair.residual, admission.verdict.served_digest
-    residual, _ = on_device("cpu:0")  # the device's way, on the host
-    assert residual == pytest.approx(expected[0], rel=1e-6)
-    fallback.reset()
-    monkeypatch.setattr(fallback, "_say", lambda line: said.append(line))
-    said = []
-    assert on_device("cuda:77") == expected
-    assert len(said) == 1
-    assert fallback.take_counts() == {"failure": 1}
-    fallback.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -91,6 +91,43 @@ def test_a_device_that_another_thread_holds_is_left_to_it(monkeypatch, modules):
     assert fallback.take_counts() == {"busy": 1}
 
 
+def test_nobody_waits_for_a_device_whose_kernels_are_being_compiled(monkeypatch, modules):
+    monkeypatch.setattr(device, "WAITING_SECONDS", 600)
+    monkeypatch.setattr(device, "fits", lambda *_: True)
+    expected, found = precision.solve(modules, "two_sided"), []
+
+    def compiling(*_):
+        found.append(precision.solve(modules, "two_sided", device="cpu:0"))
+
+    monkeypatch.setattr(device, "_solve", compiling)
+    device.warm_up("cpu:0")
+    assert len(found) == len(device.COMMON)
+    assert all(torch.equal(each.normalised, expected.normalised) for each in found)
+    assert fallback.take_counts() == {"busy": len(found)}
+    monkeypatch.undo()
+    with device.turn("cpu:0"):
+        pass
+
+
+def test_compiling_stops_between_kernels_when_the_process_ends(monkeypatch):
+    tries = []
+
+    def compiling(_modules, _device, between):
+        tries.append(1)
+        between()
+
+    def exiting():
+        raise PastDeadline
+
+    monkeypatch.setattr(device, "fits", lambda *_: True)
+    monkeypatch.setattr(device, "_solve", compiling)
+    with pytest.raises(PastDeadline):
+        device.warm_up("cpu:0", exiting)
+    assert len(tries) == 1
+    with device.turn("cpu:0"):
+        assert not device._warming_up.is_set()
+
+
 class PastDeadline(Exception):
     pass
 

@@ -34,7 +34,12 @@ from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
 from s3lora_serve.vllm_plugin.api.requester import asked_with, note_retry, requester
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.tasks import Tasks
-from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads, load_places
+from s3lora_serve.vllm_plugin.api.work_threads import (
+    WorkThreads,
+    load_places,
+    start_in_background,
+    stop_at_exit,
+)
 from s3lora_serve.vllm_plugin.api.worker_calls import is_first_server
 
 PAUSE_FACTOR = 4.0
@@ -72,12 +77,11 @@ class AdapterRegistration:
 
     def warm_up(self) -> None:
         """Prepare what the first adapter would wait for: statistics and a device's kernels."""
-        threads = WorkThreads("warm-up", 1)
         if self.controller.policy.repair is not None:
-            threads.start(partial(preload_statistics, self.controller.policy))
+            start_in_background(partial(preload_statistics, self.controller.policy))
         device = resolve_device(self.controller.settings.device)
         if device != "cpu":
-            threads.start(partial(warm_up, device))
+            start_in_background(partial(warm_up, device, stop_at_exit))
 
     async def add_lora(
         self, engine: Any, request: Any, original: Callable[..., Awaitable[bool]]

@@ -5,8 +5,10 @@ Loads, dry scans, downloads and the audit log have threads of their own: none wa
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -30,6 +32,32 @@ def load_places() -> int:
 def _limit_cores() -> None:
     """Use few cores: idle engines spin on the others, and parallel sums would wait for them."""
     use_cores(min(MAX_SCORING_THREADS, max(1, (os.cpu_count() or 1) // 4)))
+
+
+def start_in_background(work: Callable[[], object]) -> None:
+    """Have work done once. The process waits for its end, so long work calls `stop_at_exit`."""
+
+    def run() -> None:
+        _limit_cores()
+        with suppress(Exiting):
+            work()
+
+    # Not an executor's thread: those are waited for while the main thread still counts as alive.
+    threading.Thread(target=run, name="s3lora-background").start()
+
+
+class Exiting(Exception):
+    """The process is about to end."""
+
+
+def stop_at_exit() -> None:
+    """Stop background work if the main thread has ended.
+
+    Raises:
+        Exiting: it has.
+    """
+    if not threading.main_thread().is_alive():
+        raise Exiting
 
 
 class WorkThreads:
