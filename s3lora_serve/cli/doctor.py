@@ -31,5 +31,5 @@ def _skipping() -> Check:
         return Check("skipping", False, f"no, the gate does without: {obstacle}", essential=False)
     where = "where vLLM runs eagerly"
     if settings.skip_captured:
-        where += ", and on a GPU in captured graphs (unmeasured)"
+        where += ", and on a GPU in captured graphs"
     return Check("skipping", True, f"modules without weights are skipped {where}")

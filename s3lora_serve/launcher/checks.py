@@ -201,5 +201,5 @@ def device() -> Check:
     if not torch.cuda.is_available():
         problem = "no CUDA device: modules would be scored on the CPU"
         return Check("device", False, f"S3LORA_DEVICE={chosen}: {problem}", essential=False)
-    detail = f"{torch.cuda.get_device_name(0)} scores modules (unmeasured)"
+    detail = f"{torch.cuda.get_device_name(0)} scores modules"
     return Check("device", True, detail)

@@ -1,4 +1,7 @@
-"""`python -m tests.gpu.report FOLDER`: RESULTS.md from the check.json of one run on a GPU."""
+"""`python -m tests.gpu.report FOLDER…`: RESULTS.md from the check.json of runs on a GPU.
+
+Of a step that several runs have, the last counts.
+"""
 
 import argparse
 import json
@@ -59,17 +62,15 @@ def scoring(found: Found) -> list[str]:
 
 
 def repair(found: Found) -> list[str]:
-    """Repair beside scoring, on both."""
-    head = ["adapter", "r", "score, CPU, ms", "repair, CPU", "score, device", "repair, device"]
+    """Repair, which the CPU does, beside scoring."""
+    names = ("score, CPU", "score, device", "repair")
     rows = [
         [
-            one["model"], f"{one['rank']}",
-            *(_ms(one[on][what]) for on in ("cpu", "cuda") for what in ("score", "repair")),
-            f"{one['largest difference of kept']:.1e}",
+            one["model"], f"{one['rank']}", *(_ms(one[name]) for name in names),
         ]
         for one in found["cases"]
     ]  # fmt: skip
-    return ["## Repair", "", *table([*head, "difference of what is left"], rows)]
+    return ["## Repair", "", *table(["adapter", "r", *(f"{name}, ms" for name in names)], rows)]
 
 
 def layers(found: Found) -> list[str]:
@@ -132,8 +133,12 @@ SECTIONS: dict[str, Callable[[Found], list[str]]] = {
 
 def markdown(results: dict[str, Found]) -> str:
     """All sections that have figures, and what became of the others."""
-    lines = ["# On a GPU", "", "Written by `python -m tests.gpu.report` from one run of", ""]
-    lines[2] += " `tests/gpu/check.sh`."
+    lines = [
+        "# On a GPU",
+        "",
+        "Written by `python -m tests.gpu.report` from runs of `tests/gpu/check.sh`.",
+        "",
+    ]
     for name, section in SECTIONS.items():
         one = results.get(name)
         if one is None or one["found"] is None:
@@ -157,14 +162,16 @@ def _known(value: float | None) -> str:
 def main() -> None:
     """Write the file, unless the run was not on a GPU."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    results = json.loads((folder / "check.json").read_text())
+    parser.add_argument("folders", type=Path, nargs="+")
+    results: dict[str, Found] = {}
+    for folder in parser.parse_args().folders:
+        results |= json.loads((folder / "check.json").read_text())
     text = markdown(results)
     if not (results.get("machine", {}).get("found") or {}).get("gpu"):
         print(text)
         parser.exit(1, "this run was not on a GPU: tests/gpu/RESULTS.md is left as it is\n")
     (HERE / "RESULTS.md").write_text(text)
+    (HERE / "check.json").write_text(json.dumps(results, indent=1) + "\n")
     print(text)
 
 

@@ -1,8 +1,7 @@
-"""Repair of adapters of well-known shapes beside scoring them, on the CPU and on the device."""
+"""Repair of adapters of well-known shapes on the CPU, beside scoring there and on the device."""
 
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from s3lora_serve.spectral import Factors, score_modules
 from tests.benchmarks import shapes
 from tests.benchmarks.repair import make_adapter, make_statistics
 from tests.gpu.steps import DEVICE, ON_GPU, show
+from tests.gpu.steps.scoring import seconds
 
 CASES = [("Llama-3.2-1B", 16), ("Llama-3-8B", 16), ("Llama-3-8B", 64)]
 ROUNDS = 3
@@ -28,19 +28,13 @@ def case(model: str, rank: int) -> dict[str, Any]:
     factors = [Factors(m.name, m.B, m.A, m.scaling) for m in adapter.modules]
     choice = RepairChoice(statistics=Path("unused"))
     found: dict[str, Any] = {"model": model, "rank": rank, "modules": len(factors)}
-    results = []
-    for where in ("cpu", DEVICE) if ON_GPU else ("cpu",):
-        times: dict[str, list[float]] = {"score": [], "repair": []}
-        for _ in range(ROUNDS):
-            started = time.perf_counter()
-            score_modules(factors, device=where)
-            middle = time.perf_counter()
-            results.append(repaired(adapter, known, choice, device=where))
-            times["score"].append(middle - started)
-            times["repair"].append(time.perf_counter() - middle)
-        found[where] = {name: statistics.median(each) for name, each in times.items()}
-    kept = [each.effect.kept for each in results if each]
-    found["largest difference of kept"] = abs(kept[0] - kept[-1])
+    work = {
+        "score, CPU": lambda: score_modules(factors, device="cpu"),
+        "score, device": lambda: score_modules(factors, device=DEVICE),
+        "repair": lambda: repaired(adapter, known, choice),
+    }
+    for name, each in work.items():
+        found[name] = statistics.median(seconds(each) for _ in range(ROUNDS))
     return found
 
 
