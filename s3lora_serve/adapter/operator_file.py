@@ -20,6 +20,21 @@ def foreign_writer(status: os.stat_result, path: Path) -> str | None:
     return None
 
 
+def check_contents(descriptor: int, path: Path, limit: int) -> os.stat_result:
+    """What an opened file is.
+
+    Raises:
+        ValueError: not a regular file, or larger than `limit` bytes.
+        OSError: nobody can tell.
+    """
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    if status.st_size > limit:
+        raise ValueError(f"{path}: larger than {limit} bytes")
+    return status
+
+
 def contents(descriptor: int, path: Path, limit: int, *, owned: bool) -> bytearray:
     """The contents of an opened file, which is then closed. `path` names it in errors.
 
@@ -29,13 +44,9 @@ def contents(descriptor: int, path: Path, limit: int, *, owned: bool) -> bytearr
         OSError: it cannot be read.
     """
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is not a regular file")
+        status = check_contents(descriptor, path, limit)
         if owned and (problem := foreign_writer(status, path)):
             raise ValueError(problem)
-        if status.st_size > limit:
-            raise ValueError(f"{path}: larger than {limit} bytes")
         data = bytearray(status.st_size)
         with open(descriptor, "rb", closefd=False) as file:
             if file.readinto(data) != len(data) or file.read(1):

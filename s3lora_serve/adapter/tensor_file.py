@@ -61,10 +61,18 @@ def read_tensor_file(path: Path, most: int, expected: str | None = None) -> Tens
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
     if expected not in (None, digest):
         raise ValueError(f"{path} is {digest}; {expected} was expected")
+    return tensor_file(path, digest, memoryview(data))
+
+
+def tensor_file(path: Path, digest: str, data: memoryview) -> TensorFile:
+    """The file that has these bytes, in private memory.
+
+    Raises:
+        ValueError: it is not safetensors.
+    """
     try:
-        view = memoryview(data)
-        header = read_header(view)
-        return TensorFile(path, digest, dict(header.metadata), dict(tensors(header, view)))
+        header = read_header(data)
+        return TensorFile(path, digest, dict(header.metadata), dict(tensors(header, data)))
     except WeightsUnreadable as error:
         raise ValueError(f"{path}: {error.problem}") from None
 

@@ -16,9 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from s3lora_serve.adapter.tensor_file import TensorFile, read_tensor_file
+from s3lora_serve.adapter.tensor_file import TensorFile, read_tensor_file, tensor_file
 from s3lora_serve.errors import StatisticsInvalid
 from s3lora_serve.policy.section import Digest, Fraction
+from s3lora_serve.repair.shared_copy import shared_copy
 from s3lora_serve.spectral import InputStatistics, OutputStatistics
 from s3lora_serve.spectral.factor_coordinates import MAX_OVERLAP_ERROR
 from s3lora_serve.spectral.leading_subspace import skew
@@ -95,15 +96,19 @@ class StatisticsFile:
     outputs: Mapping[str, OutputStatistics]
 
 
-def read_statistics(path: Path, *, expected: str | None = None) -> StatisticsFile:
+def read_statistics(
+    path: Path, *, expected: str | None = None, shared_in: Path | None = None
+) -> StatisticsFile:
     """Read statistics whole into memory, then check them.
+
+    With a digest and a folder they are mapped from a copy there, if there can be one.
 
     Raises:
         StatisticsInvalid: the file cannot be read, holds no statistics, has impossible numbers, or
             has another digest than expected.
     """
     try:
-        file = read_tensor_file(path, MAX_BYTES, expected)
+        file = _shared(path, expected, shared_in) or read_tensor_file(path, MAX_BYTES, expected)
         about = file.about(About, METADATA_KEY)
         records = [each for site in about.sites.values() for each in site.outputs.items()]
         names = [f"{site}.{part}" for site in about.sites for part in PARTS]
@@ -116,6 +121,11 @@ def read_statistics(path: Path, *, expected: str | None = None) -> StatisticsFil
     return StatisticsFile(file.digest, about, sites, by_module, outputs)
 
 
+def _shared(path: Path, digest: str | None, folder: Path | None) -> TensorFile | None:
+    data = shared_copy(path, digest, MAX_BYTES, folder) if digest and folder else None
+    return tensor_file(path, digest or "", memoryview(data)) if data else None
+
+
 @lru_cache(maxsize=1)
 def loaded_statistics(path: Path, digest: str) -> StatisticsFile:
     """The statistics with this digest, read once in a process.
@@ -123,7 +133,16 @@ def loaded_statistics(path: Path, digest: str) -> StatisticsFile:
     Raises:
         StatisticsInvalid: as `read_statistics`.
     """
-    return read_statistics(path, expected=digest)
+    return read_statistics(path, expected=digest, shared_in=_shared_in)
+
+
+def share_in(folder: Path) -> None:
+    """Have `loaded_statistics` map a copy in this folder, which a server's processes share."""
+    global _shared_in
+    _shared_in = folder
+
+
+_shared_in: Path | None = None
 
 
 def _by_module(about: About, sites: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:

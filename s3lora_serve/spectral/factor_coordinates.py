@@ -6,18 +6,18 @@ here: `A·U`, `A·F`, `QᵀB` and the Gram matrices once, then `A' = X_a·A + Y_
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from s3lora_serve.spectral.two_sided import FactorPair
 
-BLOCK = 4096
-"""Inputs whose directions are converted at a time: a megabyte with k = 64. Sums over them that are
-made in float32 are right to 1e-7 of the factors' norms."""
+BLOCK = 16384
+"""Inputs whose directions are converted at a time: four megabytes with k = 64. Sums over them that
+are made in float32 are right to 1e-7 of the factors' norms."""
 
 SQUARES = 1e-20, 1e30
 """Sums of squares that float32 holds to seven digits: single squares far below do not count."""
@@ -112,14 +112,9 @@ def coordinates(
     Raises:
         ValueError: a product is not finite.
     """
-    stacked = torch.cat([A for _, A, _ in updates])
-    ranks = [len(A) for _, A, _ in updates]
-    for dtype in _dtypes(stacked, inputs.U, inputs.F):
-        P, R, grams = _of_inputs(stacked, ranks, inputs, dtype)
-        if _in_range(grams, dtype):
-            break
+    P, R, grams = _of_inputs([A for _, A, _ in updates], inputs)
     found = []
-    rows = zip(updates, torch.split(P, ranks), torch.split(R, ranks), grams, outputs, strict=True)
+    rows = zip(updates, P, R, grams, outputs, strict=True)
     for (B, _, scaling), p, r, gram_a, own in rows:
         S, gram_b = _of_outputs(B, own)
         inside = S.mT @ own.inverse @ S
@@ -142,53 +137,63 @@ def coordinates(
 
 
 def _of_inputs(
-    stacked: Tensor, ranks: list[int], inputs: InputStatistics, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A·U and A·F of stacked factors, and A·Aᵀ of each, float64."""
-    k, f = inputs.U.shape[1], inputs.F.shape[1]
-    P, R = (torch.zeros(len(stacked), columns, dtype=torch.float64) for columns in (k, f))
-    own = [torch.zeros(rank, rank, dtype=torch.float64) for rank in ranks]
-    for part in _blocks(stacked.shape[1]):
-        A = stacked[:, part].to(dtype)
-        P += A @ inputs.U[part].to(dtype)
-        R += A @ inputs.F[part].to(dtype)
-        for gram, each in zip(own, torch.split(A, ranks), strict=True):
-            gram += each @ each.mT
-    return P, R, own
+    own: Sequence[Tensor], inputs: InputStatistics
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """A·U, A·F and A·Aᵀ of each A, float64."""
+    stacked, ranks = torch.cat(list(own)), [len(A) for A in own]
+
+    def work(dtype: torch.dtype) -> tuple[list[list[Tensor]], list[Tensor]]:
+        P, R = (
+            torch.zeros(len(stacked), each.shape[1], dtype=torch.float64)
+            for each in (inputs.U, inputs.F)
+        )
+        grams = [torch.zeros(rank, rank, dtype=torch.float64) for rank in ranks]
+        for part in _blocks(stacked.shape[1]):
+            A = stacked[:, part].to(dtype)
+            P += A @ inputs.U[part].to(dtype)
+            R += A @ inputs.F[part].to(dtype)
+            for gram, each in zip(grams, torch.split(A, ranks), strict=True):
+                gram += each @ each.mT
+        return [list(torch.split(each, ranks)) for each in (P, R)], grams
+
+    (P, R), grams = _in_narrowest(work, stacked, inputs.U, inputs.F)
+    return P, R, grams
 
 
 def _of_outputs(B: Tensor, outputs: OutputStatistics) -> tuple[Tensor, Tensor]:
     """QᵀB and BᵀB, float64."""
-    q, r = outputs.Q.shape[1], B.shape[1]
-    found = torch.empty(0)
-    for dtype in _dtypes(B, outputs.Q):
-        found = torch.zeros(q + r, r, dtype=torch.float64)
+
+    def work(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        S = torch.zeros(outputs.Q.shape[1], B.shape[1], dtype=torch.float64)
+        gram = torch.zeros(B.shape[1], B.shape[1], dtype=torch.float64)
         for part in _blocks(len(B)):
             own = B[part].to(dtype)
-            found[:q] += outputs.Q[part].to(dtype).mT @ own
-            found[q:] += own.mT @ own
-        if _in_range([found[q:]], dtype):
-            break
-    return found[:q], found[q:]
+            S += (own.mT @ outputs.Q[part].to(dtype)).mT  # faster than Qᵀ·B
+            gram += own.mT @ own
+        return S, [gram]
+
+    S, [gram] = _in_narrowest(work, B, outputs.Q)
+    return S, gram
 
 
-def _dtypes(*tensors: Tensor) -> list[torch.dtype]:
-    """In which products are tried: float32 holds those of factors of 16 bits, in half the time."""
-    if all(tensor.itemsize == 2 for tensor in tensors):
-        return [torch.float32, torch.float64]
-    return [torch.float64]
+T = TypeVar("T")
 
 
-def _in_range(grams: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether the squares of the rows' entries were within the range of the dtype.
+def _in_narrowest(
+    work: Callable[[torch.dtype], tuple[T, list[Tensor]]], *tensors: Tensor
+) -> tuple[T, list[Tensor]]:
+    """What `work(dtype)` gives: in float32, which holds products of 16 bits in half the time.
 
-    One factor of an update may be as small as the other is large.
+    In float64 if a tensor has more bits, or squares of rows leave float32's range: one factor of an
+    update may be as small as the other is large. `work` returns Gram matrices, which show that.
     """
-    low, high = SQUARES
-    if dtype == torch.float64:
-        return True
-    squares = torch.cat([gram.diagonal() for gram in grams])
-    return bool(squares.min() >= low) and bool(squares.max() <= high)  # NaN is in no range
+    if all(tensor.itemsize == 2 for tensor in tensors):
+        made, grams = work(torch.float32)
+        squares = torch.cat([gram.diagonal() for gram in grams])
+        low, high = SQUARES
+        if bool(squares.min() >= low) and bool(squares.max() <= high):  # NaN is in no range
+            return made, grams
+    return work(torch.float64)
 
 
 def _blocks(width: int) -> Iterator[slice]:
@@ -208,37 +213,55 @@ def new_factors(
 
     Shape: each B (m, r) and A (r, n), any floating dtype, to which the new ones are rounded.
     """
-    made = []
-    for (B, A), each, new in zip(factors, found, repaired, strict=True):
-        Y_a = (new.P - new.X_a @ each.P) @ each.inputs.inverse
+    inputs = found[0].inputs
+    Y = [
+        (new.P - new.X_a @ each.P) @ inputs.inverse
+        for each, new in zip(found, repaired, strict=True)
+    ]
+    made = _new_a([A for _, A in factors], [new.X_a for new in repaired], inputs.V, Y)
+    pairs = []
+    for (B, _), each, new, (A, gram_a) in zip(factors, found, repaired, made, strict=True):
         Y_b = each.outputs.inverse @ (new.S - each.S @ new.X_b)
-        # Bᵀ' = X_bᵀ·Bᵀ + Y_bᵀ·Qᵀ has the same form.
-        new_a = _sum(A, new.X_a, each.inputs.V, Y_a, each.gram_a)
-        new_b = _sum(B.mT, new.X_b.mT, each.outputs.Q, Y_b.mT, each.gram_b)
-        made.append(NewFactors(new_b.mT.contiguous(), new_a, _gram(new_b), _gram(new_a)))
-    return made
+        new_b, gram_b = _new_b(B, new.X_b, each.outputs.Q, Y_b)
+        pairs.append(NewFactors(new_b, A, gram_b, gram_a))
+    return pairs
 
 
-def _sum(A: Tensor, X: Tensor, V: Tensor, Y: Tensor, gram: Tensor) -> Tensor:
-    """`X·A + Y·Vᵀ` rounded to the dtype of A, (r, n)."""
-    narrow = _dtypes(A, V)[0]
-    dtype = narrow if _in_range([gram], narrow) else torch.float64
-    X, Y = X.to(dtype), Y.to(dtype)
-    new = torch.empty(A.shape, dtype=A.dtype)
-    for part in _blocks(A.shape[1]):
-        own, directions = (each.to(dtype) for each in (A[:, part], V[part]))
-        new[:, part] = torch.addmm(X @ own, Y, directions.mT)
-    return new
+def _new_a(
+    own: Sequence[Tensor], X: Sequence[Tensor], V: Tensor, Y: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """`X·A + Y·Vᵀ` rounded to the dtype of each A, and the Gram matrix of its rows."""
+    ranks = [len(A) for A in own]
+
+    def work(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        made = [torch.empty(A.shape, dtype=A.dtype) for A in own]
+        grams = [torch.zeros(rank, rank, dtype=torch.float64) for rank in ranks]
+        mixed, together = [each.to(dtype) for each in X], torch.cat(list(Y)).to(dtype)
+        for part in _blocks(len(V)):
+            sums = torch.split(together @ V[part].to(dtype).mT, ranks)
+            rows = zip(made, grams, own, mixed, sums, strict=True)
+            for new, gram, A, left, total in rows:
+                new[:, part] = total.addmm_(left, A[:, part].to(dtype))
+                rounded = new[:, part].to(dtype)
+                gram += rounded @ rounded.mT
+        return made, grams
+
+    return list(zip(*_in_narrowest(work, *own, V), strict=True))
 
 
-def _gram(A: Tensor) -> Tensor:
-    """A·Aᵀ, float64."""
-    gram = torch.empty(0)
-    for dtype in _dtypes(A):
-        gram = torch.zeros(len(A), len(A), dtype=torch.float64)
-        for part in _blocks(A.shape[1]):
-            each = A[:, part].to(dtype)
-            gram += each @ each.mT
-        if _in_range([gram], dtype):
-            break
-    return gram
+def _new_b(B: Tensor, X: Tensor, Q: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+    """`B·X + Q·Y` rounded to the dtype of B, and the Gram matrix of its columns."""
+
+    def work(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        new = torch.empty(B.shape, dtype=B.dtype)
+        gram = torch.zeros(B.shape[1], B.shape[1], dtype=torch.float64)
+        right, more = X.to(dtype), Y.to(dtype)
+        for part in _blocks(len(B)):
+            total = Q[part].to(dtype) @ more
+            new[part] = total.addmm_(B[part].to(dtype), right)
+            rounded = new[part].to(dtype)
+            gram += rounded.mT @ rounded
+        return new, [gram]
+
+    new, [gram] = _in_narrowest(work, B, Q)
+    return new, gram

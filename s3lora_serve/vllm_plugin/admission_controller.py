@@ -30,6 +30,7 @@ from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.policy.text import check_text
+from s3lora_serve.repair.statistics_file import share_in
 from s3lora_serve.settings import Settings
 from s3lora_serve.signatures.trust import check_trusted
 from s3lora_serve.store.adapter_store import AdapterStore
@@ -59,6 +60,7 @@ class AdmissionController:
         """
         self.settings = settings
         self.store = AdapterStore(settings.state_dir)
+        share_in(self.store.root / "statistics")
         self._policy = ReloadablePolicy(settings, _check_files)
         # Called after a changed policy is in force, in the thread that has reloaded it.
         self.policy_changed: Callable[[], object] = lambda: None
