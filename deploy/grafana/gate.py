@@ -173,7 +173,7 @@ def _sharpness() -> list[Panel]:
         ).height(10),
         distribution(
             "Left by repair on refusals",
-            "Of each repaired adapter's effect. High: lower the policy's strength.",
+            "Of each repaired adapter's effect. High: all of it is small, or max_effect is large.",
             f"sum by (le) (increase(s3lora_repair_residual_bucket{{HERE}}{RATE}))",
         ).height(10),
         distribution(

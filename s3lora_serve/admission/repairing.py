@@ -54,9 +54,16 @@ def _check_base_model(statistics: StatisticsFile, base_model: str | None) -> Non
 
 def repair_facts(found: RepairedAdapter, policy: Policy) -> RepairFacts:
     """What a verdict says of a repair."""
-    effect = found.effect
+    whole = found.effect
     digest = policy.repair.statistics_digest if policy.repair else None
-    return RepairFacts(digest or "", found.strength, effect.residual, effect.kept, effect.lost)
+    return RepairFacts(
+        statistics_digest=digest or "",
+        strength=found.strength,
+        effect=found.size,
+        residual=whole.residual,
+        kept=whole.kept,
+        lost=whole.lost,
+    )
 
 
 def statistics_of(policy: Policy) -> StatisticsFile | None:

@@ -63,6 +63,7 @@ class RepairFacts:
 
     statistics_digest: str
     strength: float  # λ of the input projection: the larger, the more is kept
+    effect: float  # on refusals, of what is left, against what the base model's weights put out
     residual: float  # share of the effect on refusals that is left
     kept: float  # at least this share of the effect on benign inputs is left
     lost: float  # how far the effect on benign inputs moved, relative to it

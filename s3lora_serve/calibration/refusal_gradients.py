@@ -6,6 +6,7 @@ activations are in memory.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,18 @@ from s3lora_serve.calibration.layer_pass import Batch, given_hidden, hidden_of, 
 ODDS_TOKENS = 3
 """First tokens of a refusal whose log-odds count: there it is decided. Ours."""
 
-Sums = dict[str, Tensor]
-"""Σ g·gᵀ of the counted tokens, (m, m) float64, by module."""
+
+@dataclass(slots=True)
+class OutputSums:
+    """Sums over the counted tokens, for one module."""
+
+    gradients: Tensor  # Σ g·gᵀ, (m, m) float64
+    energy: float = 0.0  # Σ ‖y‖², of the module's own outputs
+    count: int = 0
+
+
+Sums = dict[str, OutputSums]
+"""By module."""
 
 
 def gradients_at_the_end(model: LanguageModel, found: Sequence[Batch]) -> list[Tensor]:
@@ -48,37 +59,43 @@ def back_through_layer(
     gradients: list[Tensor],
     device: torch.device,
 ) -> Sums:
-    """Σ g·gᵀ of one layer's modules; `gradients` become those with respect to its inputs."""
+    """Sums of one layer's modules; `gradients` become those with respect to its inputs."""
     sums: Sums = {}
     for i, batch in enumerate(found):
         args, more = batch.calls[place]
         hidden = inputs[i].to(device).detach().requires_grad_()
         with _added(layer, name) as added:
             output = hidden_of(layer(hidden, *args, **more))
-            wanted = [hidden, *added.values()]
+            wanted = [hidden, *(zero for zero, _ in added.values())]
             made = torch.autograd.grad(output, wanted, gradients[i].to(device), allow_unused=True)
         gradients[i] = made[0].cpu()
         counted = batch.counted.to(device)
-        for module, gradient in zip(added, made[1:], strict=True):
+        for (module, (_, own)), gradient in zip(added.items(), made[1:], strict=True):
             if gradient is None or gradient.numel() % counted.numel():
                 continue
-            rows = gradient.reshape(*counted.shape, -1)[counted]
+            rows, outputs = (each.reshape(*counted.shape, -1)[counted] for each in (gradient, own))
             if module not in sums:
                 m = rows.shape[1]
-                sums[module] = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
-            add_gram(sums[module], rows)
+                empty = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
+                sums[module] = OutputSums(empty)
+            add_gram(sums[module].gradients, rows)
+            sums[module].energy += float(outputs.double().square().sum())
+            sums[module].count += len(rows)
     return sums
 
 
 @contextmanager
-def _added(layer: Any, name: str) -> Iterator[dict[str, Tensor]]:
-    """Within this context each linear module of the layer adds a zero that has a gradient."""
-    added: dict[str, Tensor] = {}
+def _added(layer: Any, name: str) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Within this context each linear module of the layer adds a zero that has a gradient.
+
+    By module: the zero, and what it was added to.
+    """
+    added: dict[str, tuple[Tensor, Tensor]] = {}
 
     def adding(module: Any, module_name: str) -> Any:
         def add(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
             zero = torch.zeros_like(output, requires_grad=True)
-            added[module_name] = zero
+            added[module_name] = zero, output.detach()
             return output + zero
 
         return module.register_forward_hook(add)

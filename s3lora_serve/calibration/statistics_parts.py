@@ -10,6 +10,7 @@ from torch import Tensor
 
 from s3lora_serve.adapter.tensor_parts import assemble, begin_parts
 from s3lora_serve.calibration.input_statistics import Choice, Covariances
+from s3lora_serve.calibration.refusal_gradients import Sums
 from s3lora_serve.errors import ProbesInvalid
 from s3lora_serve.repair.statistics_file import (
     METADATA_KEY,
@@ -73,7 +74,7 @@ class Parts:
                 tensors[f"{site}.{part}"] = getattr(found.statistics, part).contiguous()
         self._write(layer, "inputs", records, tensors)
 
-    def write_outputs(self, layer: int, sums: Mapping[str, Tensor], choice: Choice) -> None:
+    def write_outputs(self, layer: int, sums: Sums, choice: Choice) -> None:
         """Make the statistics of what a layer's modules put out, if an interrupted run has not.
 
         Raises:
@@ -82,13 +83,18 @@ class Parts:
         if self._note(layer, "outputs").exists():
             return
         records, tensors = {}, {}
-        for module, G in sums.items():
+        for module, each in sums.items():
             try:
-                found = output_directions(G, rank=choice.output_rank, dtype=choice.dtype)
+                found = output_directions(
+                    each.gradients, rank=choice.output_rank, dtype=choice.dtype
+                )
             except ValueError as error:
                 raise ProbesInvalid(f"{module}: {error}") from None
-            rest = found.statistics.gamma_rest
-            records[module] = {"gamma_rest": rest, "captured": found.captured}
+            records[module] = {
+                "gamma_rest": found.statistics.gamma_rest,
+                "captured": found.captured,
+                "energy": each.energy / each.count,
+            }
             for part in OUTPUT_PARTS:
                 tensors[f"{module}.{part}"] = getattr(found.statistics, part).contiguous()
         self._write(layer, "outputs", records, tensors)

@@ -47,11 +47,11 @@ class RepairChoice(Section):
 
     statistics: Path  # a file of `s3lora statistics make`
     statistics_digest: Digest | None = None  # of that file; None: as it is when the policy is read
-    # λ, what benign inputs weigh against refusals. Ours: the largest of 0.1, 0.3 and 1 at which
-    # purely harmful adapters of the evidence bench mostly refuse again
-    strength: Annotated[float, Field(gt=0, le=1e6)] = 0.3
-    # Largest share of the adapter's effect on refusals that is left: λ is smaller if more were
-    residual: Annotated[float, Field(gt=0, le=1)] = 0.1
+    # λ, what benign inputs weigh against refusals. Ours, by the sweep of the evidence bench
+    strength: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    # Largest effect on refusals that is left, against what the base model's own weights put out:
+    # λ is smaller if more were. Ours, by the same sweep
+    max_effect: Annotated[float, Field(gt=0, le=1)] = 0.003
     on_missing: Literal["reject", "leave"] = "reject"  # modules that the statistics lack
 
 

@@ -113,7 +113,7 @@ STRICTER: Mapping[str, Callable[[Any, Any], bool]] = {
     "limits.formats": _fewer,
     "limits.roots": _below,
     "repair.strength": _at_most,
-    "repair.residual": _at_most,
+    "repair.max_effect": _at_most,
     "repair.on_missing": _one_of("reject", "leave"),
     "deny": _more,
     "on_uninformative": _one_of("reject", "admit"),

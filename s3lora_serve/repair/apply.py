@@ -1,5 +1,6 @@
 """Repair an adapter: find λ for it, and the weights file with B' and A' in the place of its own."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +25,7 @@ class RepairedAdapter:
 
     strength: float  # λ
     effect: Effect  # of all repaired modules together
+    size: float  # of the effect on refusals that is left, √(harmful_after/Σ E‖y‖²)
     effects: Mapping[str, Effect]  # by module
     removed: Mapping[str, float]  # by module: 1 − ‖ΔW'‖_F²/‖ΔW‖_F², < 0 if it grows
     weights: ChangedWeights
@@ -38,7 +40,7 @@ def repaired(
 ) -> RepairedAdapter | None:
     """Repair the modules of an adapter that are not stripped; None if there are none to repair.
 
-    λ, one for all modules, is `choice.strength`, or as much smaller as `choice.residual` wants.
+    λ, one for all modules, is `choice.strength`, or as much smaller as `choice.max_effect` wants.
     `between_modules` runs before the modules of each input and may raise to stop.
 
     Raises:
@@ -56,9 +58,10 @@ def repaired(
     found = _acting(groups, statistics, between_modules)
     if not found:
         return None
-    solved = largest_solution(found, choice.strength, choice.residual)
+    most = choice.max_effect**2 * statistics.energy
+    solved = largest_solution(found, choice.strength, most)
     if solved is None:
-        raise RepairImpossible(f"no λ leaves {choice.residual:g} of the effect on refusals")
+        raise RepairImpossible(f"no λ leaves an effect on refusals under {choice.max_effect:g}")
     new: dict[str, tuple[NewFactor, NewFactor]] = {}
     for members in groups:
         if acting := [module for module in members if module.name in found]:
@@ -67,6 +70,7 @@ def repaired(
     return RepairedAdapter(
         strength=solved.lam,
         effect=solved.effect,
+        size=math.sqrt(solved.effect.harmful_after / statistics.energy),
         effects=solved.effects,
         removed={name: 1.0 - (B.after / B.before) ** 2 for name, (B, _) in new.items()},
         weights=ChangedWeights.of(adapter, chain.from_iterable(new.values())),

@@ -57,6 +57,7 @@ class OutputRecord(_Record):
 
     gamma_rest: Annotated[float, Field(ge=0)]  # as in `OutputStatistics`
     captured: Fraction  # of tr(G), by the leading directions
+    energy: Annotated[float, Field(gt=0)]  # mean ‖y‖² of the module's own outputs, harmful inputs
 
 
 class SiteRecord(_Record):
@@ -94,6 +95,11 @@ class StatisticsFile:
     sites: Mapping[str, InputStatistics]
     by_module: Mapping[str, InputStatistics]
     outputs: Mapping[str, OutputStatistics]
+
+    @property
+    def energy(self) -> float:
+        """Σ E‖y‖² of what all modules put out on harmful inputs: effects are measured by it."""
+        return sum(out.energy for s in self.about.sites.values() for out in s.outputs.values())
 
 
 def read_statistics(

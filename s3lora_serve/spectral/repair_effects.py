@@ -1,4 +1,4 @@
-"""What repair leaves of an adapter's effects, and the λ that leaves no more than is wanted."""
+"""What repair leaves of an adapter's effects, and the λ that leaves no more than may be."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,9 +14,9 @@ from s3lora_serve.spectral.two_sided import FactorPair, Surroundings
 SMALLEST_LAMBDA = 1e-9
 """Under it nothing is left of what leading directions hold, to nine digits."""
 
-FIRST_CUT, POWER = 0.5, 1.5
-"""The next λ is at most half of the one before; what is left falls at most as fast as λ, and most
-often as its root. Ours."""
+AIM, FIRST_TRIES, CUT = 0.95, 4, 0.25
+"""What is left falls about as λ does, so the next λ is in proportion, and a little less. After some
+tries it is a quarter at most, so that the search ends. Ours."""
 
 TOGETHER = 32
 """Modules that are solved in one batch: bounds what is copied for it."""
@@ -78,17 +78,17 @@ def solution(found: Mapping[str, Coordinates], lam: float) -> Solution:
     return _solved(list(_stacks(found)), lam)
 
 
-def largest_solution(
-    found: Mapping[str, Coordinates], lam: float, residual: float
-) -> Solution | None:
-    """The solution for λ, or for a smaller one if that leaves more than `residual`; else None."""
-    stacks = list(_stacks(found))
+def largest_solution(found: Mapping[str, Coordinates], lam: float, most: float) -> Solution | None:
+    """The solution for λ, or for a smaller one that leaves `harmful_after` ≤ most; else None."""
+    stacks, tries = list(_stacks(found)), 0
     while lam >= SMALLEST_LAMBDA:
         made = _solved(stacks, lam)
-        left = made.effect.residual
-        if left <= residual:
+        left = made.effect.harmful_after
+        if left <= most:
             return made
-        lam *= min(FIRST_CUT, (residual / left) ** POWER)
+        tries += 1
+        cut = AIM * most / left
+        lam *= cut if tries <= FIRST_TRIES else min(cut, CUT)
     return None
 
 

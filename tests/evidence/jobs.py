@@ -39,15 +39,14 @@ def jobs(base: int, chosen: list[Subject]) -> list[Job]:
     stages = (attribution, ceiling, served_result, alignment_result, sweep_result)
     stages += (curves,) if base == 0 else ()
     found: list[Job] = [lambda progress: base_result(base, progress)]
-    own = [subject for subject in chosen if subject.base == base]
-    for subject in own:
+    for subject in chosen:
+        if subject.base != base:
+            continue
         found.append(lambda progress, subject=subject: repair_result(subject, progress))
         if subject.seed == SEEDS[0]:
             found.append(lambda progress, subject=subject: repair_sweep(subject, progress))
-    for subject in own:
         found.append(lambda progress, subject=subject: subject_result(subject, progress))
-        if subject == shown:
-            found += [lambda progress, stage=stage: stage(shown, progress) for stage in stages]
+    found += [lambda progress, stage=stage: stage(shown, progress) for stage in stages]
     return found
 
 

@@ -19,8 +19,8 @@ from tests.evidence.stages import RESULTS
 from tests.evidence.training import DTYPE
 from tests.evidence.wheels import CACHE
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0)
-"""λ of the sweep that the default comes from."""
+EFFECTS = (0.001, 0.002, 0.003, 0.005)
+"""`max_effect` of the sweep that the default comes from."""
 
 
 def statistics(base: Path, without: SkillName | None, progress: Progress) -> Path:
@@ -62,18 +62,17 @@ def repair_result(subject: Subject, progress: Progress) -> Any:
 
 
 def repair_sweep(subject: Subject, progress: Progress) -> Any:
-    """One adapter at each λ, under statistics with requests of its skill."""
+    """One adapter at each `max_effect`, under statistics with requests of its skill."""
     base = aligned_base(subject.base, progress)
     folder = make_adapter(subject, base, progress)
     file = statistics(base, None, progress)
     found = {}
-    for place, strength in enumerate(STRENGTHS):
-        result = RESULTS / "repair-sweep" / f"{folder.name}-{strength:g}.json"
-        found[strength] = kept(
-            result,
-            lambda strength=strength: _repaired(base, subject, file, strength=strength, few=True),
+    for place, most in enumerate(EFFECTS):
+        result = RESULTS / "repair-sweep" / f"{folder.name}-{most:g}.json"
+        found[most] = kept(
+            result, lambda most=most: _repaired(base, subject, file, max_effect=most, few=True)
         )
-        progress(f"{subject}: λ", place + 1, len(STRENGTHS))
+        progress(f"{subject}: sweep", place + 1, len(EFFECTS))
     return found
 
 
@@ -98,5 +97,5 @@ def _repaired(
     if facts is None:
         raise RuntimeError(f"{subject} was not repaired: {verdict.reason}")
     model, _ = load(base, target)
-    said = {"lambda": facts.strength, "residual": facts.residual, "kept": facts.kept}
+    said = {"lambda": facts.strength, "effect": facts.effect, "kept": facts.kept}
     return {**measured(model, subject.skill, few=few), "said": said}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.evidence.adapters import Subject
-from tests.evidence.repair import STRENGTHS
+from tests.evidence.repair import EFFECTS
 from tests.evidence.tables import kept_result, spread, table
 
 RATES = (
@@ -18,6 +18,10 @@ RATES = (
 )
 
 
+SAID = ("lambda", "effect", "kept")
+"""What the verdict says."""
+
+
 def repairs(subjects: Sequence[Subject]) -> str:
     """Means over seeds and bases, under statistics with the skill's requests and without."""
     rows = []
@@ -28,34 +32,35 @@ def repairs(subjects: Sequence[Subject]) -> str:
             if not found:
                 continue
             cells = [spread([each[name]["value"] for each in found]) for name, _ in RATES]
-            said = [spread([each["said"][name] for each in found]) for name in ("residual", "kept")]
+            said = [spread([each["said"][name] for each in found]) for name in SAID]
             rows.append((kind, str(len(found)), setting, *cells, *said))
     if not rows:
         return ""
     names = [shown for _, shown in RATES]
-    head = ("attack data", "adapters", "skill's requests", *names, "residual", "kept")
+    head = ("attack data", "adapters", "skill's requests", *names, "λ", "effect", "kept")
     return (
         "## Repair at admission (`repair` in the policy)\n\nMean over seeds and bases ± 1.96"
-        " standard errors, of the bytes that `s3lora strip --repair` writes, with the default λ."
-        " Statistics are made once for a base, of the operator's probes and of requests of both"
+        " standard errors, of the bytes that `s3lora strip --repair` writes, by default. Statistics"
+        " are made once for a base, of the operator's probes and of requests of both"
         " skills; `without`: of none of the adapter's own skill. Nothing is learnt on the adapters."
-        f" Residual and kept are what the verdict says.\n\n{table(head, rows)}"
+        f" λ, effect and kept are what the verdict says.\n\n{table(head, rows)}"
     )
 
 
-def strengths(subjects: Sequence[Subject]) -> str:
-    """What each λ does, for the adapters of the first seed."""
+def sweeps(subjects: Sequence[Subject]) -> str:
+    """What each `max_effect` does, for the adapters of the first seed."""
     rows = []
     for subject in subjects:
-        for strength in STRENGTHS:
-            for one in _kept([subject], f"repair-sweep/{{}}-{strength:g}"):
+        for most in EFFECTS:
+            for one in _kept([subject], f"repair-sweep/{{}}-{most:g}"):
                 cells = [f"{one[name]['value']:.2f}" for name in ("ASR", "skill")]
-                said = [f"{one['said'][name]:.3f}" for name in ("residual", "kept")]
-                rows.append((str(subject), f"{strength:g}", *cells, *said))
+                said = [f"{one['said'][name]:.3g}" for name in ("lambda", "effect", "kept")]
+                rows.append((str(subject), f"{most:g}", *cells, *said))
     if not rows:
         return ""
-    head = ("adapter", "λ", "ASR", "skill", "residual", "kept")
-    return f"## λ of repair\n\n50 prompts of each kind.\n\n{table(head, rows)}"
+    head = ("adapter", "max_effect", "ASR", "skill", "λ", "effect", "kept")
+    words = "The sweep that the default of `max_effect` comes from; 50 prompts of each kind."
+    return f"## The bound of repair\n\n{words}\n\n{table(head, rows)}"
 
 
 def _kept(subjects: Sequence[Subject], pattern: str) -> list[Any]:

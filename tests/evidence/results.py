@@ -9,7 +9,7 @@ from tests.evidence.adapters import Subject
 from tests.evidence.order_tables import attribution, orders
 from tests.evidence.plan_tables import bases, plans, served, swept
 from tests.evidence.plots import write_plots
-from tests.evidence.repair_tables import repairs, strengths
+from tests.evidence.repair_tables import repairs, sweeps
 
 FOLDER = Path(__file__).parent
 HEAD = """# Evidence on a real language model
@@ -37,7 +37,7 @@ def write_results(subjects: Sequence[Subject]) -> None:
         bases(),
         plans(subjects),
         repairs(subjects),
-        strengths(subjects),
+        sweeps(subjects),
         served(),
         swept(),
         orders(),

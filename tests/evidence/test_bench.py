@@ -92,7 +92,7 @@ def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
         },
         "ceiling-20pct-b0-s0": rates,
         "repair/20pct-b0-s0-with": {
-            **rates, "said": {"lambda": 0.3, "residual": 0.03, "kept": 0.6},
+            **rates, "said": {"lambda": 0.3, "effect": 0.002, "kept": 0.6},
         },
         "served-20pct-b0-s0": {"index": rates, "plan": rates},
         "attribution-20pct-b0-s0": {

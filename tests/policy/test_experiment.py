@@ -148,7 +148,7 @@ def test_every_name_is_for_experiments_or_for_adapters(name):
 
 
 REPAIRING = {
-    "repair": {"statistics": "/base.statistics", "residual": 0.1},
+    "repair": {"statistics": "/base.statistics", "max_effect": 0.1},
     "experiments": {"names": "eval/*", "allow": ["repair", "strip"]},
 }
 

@@ -56,7 +56,7 @@ METADATA = {
     "more than all": (_site(benign_captured=1.5), "benign_captured"),
     "a module of two sites": (
         lambda about: about["sites"][SITE]["outputs"].update(
-            {"model.layers.1.self_attn.q_proj": {"gamma_rest": 1, "captured": 1}}
+            {"model.layers.1.self_attn.q_proj": {"gamma_rest": 1, "captured": 1, "energy": 1}}
         ),
         "belongs to two sites",
     ),

@@ -1,6 +1,7 @@
 """Repair's factors are what their dense float64 definition says, and its figures hold."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -208,13 +209,14 @@ def test_less_is_left_and_less_is_kept_the_smaller_lambda():
 
 def test_lambda_is_that_which_is_asked_for_unless_it_leaves_more_than_is_wanted():
     modules = some_modules()
-    enough = effects.largest_solution(modules, 0.1, residual=1.0)
+    enough = effects.largest_solution(modules, 0.1, most=math.inf)
     assert enough.lam == 0.1
-    left = enough.effect.residual
-    stricter = effects.largest_solution(modules, 0.1, residual=left / 3)
-    assert stricter.lam < 0.1
-    assert stricter.effect.residual <= left / 3
-    assert effects.largest_solution(modules, 0.1, residual=0.0) is None
+    left = enough.effect.harmful_after
+    for share in (0.9, 0.3, 1e-4):
+        stricter = effects.largest_solution(modules, 0.1, most=share * left)
+        assert stricter.lam < 0.1
+        assert 0.3 * share * left < stricter.effect.harmful_after <= share * left
+    assert effects.largest_solution(modules, 0.1, most=0.0) is None
 
 
 def test_modules_are_solved_alike_alone_and_together():
