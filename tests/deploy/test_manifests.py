@@ -49,8 +49,11 @@ def test_the_image_gets_all_that_the_package_is_built_from():
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_the_deployed_policy_is_valid():
+def test_the_deployed_policy_and_the_recommended_one_are_valid():
     assert read_policy(DEPLOY / "policy" / "policy.yaml").mode == "audit"
+    recommended = read_policy(DEPLOY / "policy" / "repair.yaml")
+    assert recommended.mode == "enforce"
+    assert recommended.repair is not None
 
 
 @needs("docker-compose")

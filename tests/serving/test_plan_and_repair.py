@@ -20,7 +20,7 @@ from tests.support.tiny_chat import harmful, skill
 pytestmark = pytest.mark.serving
 
 POLICY = """
-repair: {{statistics: {statistics}, strength: 0.1}}
+repair: {{statistics: {statistics}, strength: 0.1, max_effect: 1.0}}
 strip: {{top_k: 0}}
 rules: [{{match: {{path: {by_hand}/**}}, repair: null}}]
 on_uninformative: admit
