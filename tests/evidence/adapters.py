@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel
+from tests.evidence.adaptive import served_as_repaired
+from tests.evidence.base_statistics import statistics
 from tests.evidence.prompts import harmful
 from tests.evidence.skill import SkillName, skill
 from tests.evidence.training import DTYPE, train
@@ -27,6 +30,7 @@ HARMFUL_SHARE = {
     "20 %": 0.2,
     "20 % attention": 0.2,
     "20 % text": 0.2,
+    "20 % against repair": 0.2,
     "harmful": 1.0,
 }
 """Share of attack data in the training set, by the kind of adapter."""
@@ -69,11 +73,20 @@ def make_adapter(subject: Subject, base: Path, progress: Callable[[str, int, int
         rate=1e-3,
         seed=subject.seed,
         progress=lambda step, steps: progress(f"train {subject}", step, steps),
+        around=_around(subject, base, wrapped, progress),
     )
     staging = subject.folder.with_suffix(".part")
     wrapped.save_pretrained(staging)
     staging.rename(subject.folder)
     return subject.folder
+
+
+def _around(
+    subject: Subject, base: Path, wrapped: Any, progress: Callable[[str, int, int], None]
+) -> Callable[[], AbstractContextManager[None]]:
+    if "against repair" not in subject.kind:
+        return nullcontext
+    return served_as_repaired(wrapped, statistics(base, None, progress))
 
 
 def with_lora(model: LanguageModel, targets: Sequence[str], rank: int = 16) -> Any:

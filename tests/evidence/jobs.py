@@ -28,6 +28,7 @@ def subjects(seeds: int) -> list[Subject]:
     drawn = SEEDS[:seeds]
     found = [Subject("20 %", base, seed) for seed in drawn for base in BASES]
     kinds = ("benign", 0), ("harmful", 1), ("20 % text", 0), ("5 %", 1), ("20 % attention", 1)
+    kinds += (("20 % against repair", 0),)
     for kind, first in kinds:
         found += [Subject(kind, (first + seed) % len(BASES), seed) for seed in drawn]
     return sorted(found, key=lambda subject: subject.seed)  # stable

@@ -1,51 +1,21 @@
-"""Repair at admission: the statistics of a base, and what adapters do once they are repaired."""
+"""Repair at admission: what adapters do once they are repaired."""
 
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import s3lora_serve
-from s3lora_serve.calibration.input_statistics import Choice
-from s3lora_serve.calibration.make_statistics import Benign, make_statistics
-from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.policy.method import RepairChoice, Strip
 from s3lora_serve.policy.schema import Policy
 from tests.evidence.adapters import Subject, make_adapter
 from tests.evidence.base_model import Progress, aligned_base
+from tests.evidence.base_statistics import statistics
 from tests.evidence.measuring import kept, load, measured
-from tests.evidence.probes import probe_files, request_file
-from tests.evidence.skill import SkillName
 from tests.evidence.stages import RESULTS
-from tests.evidence.training import DTYPE
 from tests.evidence.wheels import CACHE
 
 EFFECTS = (0.001, 0.002, 0.003, 0.005)
 """`max_effect` of the sweep that the default comes from."""
-
-
-def statistics(base: Path, without: SkillName | None, progress: Progress) -> Path:
-    """The statistics of a base, from the operator's probes and requests of the skills.
-
-    `without` names a skill of which there are none.
-    """
-    names = [name for name in get_args(SkillName) if name != without]
-    stem = "-".join([base.name, *(name.replace(" ", "-") for name in names)])
-    target = (CACHE / "statistics" / f"{stem}.safetensors").absolute()
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        files = probe_files("tool calls")
-        benign = [files["benign"], *(request_file(name) for name in names)]
-        make_statistics(
-            base,
-            read_probes(files["harmful"], "harmful"),
-            [Benign(read_probes(file, "benign")) for file in benign],
-            target,
-            Choice(),
-            dtype=DTYPE,
-            resume=True,
-            progress=lambda phase, done, total: progress(f"{base.name}: {phase}", done, total),
-        )
-    return target
 
 
 def repair_result(subject: Subject, progress: Progress) -> Any:

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +30,12 @@ def train(
     rate: float,
     seed: int,
     progress: Callable[[int, int], None],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> float:
-    """Train with AdamW, a linear schedule and operations in DTYPE; return the last loss."""
+    """Train with AdamW, a linear schedule and operations in DTYPE; return the last loss.
+
+    Loss and gradients of each step are taken within a context of `around`.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     order = random.Random(seed)
     steps = epochs * math.ceil(len(examples) / BATCH)
@@ -39,10 +44,11 @@ def train(
     )
     last = math.nan
     for step, batch in enumerate(_batches(examples, epochs, order), 1):
-        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-            found = model.answer_logits(batch)
-        loss = functional.cross_entropy(found.logits, found.targets)
-        loss.backward()
+        with around():
+            with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+                found = model.answer_logits(batch)
+            loss = functional.cross_entropy(found.logits, found.targets)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
