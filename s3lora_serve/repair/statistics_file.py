@@ -21,7 +21,7 @@ from s3lora_serve.errors import StatisticsInvalid
 from s3lora_serve.policy.section import Digest, Fraction
 from s3lora_serve.repair.shared_copy import shared_copy
 from s3lora_serve.spectral import InputStatistics, OutputStatistics
-from s3lora_serve.spectral.factor_coordinates import MAX_OVERLAP_ERROR
+from s3lora_serve.spectral.base_statistics import MAX_OVERLAP_ERROR
 from s3lora_serve.spectral.leading_subspace import skew
 
 METADATA_KEY = "s3lora_statistics"

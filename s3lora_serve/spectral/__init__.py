@@ -9,8 +9,8 @@
 """
 
 from s3lora_serve.spectral.alignment import Subspace
+from s3lora_serve.spectral.base_statistics import InputStatistics, OutputStatistics
 from s3lora_serve.spectral.device import warm_up
-from s3lora_serve.spectral.factor_coordinates import InputStatistics, OutputStatistics
 from s3lora_serve.spectral.fallback import CAUSES as FALLBACK_CAUSES
 from s3lora_serve.spectral.fallback import report_to as report_fallbacks_to
 from s3lora_serve.spectral.fallback import take_counts as take_fallbacks

@@ -7,12 +7,12 @@ here: `A·U`, `A·F`, `QᵀB` and the Gram matrices once, then `A' = X_a·A + Y_
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from s3lora_serve.spectral.base_statistics import InputStatistics, OutputStatistics
 from s3lora_serve.spectral.two_sided import FactorPair
 
 BLOCK = 16384
@@ -22,49 +22,8 @@ are made in float32 are right to 1e-7 of the factors' norms."""
 SQUARES = 1e-20, 1e30
 """Sums of squares that float32 holds to seven digits: single squares far below do not count."""
 
-MAX_OVERLAP_ERROR = 2e-2
-"""Largest entry of |VᵀU − 1| and of |QᵀQ − 1|: directions are normalised in float64, and rounded to
-bfloat16 for the file, or to float32 where that would cost more."""
-
 Update = tuple[Tensor, Tensor, float]
 """B (m, r), A (r, n) and s of `ΔW = s·B·A`; any floating dtype."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class InputStatistics:
-    """What is known of the inputs of the modules that share one input site.
-
-    `C_b ≈ U·Uᵀ + R`, `R = F·Fᵀ + ridge·I`, and `C_h ≈ U·diag(μ)·Uᵀ + mu_rest·R`.
-    """
-
-    V: Tensor  # (n, k), VᵀU = I
-    U: Tensor  # (n, k)
-    mu: Tensor  # (k,) float64, descending
-    F: Tensor  # (n, f)
-    ridge: float
-    mu_rest: float
-    beyond: float  # largest eigenvalue of C_h − U·diag(μ)·Uᵀ against C_b
-    inverse: Tensor  # (k, k) float64, (VᵀU)⁻¹: I up to the rounding of V and U
-
-    @property
-    def width(self) -> int:
-        """n, the number of inputs."""
-        return len(self.V)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OutputStatistics:
-    """What is known of one module's outputs: `G ≈ Q·diag(γ)·Qᵀ + gamma_rest·(I − Q·Qᵀ)`."""
-
-    Q: Tensor  # (m, q), QᵀQ = I
-    gamma: Tensor  # (q,) float64, descending
-    gamma_rest: float
-    inverse: Tensor  # (q, q) float64, (QᵀQ)⁻¹: I up to the rounding of Q
-
-    @property
-    def width(self) -> int:
-        """m, the number of outputs."""
-        return len(self.Q)
 
 
 class Coordinates(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral.factor_coordinates import MAX_OVERLAP_ERROR, InputStatistics
+from s3lora_serve.spectral.base_statistics import MAX_OVERLAP_ERROR, InputStatistics
 from s3lora_serve.spectral.leading_subspace import leading, skew
 
 LEADING = 16

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral.factor_coordinates import OutputStatistics
+from s3lora_serve.spectral.base_statistics import OutputStatistics
 from s3lora_serve.spectral.leading_subspace import leading
 
 

@@ -63,7 +63,7 @@ def _compile(variant: Variant) -> Any:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from s3lora_serve.spectral import device
+    from s3lora_serve.spectral import device, launches
 
     kernels: dict[str, Any] = {}
     run = JITFunction.run
@@ -74,7 +74,7 @@ def _compile(variant: Variant) -> Any:
         return kernels.get(variant.kernel)
 
     JITFunction.run = only_compile
-    device.capability = lambda _: variant.architecture // 10
+    launches.capability = lambda _: variant.architecture // 10
     driver.set_active(_Driver(variant.architecture))
     dtype = getattr(torch, variant.dtype or "float32")
     B, A = torch.zeros(96, variant.rank, dtype=dtype), torch.zeros(variant.rank, 96, dtype=dtype)
