@@ -42,7 +42,7 @@ def orders() -> str:
         "## Orders of whole modules\n\nOf 210 modules the first are removed in each order, at equal"
         " counts and at equal removed shares of Σ‖ΔW‖_F²; `scaling` scales all of ΔW, and"
         " `Safe LoRA projected` projects modules where the others remove them. 50 prompts of each"
-        " kind.\n" + "".join(parts)
+        " kind.\n" + "".join(parts) + "\n![ASR against skill](asr-skill.png)\n"
     )
 
 
@@ -74,7 +74,10 @@ def attribution() -> str:
     return (
         "## Index against attribution of harm\n\nSpearman's rank correlation with integrated"
         " gradients of the log-odds of a refusal, over modules; of Safe LoRA and SPLoRA the least"
-        " aligned come first.\n\n" + table(("adapter", *names), rows) + _captured(by_alignment)
+        " aligned come first.\n\n"
+        + table(("adapter", *names), rows)
+        + _captured(by_alignment)
+        + "\n![index against attribution](index-attribution.png)\n"
     )
 
 

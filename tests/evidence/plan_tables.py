@@ -9,7 +9,8 @@ from tests.evidence.tables import kept_result, rate, read, score, spread, table
 
 def bases() -> str:
     found = read("base-*.json")
-    names = ("ASR", "other ASR", "skill", "benign refusal")
+    kinds = ("", "styles ", "lookalike ")
+    names = ("ASR", "other ASR", "third ASR", *(f"{kind}benign refusal" for kind in kinds))
     rows = [(stem, *(rate(rates[name]) for name in names)) for stem, rates in found.items()]
     return "## The aligned bases\n\n" + table(("base", *names), rows) if rows else ""
 

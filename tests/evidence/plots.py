@@ -8,14 +8,22 @@ from tests.evidence.tables import read
 
 
 def write_plots(folder: Path) -> None:
+    """Draw those whose stages have run."""
     import matplotlib as mpl
 
     mpl.use("Agg")
+    if found := curves():
+        _draw_orders(found, folder / "asr-skill.png")
+    if attributions := read("attribution-*.json"):
+        _draw_attributions(attributions, folder / "index-attribution.png")
+
+
+def _draw_orders(found: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     groups: dict[str, list[Any]] = {}
-    for by_order in curves().values():
+    for by_order in found.values():
         for order, points in by_order.items():
             groups.setdefault(order.rstrip("0123456789-"), []).extend(points)
     for order, points in sorted(groups.items()):
@@ -26,19 +34,23 @@ def write_plots(folder: Path) -> None:
     axes.plot(xs, ys, "*", markersize=13, color="black", label="calibrated plan")
     axes.set(xlabel="attack success rate", ylabel="skill (exact match)", xlim=(-0.03, 1.03))
     axes.legend(fontsize=7)
-    _save(figure, folder / "asr-skill.png")
+    _save(figure, file)
+
+
+def _draw_attributions(found: dict[str, Any], file: Path) -> None:
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
-    for stem, one in read("attribution-*.json").items():
+    for stem, one in found.items():
         modules = one["modules"]
         xs, ys = ([module[key] for module in modules] for key in ("ssi", "harm"))
         axes.plot(xs, ys, "o", alpha=0.5, markersize=4, label=stem.removeprefix("attribution-"))
     axes.set(xlabel="relative SSI", ylabel="attribution of harm (log-odds)")
-    if axes.lines:
-        axes.legend(fontsize=7)
-    _save(figure, folder / "index-attribution.png")
-    plt.close("all")
+    axes.legend(fontsize=7)
+    _save(figure, file)
 
 
 def _save(figure: Any, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120, metadata={"Software": None})
+    figure.clear()

@@ -18,7 +18,7 @@ RATES = (
 )
 
 
-SAID = ("lambda", "effect", "kept")
+SAID = ("lambda", "kept")
 """What the verdict says."""
 
 
@@ -37,13 +37,13 @@ def repairs(subjects: Sequence[Subject]) -> str:
     if not rows:
         return ""
     names = [shown for _, shown in RATES]
-    head = ("attack data", "adapters", "skill's requests", *names, "λ", "effect", "kept")
+    head = ("attack data", "adapters", "skill's requests", *names, "λ", "kept")
     return (
         "## Repair at admission (`repair` in the policy)\n\nMean over seeds and bases ± 1.96"
         " standard errors, of the bytes that `s3lora strip --repair` writes, by default. Statistics"
         " are made once for a base, of the operator's probes and of requests of both"
         " skills; `without`: of none of the adapter's own skill. Nothing is learnt on the adapters."
-        f" λ, effect and kept are what the verdict says.\n\n{table(head, rows)}"
+        f" λ and kept are what the verdict says.\n\n{table(head, rows)}"
     )
 
 

