@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ def _measured(model: str, rank: int, rounds: int) -> dict[str, Any]:
         adapter = make_adapter(model, rank, Path(folder))
     statistics = make_statistics(adapter)
     factors = [Factors(m.name, m.B, m.A, m.scaling) for m in adapter.modules]
-    choice = RepairChoice(statistics=Path("unused"), residual=1.0)  # λ stays what it is
+    choice = RepairChoice(statistics=Path("unused"))
     found = repaired(adapter, statistics, choice)
     assert found is not None
     known = coordinates_of(adapter, statistics)
@@ -104,7 +105,8 @@ def make_statistics(adapter: Adapter) -> Any:
             inverse = torch.linalg.inv(V.double().mT @ U.double())
             sites[site] = InputStatistics(V, U, mu, F, 1e-3, 1e-2, 1e-3, inverse)
         by_module[module.name] = sites[site]
-    return SimpleNamespace(sites=sites, by_module=by_module, outputs=outputs)
+    # Energy without bound: λ stays what it is.
+    return SimpleNamespace(sites=sites, by_module=by_module, outputs=outputs, energy=math.inf)
 
 
 def coordinates_of(adapter: Adapter, statistics: Any) -> dict[str, Coordinates]:
@@ -155,7 +157,7 @@ def section(data: dict[str, Any]) -> str:
 `make bench-repair`, {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}.
 k = q = {data["k"]}, directions and adapter in bfloat16, all projections. *Repair*: B' and A' of all
 modules with their checks, and the figures of the verdict, for one λ, as `strength` says; each
-smaller one that `residual` wants takes *more*. The error is that of B' and A' against
+smaller one that `max_effect` wants takes *more*. The error is that of B' and A' against
 those made of float64 factors, over the largest entry; rounding to bfloat16 makes up to 3.9e-3.
 
 | adapter | r | modules | score, s | repair, s | over score | more, s | statistics, MB | error |
