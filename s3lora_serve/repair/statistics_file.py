@@ -35,6 +35,8 @@ OUTPUT_PARTS = ("Q", "gamma")
 MAX_BYTES = 32 * 2**30
 """k = 512 in float32 for all sites of a 70B model takes 24 GB."""
 
+_shared_in: Path | None = None  # where a server's processes share a copy
+
 _Count = Annotated[int, Field(ge=1)]
 
 
@@ -146,9 +148,6 @@ def share_in(folder: Path) -> None:
     """Have `loaded_statistics` map a copy in this folder, which a server's processes share."""
     global _shared_in
     _shared_in = folder
-
-
-_shared_in: Path | None = None
 
 
 def _by_module(about: About, sites: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
