@@ -20,6 +20,12 @@ def foreign_writer(status: os.stat_result, path: Path) -> str | None:
     return None
 
 
+def is_private_folder(status: os.stat_result) -> bool:
+    """Whether it is a folder of this user, which nobody else can enter."""
+    closed = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    return closed and status.st_uid == os.getuid()
+
+
 def check_contents(descriptor: int, path: Path, limit: int) -> os.stat_result:
     """What an opened file is.
 

@@ -62,7 +62,7 @@ class RepairFacts:
     """How an adapter was repaired, and what that leaves of its whole effect."""
 
     statistics_digest: str
-    strength: float  # λ of the input projection: the larger, the more is kept
+    strength: float  # λ: the larger, the more is kept
     effect: float  # on refusals, of what is left, against what the base model's weights put out
     residual: float  # share of the effect on refusals that is left
     kept: float  # at least this share of the effect on benign inputs is left

@@ -7,12 +7,11 @@ import hashlib
 import mmap
 import os
 import shutil
-import stat
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from s3lora_serve.adapter.operator_file import OPEN_FLAGS, check_contents
+from s3lora_serve.adapter.operator_file import OPEN_FLAGS, check_contents, is_private_folder
 
 SUFFIX = ".copy"
 
@@ -54,9 +53,7 @@ def _prepare(folder: Path) -> None:
     """
     for each in (folder.parent, folder):
         each.mkdir(mode=0o700, exist_ok=True)
-        status = each.lstat()
-        private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
-        if not private or status.st_uid != os.getuid():
+        if not is_private_folder(each.lstat()):
             raise PermissionError(f"{each} can be entered by others than this user")
 
 

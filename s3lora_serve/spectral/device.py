@@ -80,10 +80,10 @@ def turn(device: str) -> Iterator[torch.device]:
     target = torch.device(device)
     # Kernels are launched on the thread's current device.
     current = torch.cuda.device(target) if target.type == "cuda" else nullcontext()
-    if not _one_at_a_time.acquire(timeout=0 if _warming_up.is_set() else WAITING_SECONDS):
-        compiles = "its kernels are being compiled"
-        said = compiles if _warming_up.is_set() else f"no turn within {WAITING_SECONDS:g} s"
-        raise fallback.DeviceBusy(said)
+    compiles = _warming_up.is_set()
+    if not _one_at_a_time.acquire(timeout=0 if compiles else WAITING_SECONDS):
+        late = f"no turn within {WAITING_SECONDS:g} s"
+        raise fallback.DeviceBusy("its kernels are being compiled" if compiles else late)
     try:
         with current:
             yield target

@@ -9,12 +9,12 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
+from s3lora_serve.adapter.operator_file import is_private_folder
 from s3lora_serve.adapter.private_copy import OWN_FOLDER, WEIGHTS_NAME, PrivateFolder
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import GateFailed, StoreDamaged
@@ -75,8 +75,7 @@ class AdapterStore:
             status = self.root.lstat()
         except OSError as error:
             raise GateFailed(f"no store in {self.root}: {error.strerror}") from None
-        private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
-        if not private or status.st_uid != os.getuid():
+        if not is_private_folder(status):
             raise GateFailed(f"the store {self.root} can be entered by others than this user")
 
     def new_private_folder(self) -> PrivateFolder:
