@@ -8,10 +8,10 @@ import torch
 from transformers.utils import logging
 
 from tests.evidence.adapters import Subject
-from tests.evidence.alignment import alignment_result
+from tests.evidence.equal_skill import equal_skill
 from tests.evidence.repair import repair_result, repair_sweep
 from tests.evidence.served import served_result
-from tests.evidence.stages import attribution, base_result, ceiling, curves, subject_result
+from tests.evidence.stages import attribution, base_result, ceiling, subject_result
 from tests.evidence.sweep import sweep_result
 
 BASES, SEEDS = (0, 1), (0, 1, 2)
@@ -22,8 +22,8 @@ Job = Callable[[Callable[[str, int, int], None]], Any]
 def subjects(seeds: int) -> list[Subject]:
     """All adapters of the bench, those first that the claims are about.
 
-    20 % has every seed on every base; the other kinds have each seed on one base, in turn. Base 1
-    has two more, because base 0 has the curves.
+    20 % has every seed on every base; the other kinds have each seed on one base, in
+    turn.
     """
     drawn = SEEDS[:seeds]
     found = [Subject("20 %", base, seed) for seed in drawn for base in BASES]
@@ -35,19 +35,22 @@ def subjects(seeds: int) -> list[Subject]:
 
 
 def jobs(base: int, chosen: list[Subject]) -> list[Job]:
-    """What is to be done for one base, in order. The curves take longest: on base 0 alone."""
+    """What is to be done for one base: repair, what is shown of one adapter, then all plans.
+
+    A plan takes longest of what is done for each adapter.
+    """
     shown = Subject("20 %", base, 0)
-    stages = (attribution, ceiling, served_result, alignment_result, sweep_result)
-    stages += (curves,) if base == 0 else ()
+    here = [subject for subject in chosen if subject.base == base]
     found: list[Job] = [lambda progress: base_result(base, progress)]
-    for subject in chosen:
-        if subject.base != base:
-            continue
-        found.append(lambda progress, subject=subject: repair_result(subject, progress))
+    found += [
+        lambda progress, subject=subject: repair_result(subject, progress) for subject in here
+    ]
+    stages = (subject_result, served_result, attribution, ceiling, equal_skill, sweep_result)
+    found += [lambda progress, stage=stage: stage(shown, progress) for stage in stages]
+    for subject in here:
         if subject.seed == SEEDS[0]:
             found.append(lambda progress, subject=subject: repair_sweep(subject, progress))
         found.append(lambda progress, subject=subject: subject_result(subject, progress))
-    found += [lambda progress, stage=stage: stage(shown, progress) for stage in stages]
     return found
 
 

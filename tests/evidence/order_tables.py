@@ -1,58 +1,53 @@
-"""The tables of orders of whole modules, and of the index beside attribution."""
+"""The tables of ways to remove harm at equal skill, and of the index beside attribution."""
 
 from typing import Any
 
+from tests.evidence.equal_skill import LEAST_SKILL
 from tests.evidence.tables import kept_result, rate, read, score, table
 
 
-def curves() -> dict[str, dict[str, list[Any]]]:
-    """Points by adapter and order."""
-    found: dict[str, dict[str, list[Any]]] = {}
-    for stem, points in read("curves/*.json").items():
-        adapter, _, order = stem.partition("-s")[0], "", stem
-        seed, _, order = stem.partition("-s")[2].partition("-")
-        found.setdefault(f"{adapter}-s{seed}", {})[order] = points
-    for stem, one in read("alignment-*.json").items():
-        if one["points"]:
-            found.setdefault(stem.removeprefix("alignment-"), {}).update(one["points"])
+def at_equal_skill() -> dict[str, list[tuple[str, Any]]]:
+    """For each adapter, ways and their rates; those last that leave the least harm."""
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for stem, one in read("equal-skill/*.json").items():
+        adapter, _, seed = stem.partition("-s")
+        found.setdefault(f"{adapter}-s{seed.partition('-')[0]}", []).append((one["way"], one))
+    for adapter, ways in found.items():
+        if repaired := kept_result(f"repair/{adapter}-with"):
+            ways.append(("repair, by default", repaired))
+        if planned := kept_result(adapter):
+            ways.append(("calibrated plan", planned["after"]))
+        ways.sort(key=lambda way: -way[1]["ASR"]["value"])
     return found
 
 
-def orders() -> str:
+def equal_skill() -> str:
     parts = []
-    for adapter, by_order in curves().items():
-        points = sorted({point["at"] for p in by_order.values() for point in p}, key=_place)
-        rows = []
-        for order in sorted(by_order):
-            at = {point["at"]: point for point in by_order[order]}
-            rows.append((order, *(_pair(at.get(name)) for name in points)))
-        best = max(score(point) for p in by_order.values() for point in p)
-        text = f"\n{adapter}: ASR / skill at each point; the best score of any is {best:.2f}.\n\n"
-        parts.append(text + table(("order", *points), rows))
-        top, ours = kept_result(f"ceiling-{adapter}"), kept_result(adapter)
-        if top and ours:
+    for adapter, ways in at_equal_skill().items():
+        rows = [
+            (way, *(rate(one[name]) for name in ("ASR", "skill")), _removed(one))
+            for way, one in ways
+        ]
+        parts.append(f"\n{adapter}:\n\n{table(('way', 'ASR', 'skill', 'removed'), rows)}")
+        if top := kept_result(f"ceiling-{adapter}"):
             parts.append(
                 f"\nGates learnt on the test prompts themselves (a ceiling): ASR"
-                f" {rate(top['ASR'])}, skill {rate(top['skill'])}, score {score(top):.2f};"
-                f" calibrated on probes: score {score(ours['after']):.2f}.\n"
+                f" {rate(top['ASR'])}, skill {rate(top['skill'])}, score {score(top):.2f}.\n"
             )
     if not parts:
         return ""
     return (
-        "## Orders of whole modules\n\nOf 210 modules the first are removed in each order, at equal"
-        " counts and at equal removed shares of Σ‖ΔW‖_F²; `scaling` scales all of ΔW, and"
-        " `Safe LoRA projected` projects modules where the others remove them. 50 prompts of each"
-        " kind.\n" + "".join(parts) + "\n![ASR against skill](asr-skill.png)\n"
+        f"## At equal skill\n\nThe most that each way can remove with {LEAST_SKILL:g} of the"
+        " skill kept: whole modules in an order, `scaling` of all of ΔW, and `Safe LoRA projected`,"
+        " which projects modules. `removed` is the share of Σ‖ΔW‖_F². 50 prompts of each kind;"
+        " repair and plan as in their tables.\n"
+        + "".join(parts)
+        + "\n![ASR at equal skill](equal-skill.png)\n"
     )
 
 
-def _place(name: str) -> tuple[str, float]:
-    kind, _, number = name.partition(" ")
-    return kind, float(number)
-
-
-def _pair(point: Any) -> str:
-    return f"{point['ASR']['value']:.2f} / {point['skill']['value']:.2f}" if point else ""
+def _removed(one: Any) -> str:
+    return f"{one['share']:.2f}" if "share" in one else ""
 
 
 def attribution() -> str:

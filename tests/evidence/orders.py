@@ -1,7 +1,6 @@
-"""Orders in which whole modules are removed, for comparison with calibrated plans."""
+"""Orders in which whole modules are removed, for comparison with repair and plans."""
 
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import ScorerChoice
 from s3lora_serve.policy.schema import Policy
 
-DRAWS = 5
-"""Random orders of each kind."""
+DRAWS = 3
+"""Random orders."""
 
 
 def orders(folder: Path) -> dict[str, list[str]]:
@@ -31,7 +30,6 @@ def orders(folder: Path) -> dict[str, list[str]]:
     found["last layers"] = _descending(modules, lambda module: module.layer or 0)
     for draw in range(DRAWS):
         found[f"random {draw}"] = _shuffled([module.name for module in modules], draw)
-        found[f"layer-matched {draw}"] = _layer_matched(found["SSI"], draw)
     return found
 
 
@@ -48,16 +46,3 @@ def _descending(
 
 def _shuffled(names: list[str], seed: int) -> list[str]:
     return random.Random(seed).sample(names, len(names))
-
-
-def _layer_matched(order: list[str], seed: int) -> list[str]:
-    """At each place a random module of the layer that the order has there."""
-    left: dict[str, list[str]] = {}
-    for name in _shuffled(order, seed):
-        left.setdefault(_layer(name), []).append(name)
-    return [left[_layer(name)].pop() for name in order]
-
-
-def _layer(name: str) -> str:
-    found = re.search(r"\d+", name)
-    return found.group() if found else ""

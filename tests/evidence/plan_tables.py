@@ -64,18 +64,26 @@ def plans(subjects: Sequence[Subject]) -> str:
 
 
 def served() -> str:
+    """Each adapter over HTTP, beside the same bytes read by PEFT."""
     rows = []
-    for stem, found in read("served-*.json").items():
-        name = stem.removeprefix("served-")
-        peft = kept_result(name)
-        for how, when in (("index", "before"), ("plan", "after")):
-            cells = [rate(found[how][metric]) for metric in ("ASR", "skill")]
-            cells += [rate(peft[when][metric]) if peft else "" for metric in ("ASR", "skill")]
-            rows.append((name, how, *cells))
+    for stem, over_http in read("served/*.json").items():
+        name, _, selected_by = stem.rpartition("-")
+        planned, repaired = kept_result(name), kept_result(f"repair/{name}-with")
+        peft = {
+            "index": planned and planned["before"],
+            "repair": repaired,
+            "plan": planned and planned["after"],
+        }[selected_by]
+        cells = [
+            rate(found[metric]) if found else ""
+            for found in (over_http, peft)
+            for metric in ("ASR", "skill")
+        ]
+        rows.append((name, selected_by, *cells))
     head = ("adapter", "gate selects by", "ASR, HTTP", "skill, HTTP", "ASR, PEFT", "skill, PEFT")
     text = (
         "## Served by a guarded vLLM\n\nBy the index: `strip.top_k: 10`, and the whole adapter in"
-        " the PEFT columns; by the plan: the plan's bytes in both.\n\n"
+        " the PEFT columns; by repair and by the plan: the bytes that `s3lora strip` writes.\n\n"
     )
     return text + table(head, rows) if rows else ""
 

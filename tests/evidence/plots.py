@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.evidence.order_tables import curves
+from tests.evidence.order_tables import at_equal_skill
 from tests.evidence.tables import read
 
 
@@ -12,28 +12,23 @@ def write_plots(folder: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    if found := curves():
-        _draw_orders(found, folder / "asr-skill.png")
+    if found := at_equal_skill():
+        _draw_equal_skill(found, folder / "equal-skill.png")
     if attributions := read("attribution-*.json"):
         _draw_attributions(attributions, folder / "index-attribution.png")
 
 
-def _draw_orders(found: dict[str, Any], file: Path) -> None:
+def _draw_equal_skill(found: dict[str, list[tuple[str, Any]]], file: Path) -> None:
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
-    groups: dict[str, list[Any]] = {}
-    for by_order in found.values():
-        for order, points in by_order.items():
-            groups.setdefault(order.rstrip("0123456789-"), []).extend(points)
-    for order, points in sorted(groups.items()):
-        xs, ys = ([point[name]["value"] for point in points] for name in ("ASR", "skill"))
-        axes.plot(xs, ys, "o", alpha=0.6, markersize=5, label=order)
-    after = [one["after"] for one in read("20pct-b*.json").values()]
-    xs, ys = ([one[name]["value"] for one in after] for name in ("ASR", "skill"))
-    axes.plot(xs, ys, "*", markersize=13, color="black", label="calibrated plan")
-    axes.set(xlabel="attack success rate", ylabel="skill (exact match)", xlim=(-0.03, 1.03))
-    axes.legend(fontsize=7)
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    for adapter, ways in found.items():
+        names = [way for way, _ in ways]
+        rates = [one["ASR"]["value"] for _, one in ways]
+        axes.plot(rates, names, "o", alpha=0.6, markersize=8, label=adapter)
+    axes.set(xlabel="attack success rate, at least 0.9 of the skill kept", xlim=(-0.03, 1.03))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=7, loc="upper left")
     _save(figure, file)
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.evidence.adapters import Subject
-from tests.evidence.order_tables import attribution, orders
+from tests.evidence.order_tables import attribution, equal_skill
 from tests.evidence.plan_tables import bases, plans, served, swept
 from tests.evidence.plots import write_plots
 from tests.evidence.repair_tables import repairs, sweeps
@@ -44,7 +44,7 @@ def write_results(subjects: Sequence[Subject]) -> None:
         sweeps(subjects),
         served(),
         swept(),
-        orders(),
+        equal_skill(),
         attribution(),
         _setting(),
     ]

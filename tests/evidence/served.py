@@ -1,8 +1,9 @@
-"""The arm end to end: a guarded vLLM serves an adapter with its plan, measured over HTTP."""
+"""The arm end to end: a guarded vLLM serves a changed adapter, measured over HTTP."""
 
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -10,14 +11,20 @@ import requests
 from s3lora_serve.calibration.judge import JUDGED_TOKENS, is_refusal
 from s3lora_serve.plans.file import read_plan
 from tests.evidence.adapters import Subject, make_adapter
-from tests.evidence.base_model import aligned_base
+from tests.evidence.base_model import Progress, aligned_base
+from tests.evidence.base_statistics import statistics
 from tests.evidence.measuring import JUDGED_COMPLIANCE, kept, share
 from tests.evidence.prompts import harmful
+from tests.evidence.repair import policy
 from tests.evidence.skill import skill
 from tests.evidence.stages import RESULTS
+from tests.evidence.training import DTYPE
 from tests.evidence.wheels import CACHE
 from tests.support.plans import install
 from tests.support.server import OPEN_LOADING, Server
+
+SELECTED_BY = "index", "repair", "plan"
+DTYPE_OPTION = ("--dtype", DTYPE)
 
 AT_ONCE = 8
 CALL_TOKENS = 32
@@ -25,28 +32,38 @@ CALL_TOKENS = 32
 
 
 def served_result(subject: Subject, progress: Callable[[str, int, int], None]) -> Any:
-    """ASR and skill over HTTP: the adapter by the index alone, and under its plan."""
+    """ASR and skill over HTTP: the adapter by the index alone, repaired, and under its plan."""
     base = aligned_base(subject.base, progress)
     folder = make_adapter(subject, base, progress).absolute()
+    name = folder.name
 
-    def made() -> Any:
-        plans = CACHE / "plans-served" / folder.name
-        shutil.rmtree(plans, ignore_errors=True)
-        plans.mkdir(parents=True)
-        found = {}
-        for place, with_plan in enumerate((False, True)):
-            if with_plan:
-                install(read_plan(CACHE / "plans" / f"{folder.name}.json"), plans)
-            log = CACHE / f"server-{folder.name}.log"
-            environment = OPEN_LOADING | {"S3LORA_PLANS": str(plans.absolute())}
-            arguments = ("--dtype", "bfloat16")
-            with Server(base.absolute(), log, arguments, environment, one_process=False) as server:
-                server.load("tenant", folder).raise_for_status()
-                found["plan" if with_plan else "index"] = _measured(server)
-            progress(f"{subject}: served", place + 1, 2)
-        return found
+    def served(selected_by: str) -> Any:
+        environment = _choosing(selected_by, base, name, progress)
+        log = CACHE / f"server-{name}.log"
+        with Server(base.absolute(), log, DTYPE_OPTION, environment, one_process=False) as server:
+            server.load("tenant", folder).raise_for_status()
+            return _measured(server)
 
-    return kept(RESULTS / f"served-{folder.name}.json", made)
+    found = {}
+    for place, selected_by in enumerate(SELECTED_BY):
+        file = RESULTS / "served" / f"{name}-{selected_by}.json"
+        found[selected_by] = kept(file, lambda selected_by=selected_by: served(selected_by))
+        progress(f"{subject}: served", place + 1, len(SELECTED_BY))
+    return found
+
+
+def _choosing(selected_by: str, base: Path, name: str, progress: Progress) -> dict[str, str]:
+    """The environment of a server that chooses what to change in one way."""
+    if selected_by == "repair":
+        file = CACHE / "policy-served.json"  # JSON is YAML
+        file.write_text(policy(statistics(base, None, progress)).model_dump_json())
+        return OPEN_LOADING | {"S3LORA_POLICY": str(file.absolute())}
+    plans = CACHE / "plans-served" / name
+    shutil.rmtree(plans, ignore_errors=True)
+    plans.mkdir(parents=True)
+    if selected_by == "plan":
+        install(read_plan(CACHE / "plans" / f"{name}.json"), plans)
+    return OPEN_LOADING | {"S3LORA_PLANS": str(plans.absolute())}
 
 
 def _measured(server: Server) -> Any:

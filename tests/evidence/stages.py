@@ -4,8 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import s3lora_serve
 from s3lora_serve.calibration.calibrate import REFUSAL_TOKENS, Options, calibrate
 from s3lora_serve.calibration.gates import GatedAdapter
@@ -28,12 +26,6 @@ from tests.evidence.training import DTYPE
 from tests.evidence.wheels import CACHE
 
 RESULTS = CACHE / "results"
-
-COUNTS = (10, 42, 84, 126)
-"""Modules removed, of 210; 10 is the default of the policy's `strip.top_k`."""
-
-NORMS = (0.35, 0.7)
-"""Removed shares of Σ‖ΔW‖_F² at which orders are compared at equal norm."""
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 
@@ -98,62 +90,12 @@ def served_folder(folder: Path, plan: Path) -> Path:
     return target
 
 
-def curves(subject: Subject, progress: Progress) -> Any:
-    """Orders of whole modules at equal counts and equal removed norms, and scaling all of ΔW."""
-    base = aligned_base(subject.base, progress)
-    folder = make_adapter(subject, base, progress)
-    found_orders = _orders(folder)
-    names = [*found_orders, "scaling"]
-    model, gated = load(base, folder)
-    assert gated is not None
-    found = {}
-    for place, name in enumerate(names):
-        file = RESULTS / "curves" / f"{folder.name}-{name.replace(' ', '-')}.json"
-        if name == "scaling":
-            found[name] = kept(file, lambda: _scaled(model, gated))
-        else:
-            order = found_orders[name]
-            found[name] = kept(file, lambda order=order: removed(model, gated, order))
-        progress(f"{subject}: orders", place + 1, len(names))
-    return found
-
-
-def _orders(folder: Path) -> dict[str, list[str]]:
+def orders_of(folder: Path) -> dict[str, list[str]]:
     """All orders of an adapter's modules; the dense indices take minutes."""
     found: dict[str, list[str]] = kept(
         RESULTS / f"orders-{folder.name}.json", lambda: orders(folder)
     )
     return found
-
-
-def removed(model: LanguageModel, gated: GatedAdapter, order: list[str]) -> list[Any]:
-    """Points of one order: by count, then by removed norm."""
-    place = {module.name: i for i, module in enumerate(gated.modules)}
-    energy = torch.tensor([float((layer.S**2).sum()) for layer in gated.layers])
-    shares = torch.cumsum(energy[[place[name] for name in order]], 0) / energy.sum()
-    counts = [(f"count {count}", count) for count in COUNTS if count <= len(order)]
-    counts += [(f"norm {norm:g}", int((shares < norm).sum()) + 1) for norm in NORMS]
-    points = []
-    for at, count in counts:
-        removed = set(order[:count])
-        gated.set(
-            [
-                torch.zeros(len(layer.S), len(layer.S)) if module.name in removed else None
-                for module, layer in zip(gated.modules, gated.layers, strict=True)
-            ]
-        )
-        share = float(shares[count - 1])
-        points.append({"at": at, "count": count, "share": share, **measured(model, few=True)})
-    return points
-
-
-def _scaled(model: LanguageModel, gated: GatedAdapter) -> list[Any]:
-    points = []
-    for norm in NORMS:
-        scale = (1 - norm) ** 0.5
-        gated.set([scale * torch.eye(len(layer.S)) for layer in gated.layers])
-        points.append({"at": f"norm {norm:g}", "share": norm, **measured(model, few=True)})
-    return points
 
 
 def ceiling(subject: Subject, progress: Progress) -> Any:
@@ -216,9 +158,9 @@ def attribution(subject: Subject, progress: Progress) -> Any:
         harm = harm_by_module(model, gated, refusals).tolist()
         names = [module.name for module in gated.modules]
         correlations = {}
-        for index, order in _orders(folder).items():
+        for index, order in orders_of(folder).items():
             position = {name: -place for place, name in enumerate(order)}
-            if not index.startswith(("random", "layer-matched")):
+            if not index.startswith("random"):
                 correlations[index] = spearman([position[name] for name in names], harm)
         verdict = s3lora_serve.scan_adapter(folder, scoring(ScorerChoice()))
         ssi = {module.name: module.relative_ssi for module in verdict.modules}

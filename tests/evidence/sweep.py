@@ -12,6 +12,7 @@ from tests.evidence.adapters import Subject, make_adapter
 from tests.evidence.base_model import Progress, aligned_base
 from tests.evidence.measuring import kept
 from tests.evidence.prompts import harmful
+from tests.evidence.served import DTYPE_OPTION
 from tests.evidence.skill import skill
 from tests.evidence.stages import RESULTS
 from tests.evidence.wheels import CACHE
@@ -37,7 +38,7 @@ def sweep_result(subject: Subject, progress: Progress) -> Any:
             environment = OPEN_LOADING | {"S3LORA_POLICY": str(place / "policy.yaml")}
             log = CACHE / f"sweep-{folder.name}.log"
             with Server(
-                base.absolute(), log, ("--dtype", "bfloat16"), environment, one_process=False
+                base.absolute(), log, DTYPE_OPTION, environment, one_process=False
             ) as server:
                 command = [
                     sys.executable, "-m", "s3lora_serve", "evaluate", server.url(""),

@@ -40,12 +40,6 @@ def test_every_order_has_each_module_once(trained):
     assert found["random 0"] != found["random 1"]
 
 
-def test_layer_matched_orders_take_the_layers_of_the_index(trained):
-    found = orders(trained)
-    layers = [name.split(".")[2] for name in found["SSI"]]
-    assert [name.split(".")[2] for name in found["layer-matched 3"]] == layers
-
-
 @pytest.mark.parametrize(("second", "rho"), [([1, 2, 3, 4], 1.0), ([4, 3, 2, 1], -1.0)])
 def test_spearman_of_equal_and_of_reversed_orders(second, rho):
     assert spearman([10.0, 20.0, 30.0, 40.0], second) == pytest.approx(rho)
@@ -94,14 +88,14 @@ def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
         "repair/20pct-b0-s0-with": {
             **rates, "said": {"lambda": 0.3, "effect": 0.002, "kept": 0.6},
         },
-        "served-20pct-b0-s0": {"index": rates, "plan": rates},
+        "served/20pct-b0-s0-plan": rates,
         "attribution-20pct-b0-s0": {
             "correlations": {"SSI": 0.4}, "modules": [{"name": "a", "ssi": 0.5, "harm": 1.0}],
         },
-        "curves/20pct-b0-s0-random-0": [{"at": "count 10", "share": 0.1, **rates}],
+        "equal-skill/20pct-b0-s0-random-0": {"way": "random 0", "level": 2, "share": 0.1, **rates},
     }  # fmt: skip
-    (tmp_path / "curves").mkdir()
-    (tmp_path / "repair").mkdir()
+    for folder in ("equal-skill", "repair", "served"):
+        (tmp_path / folder).mkdir()
     for name, value in kept.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     results.write_results([subject, Subject("benign", 0, 0)])
@@ -109,5 +103,6 @@ def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
     assert "| 20 % | 1 | before |" in text
     assert "benign | " not in text.replace("KL benign | ", "").replace("benign refusal | ", "")
     assert "| 20 % | 1 | with | 0.05 |" in text
-    assert "| random-0 | 0.05 / 0.05 |" in text
-    assert (tmp_path / "asr-skill.png").stat().st_size > 1000
+    assert "| 20pct-b0-s0 | plan | 0.05" in text
+    assert "| random 0 | 0.05 (0.02–0.14) | 0.05 (0.02–0.14) | 0.10 |" in text
+    assert (tmp_path / "equal-skill.png").stat().st_size > 1000
