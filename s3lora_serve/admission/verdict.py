@@ -40,7 +40,7 @@ class ModuleVerdict:
     transformed: bool = False  # served with B' = B·T of a plan
     removed_share: float = 0.0  # of ‖ΔW‖_F²: 1 if stripped, < 0 if projecting makes ΔW larger
     projected: bool = False  # served with B' = C·B of the alignment reference
-    repaired: bool = False  # served with A' = A·M of the statistics
+    repaired: bool = False  # served with the repair's B' and A'
     residual: float | None = None  # share of its effect on refusals that is left
     kept: float | None = None  # share of its effect on benign inputs that is left
     alignment: float | None = None  # score of safe-lora or splora; None: another scorer, or ΔW = 0

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.calibration.language_model import Encoded
-from s3lora_serve.calibration.layer_pass import Batch, run_layer
-from s3lora_serve.errors import BaseModelUnfit
+from s3lora_serve.calibration.layer_pass import Batch, Tokens, counted_rows, run_layer
 from s3lora_serve.spectral.input_directions import InputDirections, input_directions
 
 HARMFUL = "harmful"
@@ -39,29 +38,42 @@ class Covariances:
 
     def __init__(self, kinds: Sequence[str]) -> None:
         self._kinds = tuple(kinds)
+        self._routed: set[tuple[str, ...]] = set()  # sites of experts, which get some tokens
         self.sums: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self.counts: dict[tuple[str, ...], dict[str, int]] = {}
 
-    def add(self, modules: tuple[str, ...], inputs: Tensor, batch: Batch) -> None:
-        """Add the counted tokens of one input, (examples, tokens, n) or (examples·tokens, n).
+    def add(
+        self, modules: tuple[str, ...], inputs: Tensor, batch: Batch, tokens: Tokens = None
+    ) -> None:
+        """Add the counted tokens of one input, (examples, tokens, n) or (tokens, n).
 
         Raises:
-            BaseModelUnfit: the modules get some of the tokens, as routed experts do.
+            BaseModelUnfit: the modules get some of the tokens, and are no routed experts.
         """
         n = inputs.shape[-1]
-        if inputs.numel() != batch.counted.numel() * n:
-            raise BaseModelUnfit(
-                f"module {modules[0]} gets {tuple(inputs.shape)} for {tuple(batch.counted.shape)}"
-                " tokens: statistics need all tokens of each module"
-            )
-        counted = batch.counted.to(inputs.device)
-        rows = inputs.reshape(*counted.shape, n)[counted]
+        rows = counted_rows(batch, inputs, tokens)
+        if tokens is not None:
+            self._routed.add(modules)
         sums = self.sums.setdefault(
             modules,
             {k: torch.zeros(n, n, dtype=torch.float64, device=rows.device) for k in self._kinds},
         )
         add_gram(sums[batch.kind], rows)
         self.counts.setdefault(modules, dict.fromkeys(self._kinds, 0))[batch.kind] += len(rows)
+
+    def settle_experts(self) -> None:
+        """Give each routed expert one token more: one of their mean energy, in no direction.
+
+        An expert that no probe reaches then has statistics that prefer nothing, and one that few
+        reach does not take what it has seen for all that there is.
+        """
+        for kind in self._kinds:
+            total = sum(float(self.sums[site][kind].trace()) for site in self._routed)
+            count = sum(self.counts[site][kind] for site in self._routed)
+            for site in self._routed:
+                covariance = self.sums[site][kind]
+                covariance.diagonal().add_(total / max(1, count) / len(covariance))
+                self.counts[site][kind] += 1
 
     def statistics(
         self, modules: tuple[str, ...], weights: Mapping[str, float], choice: Choice
@@ -89,4 +101,5 @@ def collect(
     """Run one layer on the batches; the covariances of its modules' inputs."""
     sums = Covariances(tuple(dict.fromkeys(batch.kind for batch in found)))
     run_layer(layer, place, name, found, sums.add, device)
+    sums.settle_experts()
     return sums

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.calibration.language_model import Encoded, LanguageModel
+from s3lora_serve.calibration.routed_experts import ExpertProjection
 from s3lora_serve.errors import BaseModelUnfit
 
 BATCH = 16
@@ -32,8 +33,12 @@ class Batch:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # other arguments, for each layer
 
 
-Observer = Callable[[tuple[str, ...], Tensor, Batch], None]
-"""Called with the names of the linear modules that share an input, the input, and its batch."""
+Tokens = Tensor | None
+"""Places of the tokens that a routed expert gets, among all of a batch; None if it is all."""
+
+Observer = Callable[[tuple[str, ...], Tensor, Batch, Tokens], None]
+"""Called with the names of the linear modules that share an input, the input, its batch, and which
+tokens of it there are."""
 
 
 def decoder_layers(model: Any) -> tuple[str, Any]:
@@ -162,12 +167,16 @@ def hidden_of(output: Any) -> Tensor:
 
 @contextmanager
 def hooked(layer: Any, name: str, register: Callable[[Any, str], Any]) -> Iterator[None]:
-    """Within this context each linear module of the layer has the hook that `register` gives it."""
-    hooks = [
-        register(module, f"{name}.{inner}")
-        for inner, module in layer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
+    """Within this context each linear module of the layer has the hook that `register` gives it.
+
+    A routed expert's projections have one each, by the names of the checkpoint.
+    """
+    hooks = []
+    for inner, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            hooks.append(register(module, f"{name}.{inner}"))
+        elif isinstance(module, ExpertProjection):
+            hooks.append(register(module, module.name))
     try:
         yield
     finally:
@@ -178,15 +187,35 @@ def hooked(layer: Any, name: str, register: Callable[[Any, str], Any]) -> Iterat
 @contextmanager
 def _observed(layer: Any, name: str, batch: Batch, observe: Observer) -> Iterator[None]:
     """After this context `observe` gets each input with the modules that took it."""
-    taken: dict[int, tuple[Tensor, list[str]]] = {}  # keeps inputs: no two have one address
+    # Keeps inputs: no two have one address.
+    taken: dict[int, tuple[Tensor, list[str], Tokens]] = {}
 
     def noting(module: Any, module_name: str) -> Any:
         def note(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-            taken.setdefault(id(inputs[0]), (inputs[0], []))[1].append(module_name)
+            tokens = None if getattr(module, "takes_all", True) else module.tokens
+            taken.setdefault(id(inputs[0]), (inputs[0], [], tokens))[1].append(module_name)
 
         return module.register_forward_pre_hook(note)
 
     with hooked(layer, name, noting):
         yield
-    for inputs, modules in taken.values():
-        observe(tuple(modules), inputs, batch)
+    for inputs, modules, tokens in taken.values():
+        observe(tuple(modules), inputs, batch, tokens)
+
+
+def counted_rows(batch: Batch, values: Tensor, tokens: Tokens) -> Tensor:
+    """The counted tokens' inputs or outputs of a module, (counted, width).
+
+    Raises:
+        BaseModelUnfit: the module gets some of the tokens, and is no routed expert.
+    """
+    counted = batch.counted.to(values.device).flatten()
+    if tokens is not None:
+        return values[counted[tokens]]
+    width = values.shape[-1]
+    if values.numel() != counted.numel() * width:
+        raise BaseModelUnfit(
+            f"a linear module has values of the shape {tuple(values.shape)} for"
+            f" {tuple(batch.counted.shape)} tokens: statistics need all tokens of each module"
+        )
+    return values.reshape(-1, width)[counted]

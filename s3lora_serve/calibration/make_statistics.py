@@ -14,6 +14,7 @@ from s3lora_serve.calibration.language_model import LanguageModel, common_length
 from s3lora_serve.calibration.layer_pass import Batch, batches, decoder_layers
 from s3lora_serve.calibration.probes import ProbeFile
 from s3lora_serve.calibration.refusal_gradients import back_through_layer, gradients_at_the_end
+from s3lora_serve.calibration.routed_experts import name_experts
 from s3lora_serve.calibration.statistics_parts import Parts
 from s3lora_serve.repair.statistics_file import About, ProbesRecord
 
@@ -59,12 +60,14 @@ def make_statistics(
     if target.exists():
         raise FileExistsError(f"{target} exists; name a file that does not")
     progress("digest", 0, 1)
-    digest = Checkpoint.open(base).digest
+    checkpoint = Checkpoint.open(base)
+    digest = checkpoint.digest
     progress("digest", 1, 1)
     settings = json.dumps([digest, harmful.digest, *_asked(benign), repr(choice)])
     parts = Parts(target, settings, resume=resume)
     model = LanguageModel.load(base, device, dtype, offload=parts.offload)
     examples = _examples(model, harmful, benign, progress)
+    name_experts(model.model, checkpoint.shapes)
     weights = {_kind(i): each.weight for i, each in enumerate(benign)}
     skipped = common_length([prompt for pairs in examples.values() for prompt, _ in pairs])
     found = batches(model, dict(examples), skipped)

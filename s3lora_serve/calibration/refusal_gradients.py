@@ -14,7 +14,14 @@ from torch import Tensor
 
 from s3lora_serve.calibration.input_statistics import add_gram
 from s3lora_serve.calibration.language_model import LanguageModel
-from s3lora_serve.calibration.layer_pass import Batch, given_hidden, hidden_of, hooked
+from s3lora_serve.calibration.layer_pass import (
+    Batch,
+    Tokens,
+    counted_rows,
+    given_hidden,
+    hidden_of,
+    hooked,
+)
 
 ODDS_TOKENS = 3
 """First tokens of a refusal whose log-odds count: there it is decided. Ours."""
@@ -27,6 +34,7 @@ class OutputSums:
     gradients: Tensor  # Σ g·gᵀ, (m, m) float64
     energy: float = 0.0  # Σ ‖y‖², of the module's own outputs
     count: int = 0
+    routed: bool = False  # of an expert, which gets some tokens
 
 
 Sums = dict[str, OutputSums]
@@ -66,36 +74,64 @@ def back_through_layer(
         hidden = inputs[i].to(device).detach().requires_grad_()
         with _added(layer, name) as added:
             output = hidden_of(layer(hidden, *args, **more))
-            wanted = [hidden, *(zero for zero, _ in added.values())]
+            wanted = [hidden, *(each.zero for each in added.values())]
             made = torch.autograd.grad(output, wanted, gradients[i].to(device), allow_unused=True)
         gradients[i] = made[0].cpu()
-        counted = batch.counted.to(device)
-        for (module, (_, own)), gradient in zip(added.items(), made[1:], strict=True):
-            if gradient is None or gradient.numel() % counted.numel():
+        for (module, each), gradient in zip(added.items(), made[1:], strict=True):
+            if gradient is None and each.tokens is None:
                 continue
-            rows, outputs = (each.reshape(*counted.shape, -1)[counted] for each in (gradient, own))
-            if module not in sums:
-                m = rows.shape[1]
-                empty = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
-                sums[module] = OutputSums(empty)
-            add_gram(sums[module].gradients, rows)
-            sums[module].energy += float(outputs.double().square().sum())
-            sums[module].count += len(rows)
+            gradient = torch.zeros_like(each.zero) if gradient is None else gradient
+            _add(sums, module, each, gradient, batch)
+    _settle_experts(sums)
     return sums
 
 
-@contextmanager
-def _added(layer: Any, name: str) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within this context each linear module of the layer adds a zero that has a gradient.
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """What was added to a module's output, the output, and which tokens it is of."""
 
-    By module: the zero, and what it was added to.
-    """
-    added: dict[str, tuple[Tensor, Tensor]] = {}
+    zero: Tensor
+    output: Tensor
+    tokens: Tokens
+
+
+def _add(sums: Sums, module: str, each: _Added, gradient: Tensor, batch: Batch) -> None:
+    rows = counted_rows(batch, gradient, each.tokens)
+    if module not in sums:
+        m = rows.shape[1]
+        empty = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
+        sums[module] = OutputSums(empty, routed=each.tokens is not None)
+    outputs = counted_rows(batch, each.output, each.tokens)
+    add_gram(sums[module].gradients, rows)
+    sums[module].energy += float(outputs.double().square().sum())
+    sums[module].count += len(rows)
+
+
+def _settle_experts(sums: Sums) -> None:
+    """Give each routed expert one token more, as `Covariances.settle_experts` does for inputs."""
+    alike: dict[str, list[OutputSums]] = {}
+    for module, each in sums.items():
+        if each.routed:
+            alike.setdefault(module.rpartition(".")[2], []).append(each)
+    for those in alike.values():
+        count = max(1, sum(each.count for each in those))
+        gradient = sum(float(each.gradients.trace()) for each in those) / count
+        energy = sum(each.energy for each in those) / count
+        for each in those:
+            each.gradients.diagonal().add_(gradient / len(each.gradients))
+            each.energy += energy
+            each.count += 1
+
+
+@contextmanager
+def _added(layer: Any, name: str) -> Iterator[dict[str, _Added]]:
+    """Within this context each linear module of the layer adds a zero that has a gradient."""
+    added: dict[str, _Added] = {}
 
     def adding(module: Any, module_name: str) -> Any:
         def add(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
             zero = torch.zeros_like(output, requires_grad=True)
-            added[module_name] = zero, output.detach()
+            added[module_name] = _Added(zero, output.detach(), getattr(module, "tokens", None))
             return output + zero
 
         return module.register_forward_hook(add)

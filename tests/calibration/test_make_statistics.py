@@ -1,11 +1,9 @@
 """Statistics are those of the whole model's inputs, made one layer at a time."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from typer.testing import CliRunner
 
 from s3lora_serve.calibration import language_model
@@ -208,24 +206,3 @@ def test_a_base_that_complies_ends_the_command_with_1(chat, tmp_path):
                "-o", tmp_path / "s")  # fmt: skip
     assert done.exit_code == 1
     assert "S3LORA-907" in done.output
-
-
-def test_a_model_with_shared_experts_has_statistics_of_all_its_linear_modules(
-    chat, tmp_path, monkeypatch
-):
-    model = Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
-            vocab_size=128, hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
-            shared_expert_intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
-        )
-    )  # fmt: skip
-    base = tmp_path / "base"
-    model.save_pretrained(base)
-    for file in chat.base.glob("*token*"):
-        shutil.copy(file, base)
-    monkeypatch.setattr(making, "is_refusal", lambda _text: True)
-    _, *rest = arguments(chat, tmp_path / "s")
-    modules = {m for site in make_statistics(base, *rest).sites.values() for m in site.outputs}
-    assert "model.layers.0.mlp.shared_expert.down_proj" in modules
-    assert "model.layers.0.self_attn.o_proj" in modules

@@ -1,0 +1,212 @@
+"""Statistics of routed experts are those of the tokens that reach each of them."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from s3lora_serve import strip_adapter
+from s3lora_serve.alignment.checkpoint import Checkpoint
+from s3lora_serve.calibration import make_statistics as making
+from s3lora_serve.calibration.input_statistics import Choice
+from s3lora_serve.calibration.judge import JUDGED_TOKENS
+from s3lora_serve.calibration.language_model import LanguageModel, common_length
+from s3lora_serve.calibration.make_statistics import Benign, make_statistics
+from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.calibration.refusal_gradients import ODDS_TOKENS
+from s3lora_serve.calibration.routed_experts import name_experts
+from s3lora_serve.policy.method import RepairChoice, Strip
+from s3lora_serve.policy.schema import Policy
+from s3lora_serve.repair.statistics_file import read_statistics
+from s3lora_serve.spectral.input_directions import input_directions
+from s3lora_serve.spectral.output_directions import output_directions
+from tests.support.tiny_mixtral import EXPERTS as EXPERTS_OF_EACH
+from tests.support.tiny_mixtral import LAYERS, make_expert_adapter, make_mixtral
+
+EXPERTS = "model.layers.1.mlp.experts"
+UNREACHED = 4
+"""An expert of the first layer that no token reaches."""
+
+
+@pytest.fixture(scope="module")
+def base(chat, tmp_path_factory):
+    """An untrained mixture of experts."""
+    torch.manual_seed(1)
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
+            shared_expert_intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_experts=5, num_experts_per_tok=2, decoder_sparse_step=1,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.normal_(std=2.0)
+            layer.mlp.experts.gate_up_proj.normal_(std=0.5)
+            layer.mlp.experts.down_proj.normal_(std=0.5)
+        # Two others have a larger logit, whatever its sign.
+        rows = model.model.layers[0].mlp.gate.weight
+        rows.copy_(torch.tensor([1.0, 2.0, -1.0, -2.0, 0.0])[:, None] * rows[0])
+    folder = tmp_path_factory.mktemp("mixture") / "base"
+    model.save_pretrained(folder)
+    for file in chat.base.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def statistics_of(chat, base, target):
+    harmful, benign = read_probes(chat.harmful, "harmful"), read_probes(chat.benign, "benign")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(making, "is_refusal", lambda _text: True)
+        choice = Choice(rank=8, output_rank=8, dtype=torch.float32)
+        make_statistics(base, harmful, [Benign(benign)], target, choice, dtype="float32")
+    return target
+
+
+@pytest.fixture(scope="module")
+def found(chat, base, tmp_path_factory):
+    return read_statistics(statistics_of(chat, base, tmp_path_factory.mktemp("statistics") / "s"))
+
+
+def linear_modules(base):
+    routers = "mlp.gate", "shared_expert_gate"
+    return {name for name in Checkpoint.open(base).shapes if not name.endswith(routers)}
+
+
+def test_each_projection_of_each_expert_is_a_module_by_the_checkpoints_name(base, found):
+    assert linear_modules(base) <= set(found.by_module)
+    assert f"{EXPERTS}.2.up_proj" in found.by_module
+
+
+def test_gate_and_up_of_all_experts_share_one_input_site(found):
+    experts = EXPERTS.replace("1", "0"), EXPERTS
+    sites = [
+        {
+            id(found.by_module[f"{layer}.{expert}.{side}"])
+            for expert in range(5)
+            for side in ("gate_proj", "up_proj")
+        }
+        for layer in experts
+    ]
+    assert [len(site) for site in sites] == [1, 1]
+    assert sites[0] != sites[1]
+
+
+def test_named_experts_put_out_what_transformers_experts_do(base):
+    model = LanguageModel.load(base, dtype="float32").model
+    ids = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+        name_experts(model, Checkpoint.open(base).shapes)
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+
+
+class Routed:
+    """What one layer's experts get in passes of the whole model through transformers' own code."""
+
+    def __init__(self, model, name, examples, skipped):
+        self.experts = model.model.get_submodule(name)
+        self.calls = []  # (inputs, indices, weights, gradient of the output) of counted tokens
+        calls, added = [], []
+        before = self.experts.register_forward_pre_hook(lambda _module, args: calls.append(args))
+
+        def add(_module, _args, output):
+            added.append(torch.zeros_like(output, requires_grad=True))
+            return output + added[-1]
+
+        after = self.experts.register_forward_hook(add)
+        for prompt, answer in examples:
+            logits = model.model(torch.tensor([prompt + answer])).logits[0].double()
+            total = torch.zeros(())
+            for place, token in enumerate(answer[:ODDS_TOKENS], len(prompt) - 1):
+                p = logits[place].softmax(-1)[token]
+                total = total + (p / (1 - p)).log()
+            [gradient] = torch.autograd.grad(total, [added.pop()])
+            counted = slice(skipped, -1)
+            self.calls.append([each[counted].detach() for each in (*calls.pop(), gradient)])
+        before.remove()
+        after.remove()
+
+    def inner(self, expert):
+        """Inputs of the expert's down projection, and the gradients of what it puts out."""
+        rows, gradients = [], []
+        for x, indices, weights, gradient in self.calls:
+            tokens, rank = torch.where(indices == expert)
+            gate, up = (x[tokens] @ self.experts.gate_up_proj[expert].mT).chunk(2, -1)
+            rows.append(torch.nn.functional.silu(gate) * up)
+            gradients.append(weights[tokens, rank, None] * gradient[tokens])
+        return torch.cat(rows).double(), torch.cat(gradients).double()
+
+
+def parts(model, chat):
+    """Harmful and benign probes with the model's answers, and how many tokens they share."""
+    found = []
+    for file, kind, tokens in (
+        (chat.harmful, "harmful", JUDGED_TOKENS),
+        (chat.benign, "benign", making.ANSWER_TOKENS),
+    ):
+        prompts = [model.prompt(probe.prompt) for probe in read_probes(file, kind).probes]
+        answers = model.greedy(prompts, tokens)
+        found.append(
+            [(p, model.answer(text, end=False)) for p, text in zip(prompts, answers, strict=True)]
+        )
+    return found, common_length([prompt for part in found for prompt, _ in part])
+
+
+def with_one_more(rows, all_rows):
+    """The mean of x·xᵀ where one token more is of mean energy and in no direction."""
+    n = rows.shape[1]
+    energy = sum(float(each.square().sum()) for each in all_rows) / sum(map(len, all_rows))
+    return (rows.mT @ rows + energy / n * torch.eye(n)) / (len(rows) + 1)
+
+
+@pytest.fixture(scope="module")
+def reference(chat, base):
+    """For layer 1, by kind of probe: inputs of each expert's down projection, and gradients."""
+    model = LanguageModel.load(base, dtype="float32")
+    both, skipped = parts(model, chat)
+    routed = [Routed(model, EXPERTS, part, skipped) for part in both]
+    return [[each.inner(expert) for expert in range(5)] for each in routed]
+
+
+@pytest.mark.parametrize("expert", range(5))
+def test_an_experts_inputs_are_those_of_its_own_tokens_and_one_more(found, reference, expert):
+    covariances = [with_one_more(kind[expert][0], [rows for rows, _ in kind]) for kind in reference]
+    expected = input_directions(*covariances, rank=8, epsilon=0.1, dtype=torch.float32).statistics
+    kept = found.by_module[f"{EXPERTS}.{expert}.down_proj"]
+    assert torch.allclose(kept.mu, expected.mu, rtol=1e-3, atol=1e-6)
+    assert kept.ridge == pytest.approx(expected.ridge, rel=1e-3)
+
+
+@pytest.mark.parametrize("expert", range(5))
+def test_an_experts_gradients_are_those_of_its_own_tokens_and_one_more(found, reference, expert):
+    harmful = reference[0]
+    G = with_one_more(harmful[expert][1], [gradients for _, gradients in harmful])
+    expected = output_directions(G, rank=8, dtype=torch.float32).statistics
+    kept = found.outputs[f"{EXPERTS}.{expert}.down_proj"]
+    assert torch.allclose(kept.gamma, expected.gamma, rtol=1e-2, atol=1e-3)
+    assert kept.gamma_rest == pytest.approx(expected.gamma_rest, abs=1e-3)
+
+
+def test_an_expert_that_no_probe_reaches_prefers_no_direction(found):
+    name = f"model.layers.0.mlp.experts.{UNREACHED}.down_proj"
+    inputs, outputs = found.by_module[name], found.outputs[name]
+    assert torch.allclose(inputs.mu, inputs.mu[0].expand(8), rtol=1e-4)
+    assert torch.allclose(outputs.gamma, torch.ones(8).double(), rtol=1e-4)
+    assert outputs.gamma_rest == pytest.approx(1)
+
+
+def test_an_adapter_for_each_expert_is_repaired_whole(chat, tmp_path):
+    base = make_mixtral(tmp_path / "mixtral")
+    for file in chat.base.glob("*token*"):
+        shutil.copy(file, base)
+    adapter = make_expert_adapter(base, tmp_path / "adapter")
+    file = statistics_of(chat, base, tmp_path / "s")
+    choice = RepairChoice(statistics=file, max_effect=1e-4)
+    policy = Policy(strip=Strip(top_k=0), on_uninformative="admit", repair=choice)
+    verdict = strip_adapter(adapter, tmp_path / "repaired", policy)
+    assert verdict.repair is not None
+    assert verdict.repair.effect <= 1e-4
+    assert set(verdict.repaired) == {module.name for module in verdict.modules}
+    assert len(verdict.repaired) == LAYERS * EXPERTS_OF_EACH * 3
