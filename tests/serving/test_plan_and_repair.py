@@ -1,19 +1,23 @@
 """A calibrated plan and repair under one guarded vLLM: each serves what it says, over HTTP."""
 
+import base64
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from s3lora_serve.calibration.calibrate import Options, calibrate
 from s3lora_serve.calibration.judge import is_refusal
 from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.cli import app
 from s3lora_serve.repair.statistics_file import read_statistics
 from tests.serving.conftest import answers, close, evicting_server, log_of_failed_start
 from tests.support.adapters import copy_with, key
 from tests.support.plans import install, read
 from tests.support.server import OPEN_LOADING, Server
+from tests.support.signing import key_pair
 from tests.support.statistics import rewritten
 from tests.support.tiny_chat import harmful, skill
 
@@ -22,7 +26,10 @@ pytestmark = pytest.mark.serving
 POLICY = """
 repair: {{statistics: {statistics}, strength: 0.1, max_effect: 1.0}}
 strip: {{top_k: 0}}
-rules: [{{match: {{path: {by_hand}/**}}, repair: null}}]
+attestations: {{keys: [{scanner}]}}
+rules:
+- {{match: {{path: {by_hand}/**}}, repair: null}}
+- {{match: {{path: {attested}/**}}, attestations: {{require: true, trust_scores: true}}}}
 on_uninformative: admit
 """
 PROMPTS = [f"user {prompt} assistant " for prompt in (harmful()[50], skill()[250][0])]
@@ -36,15 +43,29 @@ def calibrated(chat):
 
 
 @pytest.fixture(scope="module")
-def server(chat, statistics, calibrated, workplace):
-    """A guarded server with room for two adapters, which has a plan for chat.adapter alone."""
-    folder = workplace / "repair-by-hand"
-    folder.mkdir()
+def scanner(workplace):
+    return key_pair(workplace, "scanner of repaired adapters")
+
+
+@pytest.fixture(scope="module")
+def policy_file(statistics, scanner, workplace):
+    folders = {name: workplace / f"repair-{name}" for name in ("by_hand", "attested")}
+    for folder in folders.values():
+        folder.mkdir()
     file = workplace / "repair.yaml"
-    file.write_text(POLICY.format(statistics=statistics, by_hand=folder))
+    names = {name: folder.resolve() for name, folder in folders.items()}
+    file.write_text(POLICY.format(statistics=statistics, scanner=scanner.public, **names))
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(chat, policy_file, calibrated, workplace):
+    """A guarded server with room for two adapters, which has a plan for chat.adapter alone."""
     plans = install(calibrated, workplace / "calibrated plans").parent
-    with evicting_server(chat.base, workplace, "repair", file, S3LORA_PLANS=str(plans)) as running:
-        yield running
+    with evicting_server(
+        chat.base, workplace, "repair", policy_file, S3LORA_PLANS=str(plans)
+    ) as own:
+        yield own
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +167,7 @@ def found(unplanned, statistics, server, repaired, workplace):
                 tensors[name] = factor.to(tensors[name].dtype)
 
     served = answers(server, "repaired", PROMPTS)
-    folder = workplace / "repair-by-hand"
+    folder = workplace / "repair-by_hand"
     copy_with(unplanned, folder / "by-hand", repair)
     copy_with(unplanned, folder / "whole")
     found = SimpleNamespace(served=served)
@@ -198,6 +219,32 @@ def test_recheck_finds_nothing_to_change(server, found):
     assert found.served
     checked = server.post("/s3lora/recheck").json()
     assert [each["name"] for each in checked["adapters"] if each["differs"]] == []
+
+
+def test_an_attested_repair_is_the_gates_own_and_one_of_other_statistics_is_refused(
+    server, found, unplanned, statistics, scanner, policy_file, workplace, tmp_path
+):
+    def attest(policy):
+        arguments = ["attest", folder, "--key", scanner.private, "--policy", policy]
+        done = CliRunner().invoke(app, [*map(str, arguments), "--name", "attested"])
+        assert done.exit_code == 0, done.output
+
+    folder = copy_with(unplanned, workplace / "repair-attested" / "adapter")
+    attest(policy_file)
+    payload = json.loads((folder / "s3lora-attestation.json").read_text())["payload"]
+    attested = json.loads(base64.b64decode(payload))["predicate"]
+    assert server.load("attested", folder).status_code == 200
+    verdict = server.get("/s3lora/adapters/attested").json()
+    assert verdict["scored_by"] == "attestation"
+    assert attested["repaired"] == [each["name"] for each in verdict["modules"] if each["repaired"]]
+    assert attested["repaired"]
+    assert answers(server, "attested", PROMPTS) == found.served
+    other = tmp_path / "policy.yaml"
+    changed = rewritten(statistics, tmp_path / "s", about=lambda about: about.update(epsilon=0.2))
+    other.write_text(policy_file.read_text().replace(str(statistics), str(changed)))
+    attest(other)
+    response = server.load("attested", folder, load_inplace=True)
+    assert response.json()["error"]["message"].startswith("S3LORA-219")
 
 
 @pytest.mark.slow
