@@ -55,8 +55,9 @@ def served_result(subject: Subject, progress: Callable[[str, int, int], None]) -
 def _choosing(selected_by: str, base: Path, name: str, progress: Progress) -> dict[str, str]:
     """The environment of a server that chooses what to change in one way."""
     if selected_by == "repair":
-        file = CACHE / "policy-served.json"  # JSON is YAML
-        file.write_text(policy(statistics(base, None, progress)).model_dump_json())
+        file = CACHE / f"policy-{name}.json"  # JSON is YAML
+        chosen = policy(statistics(base, None, progress))
+        file.write_text(chosen.model_dump_json(exclude_unset=True))
         return OPEN_LOADING | {"S3LORA_POLICY": str(file.absolute())}
     plans = CACHE / "plans-served" / name
     shutil.rmtree(plans, ignore_errors=True)
