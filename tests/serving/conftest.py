@@ -1,10 +1,13 @@
-"""Real vLLM servers, each started once and shared by the tests of a module."""
+"""Real vLLM servers, each started once and shared by the tests of a module, and a browser."""
+
+import os
 
 import pytest
 
 from s3lora_serve import scan_adapter
 from s3lora_serve.policy.file import read_policy
 from tests.support.adapters import copy_with, diverged, without
+from tests.support.browser import chromium
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import PROMPT
 
@@ -35,6 +38,20 @@ def log_of_failed_start(server):
     finally:
         server.stop()
     return server.log.read_text(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser, headless."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip)")
+    found = chromium()
+    flags = ["--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=found.program, args=flags, env=os.environ | found.environment
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

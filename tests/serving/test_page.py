@@ -1,15 +1,12 @@
 """The HTML page of a real guarded vLLM, in a real browser."""
 
-import os
-
 import pytest
 import torch
 
 from tests.support.adapters import copy_with, diverged
-from tests.support.browser import chromium
+from tests.support.browser import save_screenshot
 from tests.support.server import OPEN_LOADING, Server
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip)")
 pytestmark = pytest.mark.serving
 HOSTILE = "<img src=x onerror=document.title='owned'>"
 KEY = "a key"
@@ -30,18 +27,6 @@ def server(browser, model, spiked, trained, policy_file, workplace):
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser():
-    found = chromium()
-    flags = ["--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=found.program, args=flags, env=os.environ | found.environment
-        )
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser, server):
     """A tab that sends the key as a browser does and collects its errors."""
@@ -54,12 +39,6 @@ def page(browser, server):
     yield page
     assert page.problems == []
     context.close()
-
-
-def save_screenshot(page, name):
-    """Save a screenshot for docs/ if the variable SCREENSHOTS names a folder."""
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}", full_page=True)
 
 
 def test_the_page_asks_for_the_key(browser, server):

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +73,9 @@ def unpacked(package: Path) -> Browser:
     fonts = folder / "fonts.conf"
     fonts.write_text(FONTS.format(folder))
     return Browser(done.stdout.strip(), libraries | {"FONTCONFIG_FILE": str(fonts)})
+
+
+def save_screenshot(page: Any, name: str) -> None:
+    """Save a screenshot for docs/ if the variable SCREENSHOTS names a folder."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}", full_page=True)
