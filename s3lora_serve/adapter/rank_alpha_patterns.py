@@ -2,18 +2,29 @@
 
 A key matches a module's full name, or the part of it after any of its dots. The first key that
 matches wins. Source: PEFT, `get_pattern_key`.
+
+The adapter's owner writes keys as regular expressions. RE2 matches those that are no plain names,
+in time linear in the name, whatever the expression. What it does not have is refused:
+lookarounds, backreferences, possessive repetitions.
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import re2
 
 from s3lora_serve.errors import ConfigInvalid
 
-MAX_LENGTH = 128
-"""Maximum number of characters in a key. PEFT writes module names as keys."""
+MAX_LENGTH = 1024
+"""Maximum number of characters in a key. PEFT writes module names as keys, people expressions with
+the numbers of up to a hundred layers."""
+
+MAX_EXPRESSION_BYTES = 2**20
+"""What RE2 may take for one expression. A list of a hundred layers takes a few kilobytes."""
 
 MAX_KEYS = 2**15
 """Maximum number of keys in one map, equal to the maximum number of modules of an adapter. An
@@ -28,9 +39,8 @@ projections in 100 layers have 12 forms."""
 T = TypeVar("T")
 
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
-_SAFE = re.compile(r"[\w.\-|\\^$]*[*+]?[\w.\-|\\^$]*", re.ASCII)
-"""The adapter's owner writes keys as regular expressions. Groups and more than one repetition are
-refused, so matching a name costs at most its length squared."""
+_READ_OTHERWISE = "{,", "[:"
+"""`a{,2}` and `[[:alpha:]]` mean one thing to Python, which PEFT uses, and another to RE2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +71,21 @@ class ModulePatterns(Generic[T]):
     """One map of the configuration. A dot in a key stands for any character, as in PEFT.
 
     Raises:
-        ConfigInvalid: the map has too many keys, or a key is neither a name nor a simple
-            expression.
+        ConfigInvalid: the map has too many keys, or a key is no expression, or one that cannot be
+            matched in bounded time.
     """
 
     def __init__(self, name: str, values: Mapping[str, T]) -> None:
         self._values = tuple(values.values())
         self._forms: dict[tuple[int, ...], _Form] = {}
-        self._expressions: list[tuple[int, re.Pattern[str]]] = []
+        self._expressions: list[tuple[int, Any]] = []
         if len(values) > MAX_KEYS:
             raise ConfigInvalid(f"{name} has {len(values)} keys, over {MAX_KEYS}")
         for position, key in enumerate(values):
-            if len(key) > MAX_LENGTH or not _SAFE.fullmatch(key):
-                raise ConfigInvalid(f"{name} has the key {key[:80]!r}, expected a module name")
+            if len(key) > MAX_LENGTH:
+                raise ConfigInvalid(
+                    f"{name} has a key of {len(key)} characters, over {MAX_LENGTH}: {key[:80]!r}"
+                )
             if _NAME.fullmatch(key):
                 parts = tuple(key.split("."))
                 form = self._forms.setdefault(tuple(map(len, parts)), _Form.of(parts))
@@ -104,9 +116,27 @@ class ModulePatterns(Generic[T]):
         return self._values[first] if first < len(self._values) else None
 
 
-def _compiled(name: str, key: str) -> re.Pattern[str]:
+def _compiled(name: str, key: str) -> Any:
+    """The expression of one key, for `match`.
+
+    Raises:
+        ConfigInvalid: PEFT could not use it, or it cannot be matched in bounded time.
+    """
     try:
-        re.compile(key)
-        return re.compile(rf"(?:.*\.)?(?:{key})$")
-    except (re.error, RecursionError):
-        raise ConfigInvalid(f"{name} has the key {key[:80]!r}: no pattern") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sets that later versions may read otherwise
+            re.compile(rf"(.*\.)?({key})$")  # as PEFT does
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigInvalid(f"{name} has the key {key[:80]!r}, no expression: {error}") from None
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = MAX_EXPRESSION_BYTES
+    try:
+        if not key.isascii() or any(each in key for each in _READ_OTHERWISE):
+            raise re2.error
+        return re2.compile(rf"(?:.*\.)?(?:{key})$", options)
+    except re2.error:
+        raise ConfigInvalid(
+            f"{name} has the key {key[:80]!r}, which cannot be matched in bounded time: write it"
+            " without lookarounds, backreferences, large repetitions and [:classes:]"
+        ) from None

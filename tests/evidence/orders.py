@@ -19,7 +19,6 @@ def orders(folder: Path) -> dict[str, list[str]]:
     indices = {
         "SSI": ScorerChoice(),
         "svd": ScorerChoice(name="svd"),
-        "spsvd": ScorerChoice(name="spsvd"),
     }
     found = {}
     modules: tuple[ModuleVerdict, ...] = ()
