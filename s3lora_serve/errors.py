@@ -117,6 +117,13 @@ class Cancels(AdapterRejected):
     remedy = "The served update would be rounding noise: save smaller factors."
 
 
+class StoredInEightBits(AdapterRejected):
+    """The policy changes a factor that is stored in 8 bits, which cannot hold the changed one."""
+
+    code = "S3LORA-113"
+    remedy = "Save the adapter in bfloat16, so that a plan, repair or projection can change it."
+
+
 class OverLimit(AdapterRejected):
     """A rank, scaling, norm, size or number is over a limit of the policy or of the gate."""
 
@@ -150,6 +157,13 @@ class Unrankable(AdapterRejected):
 
     code = "S3LORA-205"
     remedy = "There is nothing to rank; on_uninformative: admit admits it."
+
+
+class NoEffect(AdapterRejected):
+    """Every update of the adapter is 0, so it serves the base model."""
+
+    code = "S3LORA-226"
+    remedy = "Save it after training, with a nonzero alpha; on_uninformative: admit serves it."
 
 
 class NothingSelected(AdapterRejected):
@@ -290,6 +304,13 @@ class DoesNotFitModel(AdapterRejected):
 
     code = "S3LORA-301"
     remedy = "Register it on a server of the model it was trained for."
+
+
+class NothingPlaced(AdapterRejected):
+    """No module of the adapter is one that the served model can have a LoRA on."""
+
+    code = "S3LORA-303"
+    remedy = "It would serve the base model: save it under the served model's module names."
 
 
 class RefusedByVLLM(AdapterRejected):

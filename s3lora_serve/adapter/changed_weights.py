@@ -13,6 +13,7 @@ from torch import Tensor
 
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
 from s3lora_serve.adapter.reader import MAX_CANCELLATION, Adapter, Module, as_served
+from s3lora_serve.errors import StoredInEightBits
 
 
 class NewFactor(NamedTuple):
@@ -33,12 +34,19 @@ class ChangedWeights:
 
     @classmethod
     def of(cls, adapter: Adapter, factors: Iterable[NewFactor]) -> "ChangedWeights":
-        """The weights of an adapter with new factors in the place of its own."""
+        """The weights of an adapter with new factors in the place of its own.
+
+        Raises:
+            StoredInEightBits: a factor is stored in 8 bits, which cannot hold a new one.
+        """
         entries = {entry.name: entry for entry in adapter.header.entries}
         replaced = {}
         for new in factors:
             data = new.tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
-            replaced[new.key] = entries[new.key].start, data
+            entry = entries[new.key]
+            if len(data) != entry.end - entry.start:
+                raise StoredInEightBits(f"tensor {new.key} is stored as {entry.dtype}")
+            replaced[new.key] = entry.start, data
         return cls(adapter.copy.weights, replaced)
 
     def chunks(self) -> Iterator[memoryview]:

@@ -1,8 +1,8 @@
 """Read a PEFT LoRA adapter: its modules and their factors, checked before any computation."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,14 @@ from torch import Tensor
 from s3lora_serve.adapter.peft_config import AdapterConfig, parse_config
 from s3lora_serve.adapter.private_copy import PrivateCopy
 from s3lora_serve.adapter.safetensors_format import Header, read_header, tensors
+from s3lora_serve.adapter.tensor_names import (
+    MAX_NAME_LENGTH,
+    PREFIX,
+    factor_name,
+    is_ignored,
+    layout_of,
+    without_prefix,
+)
 from s3lora_serve.errors import (
     ModuleTwice,
     NotFinite,
@@ -20,17 +28,9 @@ from s3lora_serve.errors import (
 )
 from s3lora_serve.policy.limits import Limits
 
-_FACTOR = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.weight", re.ASCII
-)
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
-PREFIX = "base_model.model."
 MAX_MODULES = 2**15
 """The largest mixtures of experts have about 20 000 projections."""
-
-MAX_NAME_LENGTH = 256
-"""Module names appear in labels, logs and patterns. The longest in use has about 80 characters."""
-
 
 MAX_CANCELLATION = 1e3
 """Largest ‖B‖_F·‖A‖_F/‖B·A‖_F that is scored. Trained factors have about √r. From 2^8 on, rounding
@@ -76,6 +76,14 @@ class Adapter:
     header: Header
     copy: PrivateCopy
     unscorable: tuple[str, ...] = ()  # names of tensors that the index is not defined for
+    ignored: tuple[str, ...] = ()  # names of tensors that vLLM reads past
+
+    def without(self, modules: Collection[str]) -> "Adapter":
+        """The adapter without some modules, in the same file."""
+        if not modules:
+            return self
+        left_out = frozenset(modules)
+        return replace(self, modules=tuple(m for m in self.modules if m.name not in left_out))
 
 
 def read_adapter(
@@ -88,7 +96,8 @@ def read_adapter(
 
     `on_unscorable` decides about tensors that the index is not defined for. `admit` accepts all of
     them. `strip` accepts those whose removal leaves the other tensors as they were trained. All
-    others are refused; `Adapter.unscorable` lists the accepted ones by name.
+    others are refused; `Adapter.unscorable` lists the accepted ones by name. Tensors that vLLM
+    reads past are not looked at.
 
     `between_modules` runs before each module and may raise to stop, for example at a deadline.
 
@@ -99,40 +108,43 @@ def read_adapter(
     unscorable: list[str] = []
     header = read_header(copy.weights)
     sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for key, tensor in tensors(header, copy.weights):
-        match = _FACTOR.fullmatch(key)
-        # vLLM removes every occurrence of the prefix, so a second one makes the name ambiguous.
-        if match is None or len(key) > MAX_NAME_LENGTH or PREFIX in match["module"]:
+    ignored = frozenset(entry.name for entry in header.entries if is_ignored(entry.name))
+    for key, tensor in tensors(header, copy.weights, skipped=ignored):
+        factor = factor_name(key)
+        if factor is None:
             if not _may_pass(key, on_unscorable):
                 raise Unscorable(
                     f"tensor {key[:120]!r} is not a lora_A or lora_B of a linear module"
+                    f"{layout_of(key)}"
                 )
             if not tensor.isfinite().all():
                 raise NotFinite(f"tensor {key} holds NaN or Inf")
             unscorable.append(key)
             continue
-        factors = sides.setdefault(match["module"], {})
-        if match["side"] in factors:
-            raise ModuleTwice(f"{factors[match['side']][0]} and {key} are one module's")
-        factors[match["side"]] = key, tensor
+        factors = sides.setdefault(factor.module, {})
+        if factor.side in factors:
+            raise ModuleTwice(f"{factors[factor.side][0]} and {key} are one module's")
+        factors[factor.side] = key, tensor
     if not sides:
         raise PartnerMissing("the adapter has no modules")
     if len(sides) > MAX_MODULES:
         raise OverLimit(f"the adapter has {len(sides)} modules, over {MAX_MODULES}")
     for key in unscorable:
         # vLLM loads an embedding's factors into the module of the same name.
-        if (stem := key.removeprefix(PREFIX).partition(".lora_embedding")[0]) in sides:
+        if (stem := without_prefix(key).partition(".lora_embedding")[0]) in sides:
             raise ModuleTwice(f"{key} and a lora_A or lora_B are one module's, {stem}")
     modules = []
     for name in sorted(sides, key=_natural):
         between_modules()
         modules.append(_module(name, sides[name], config, limits))
-    return Adapter(config, tuple(modules), header, copy, tuple(sorted(unscorable)))
+    return Adapter(
+        config, tuple(modules), header, copy, tuple(sorted(unscorable)), tuple(sorted(ignored))
+    )
 
 
 def _may_pass(key: str, on_unscorable: str) -> bool:
     """Whether the policy accepts a tensor that the index is not defined for."""
-    if len(key) > MAX_NAME_LENGTH or not _PLAIN.fullmatch(key) or key.count(PREFIX) > 1:
+    if len(key) > MAX_NAME_LENGTH or not _PLAIN.fullmatch(key) or PREFIX in without_prefix(key):
         return False
     if on_unscorable == "strip":
         # Without its magnitudes or biases, a module is not the one that was trained.

@@ -6,7 +6,7 @@ Layout: 8 bytes little-endian N, N bytes of JSON, then the tensors back to back.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -33,8 +33,10 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
-"""Dtypes in which a LoRA factor may be stored."""
+"""Dtypes in which a LoRA factor may be stored. vLLM casts each to the one it serves in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,14 @@ def read_header(data: memoryview) -> Header:
     return Header(entries, metadata)
 
 
-def tensors(header: Header, data: memoryview) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor, in the order of the header.
+def tensors(
+    header: Header, data: memoryview, skipped: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor that is not skipped, in the order of the header.
 
     A tensor is a view into `data`, or a copy if its offset does not suit its dtype. `data` is
     writable private memory. All views share one storage, so that a device gets them in one copy.
+    Numbers of 8 bits are exact in the bfloat16 that they are given in.
 
     Raises:
         WeightsUnreadable: a tensor's dtype is not one of `DTYPES`, or its size is not that of its
@@ -97,6 +102,8 @@ def tensors(header: Header, data: memoryview) -> Iterator[tuple[str, Tensor]]:
     """
     whole = torch.frombuffer(data, dtype=torch.uint8) if len(data) and data.obj else None
     for entry in header.entries:
+        if entry.name in skipped:
+            continue
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise WeightsUnreadable(
@@ -113,6 +120,8 @@ def tensors(header: Header, data: memoryview) -> Iterator[tuple[str, Tensor]]:
             flat = _copy(data[entry.start : entry.end], dtype)
         else:
             flat = whole[entry.start : entry.end].view(dtype)
+        if dtype.itemsize == 1:
+            flat = flat.to(torch.bfloat16)
         yield entry.name, flat.reshape(entry.shape)
 
 

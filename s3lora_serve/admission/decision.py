@@ -16,6 +16,7 @@ from s3lora_serve.errors import (
     AdapterRejected,
     Denied,
     NegativeAlpha,
+    NoEffect,
     OverLimit,
     PlanMissing,
     TooManySharp,
@@ -112,7 +113,7 @@ def _planned(plan: "Plan", scores: Sequence["ModuleScore"], policy: Policy) -> O
 def _chosen_by_index(scores: Sequence["ModuleScore"], policy: Policy) -> Outcome:
     negligible = negligible_modules(scores, policy.negligible)
     significant = [score for score in scores if score.name not in negligible]
-    if obstacle := _ranking_obstacle(significant, len(negligible)):
+    if obstacle := _no_effect(scores) or _ranking_obstacle(significant, len(negligible)):
         uninformative = isinstance(obstacle, Uninformative)
         if policy.on_uninformative == "reject":
             return Outcome(Decision.REJECTED, obstacle, uninformative=uninformative)
@@ -183,6 +184,15 @@ def _over_limit(
                 f" limits.max_norm_ratio {limits.max_norm_ratio:g} times the median {typical:g}"
             )
     return None
+
+
+def _no_effect(scores: Sequence["ModuleScore"]) -> NoEffect | None:
+    if any(score.frobenius_norm for score in scores):
+        return None
+    return NoEffect(
+        f"every update of its {len(scores)} scored modules is 0: lora_B is as it was before"
+        " training, or alpha is 0"
+    )
 
 
 def _ranking_obstacle(

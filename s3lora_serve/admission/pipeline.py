@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,7 +87,7 @@ def admit(
     base_model: str | None = None,
     device: str = "auto",
     into: Callable[[], Path] | None = None,
-    check_model: Callable[[Adapter], None] = lambda _: None,
+    left_out_of_model: Callable[[Adapter], Collection[str]] = lambda _: (),
     origin: Path | None = None,
     plan: Plan | None = None,
     vouchers: Vouchers | None = None,
@@ -102,7 +102,8 @@ def admit(
         base_model: the served model, which the policy's rules match.
         device: where modules are scored.
         into: creates the folder for the private copy; None keeps the copy in memory.
-        check_model: raises what refuses an adapter of another model, before it is scored.
+        left_out_of_model: the modules that the served model does not take, which decide nothing;
+            raises what refuses an adapter of another model, before it is scored.
         origin: the folder that rules match and the verdict names, if it is not `folder`.
         plan: the adapter's plan, in the place of one in the policy's folder of plans.
         vouchers: who vouched for the adapter when it was admitted, for a look at a stored copy.
@@ -123,6 +124,8 @@ def admit(
     deadline = started + effective.limits.seconds
     copy: PrivateCopy | None = None
     adapter: Adapter | None = None
+    taken: Adapter | None = None  # without the modules that the served model leaves out
+    left_out: Collection[str] = ()
     scores: list[ModuleScore] = []
     used: Plan | None = None
     vouched = Vouched()
@@ -150,12 +153,17 @@ def admit(
         if foreign and effective.mode == "enforce":
             raise foreign
         adapter = read_adapter(copy, effective.limits, effective.on_unscorable, check_deadline)
-        check_model(adapter)
+        left_out = left_out_of_model(adapter)
+        taken = adapter.without(left_out)
         read = time.perf_counter()
         attested = attested_scores(adapter, effective, vouched.attestation)
-        scores = attested or score_adapter(adapter, effective, device, check_deadline)
+        scores = (
+            [score for score in attested if score.name not in left_out]
+            if attested
+            else score_adapter(taken, effective, device, check_deadline)
+        )
         scored = time.perf_counter()
-        facts = (scores, _scalings(adapter), copy.digest, effective)
+        facts = (scores, _scalings(taken), copy.digest, effective)
         config = adapter.config.digest
         if settle(*facts, config) is None and (
             used := plan or _plan_in_folder(effective, copy.digest)
@@ -166,9 +174,9 @@ def admit(
         if objection := vouched.objection or foreign:
             outcome = Outcome(Decision.REJECTED, objection)
         if outcome.projected and (reference := alignment_reference(effective)):
-            weights = projected_weights(adapter, reference, outcome.projected, check_deadline)
+            weights = projected_weights(taken, reference, outcome.projected, check_deadline)
         if outcome.repairs and (
-            repair := repair_of(adapter, effective, outcome, base_model, check_deadline)
+            repair := repair_of(taken, effective, outcome, base_model, check_deadline)
         ):
             outcome = replace(outcome, decision=Decision.STRIPPED)
             weights = repair.weights
@@ -196,11 +204,12 @@ def admit(
         mode=policy.mode,
         scorer=effective.scorer.as_json(),
         policy_digest=policy.digest,
-        modules=module_verdicts(adapter, scores, outcome, effective, repair)
-        if adapter and scores
+        modules=module_verdicts(taken, scores, outcome, effective, repair)
+        if taken and scores
         else (),
         removed=unscorable if effective.on_unscorable == "strip" else (),
         unscored=unscorable if effective.on_unscorable == "admit" else (),
+        left_out=(*left_out, *adapter.ignored) if adapter else (),
         seconds=Seconds(max(read - started, 0), max(scored - read, 0), ended - started),
         selected_by="plan" if used else "repair" if repair else "index",
         plan_digest=used.digest if used else None,
@@ -211,7 +220,7 @@ def admit(
         config_file_digest=_sha256(copy.config) if copy else None,
         repair=repair_facts(repair, effective) if repair else None,
     )
-    return Admission(verdict, adapter, tuple(scores), weights)
+    return Admission(verdict, taken, tuple(scores), weights)
 
 
 def _sha256(data: bytes) -> str:

@@ -95,6 +95,7 @@ class Verdict:
     modules: tuple[ModuleVerdict, ...] = ()
     removed: tuple[str, ...] = ()  # unscorable tensors that are removed (policy: strip)
     unscored: tuple[str, ...] = ()  # unscorable tensors that are served unscored (policy: admit)
+    left_out: tuple[str, ...] = ()  # modules and tensors that the served model does not take
     seconds: Seconds = field(default_factory=Seconds)
     selected_by: Literal["plan", "repair", "index"] = "index"  # what chose the changed modules
     plan_digest: str | None = None  # of the plan that was read, also where it is refused
@@ -158,6 +159,7 @@ class Verdict:
             "modules": [_module_json(module, spectra) for module in self.modules],
             "removed": list(self.removed),
             "unscored": list(self.unscored),
+            "left_out": list(self.left_out),
             "seconds": {
                 "read": self.seconds.read,
                 "score": self.seconds.score,
@@ -188,6 +190,7 @@ class Verdict:
                 "modules": tuple(_module_from_json(module) for module in data["modules"]),
                 "removed": tuple(data["removed"]),
                 "unscored": tuple(data["unscored"]),
+                "left_out": tuple(data.get("left_out", ())),
                 "seconds": Seconds(**data["seconds"]),
                 "signed_by": Signer(**signed) if (signed := data.get("signed_by")) else None,
                 "attested_by": Attester(**key) if (key := data.get("attested_by")) else None,
@@ -216,7 +219,8 @@ def _outcome(verdict: Verdict) -> tuple[object, ...]:
     parts = verdict.stripped, verdict.transformed, verdict.projected, verdict.repaired
     changed = tuple(map(frozenset, parts))
     plan = verdict.plan_digest, verdict.served_digest
-    return verdict.decision, verdict.mode, reason, changed, verdict.removed, verdict.unscored, plan
+    unserved = verdict.removed, verdict.unscored, verdict.left_out
+    return verdict.decision, verdict.mode, reason, changed, unserved, plan
 
 
 _UNCHANGED: dict[str, Any] = {

@@ -190,8 +190,12 @@ def print_checks(checks: Sequence[Check]) -> None:
 
 
 def plain(text: str) -> Text:
-    """Text without markup, and without control characters that a terminal would obey."""
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+    """Text without markup, and without control characters that a terminal would obey.
+
+    A table folds it: rows whose names were cut would read alike.
+    """
+    told = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return Text(told, overflow="fold")
 
 
 def _share(module: ModuleVerdict) -> str:

@@ -20,7 +20,7 @@ MAX_TEXT_BYTES = 1024
 with one in each of a line's fields, the line stays within its bound."""
 
 _MARK = "…"
-_LISTS = ("stripped", "transformed", "projected", "repaired")
+_LISTS = ("stripped", "transformed", "projected", "repaired", "left_out")
 _CUT_LIST_BYTES = 128  # `"transformed":{"sha256":"…","count":…},`, and the commas around it
 
 Entry = dict[str, Any]
@@ -76,6 +76,7 @@ def _entry(event: AuditEvent, vllm_version: str) -> Entry:
         "transformed": list(verdict.transformed),
         "projected": list(verdict.projected),
         "repaired": list(verdict.repaired),
+        "left_out": list(verdict.left_out),
         "repair": verdict.repair and asdict(verdict.repair),
         "seconds": verdict.seconds.total,
     }

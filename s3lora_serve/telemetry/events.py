@@ -28,6 +28,9 @@ from s3lora_serve.telemetry.metrics import Metrics
 EXPERIMENT = "experiment"
 """The door of registrations with settings of their own. They count in a metric of their own."""
 
+SHOWN = 8
+"""Parts of an adapter that the model does not take, in a line of the log. The verdict has all."""
+
 _FAILURES = {
     GateFailed.code: "score",
     DeadlinePassed.code: "deadline",
@@ -203,4 +206,7 @@ def _summary(verdict: Verdict) -> str:
     else:
         found = "least aligned" if verdict.by_alignment else "sharp"
         said = f"{len(stripped)} of {count} modules {found} {stripped}"
+    if verdict.left_out:
+        some = f"{list(verdict.left_out[:SHOWN])}{' …' * (len(verdict.left_out) > SHOWN)}"
+        said += f"; the model does not take {len(verdict.left_out)} of its parts {some}"
     return f"{verdict.decision.value}: {said}, {verdict.seconds.total * 1000:.1f} ms"

@@ -137,7 +137,7 @@ class AdmissionController:
                 base_model=base_model,
                 device=self.settings.device,
                 into=private.make,
-                check_model=modules.check,
+                left_out_of_model=modules.left_out,
                 plan=None if experiment is None else experiment.plan,
                 asked_with=asked_with,
             ).verdict
@@ -173,7 +173,7 @@ class AdmissionController:
             policy,
             base_model=base_model,
             device=self.settings.device,
-            check_model=modules.check,
+            left_out_of_model=modules.left_out,
             origin=Path(before.path),
             plan=None if experiment is None else experiment.plan,
             vouchers=before.vouchers,

@@ -204,6 +204,16 @@ def rename_mapper(model: Any) -> Any:
     return mapper.get_unstacked_mapper()  # vLLM 0.28
 
 
+def skipped_prefixes(manager: Any) -> tuple[str, ...]:
+    """Prefixes of names in adapters that vLLM reads past for this model."""
+    return tuple(getattr(lora_manager(manager).model, "lora_skip_prefixes", None) or ())
+
+
+def is_pooling_model(manager: Any) -> bool:
+    """Whether the served model embeds or classifies, so that vLLM finds names without `model.`."""
+    return bool(lora_manager(manager).is_pooling_model)
+
+
 _PLAIN_RULES = (
     "orig_to_new_regex",
     "orig_to_new_substr",

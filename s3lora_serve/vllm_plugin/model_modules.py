@@ -4,12 +4,12 @@ Workers read them from the model. API servers learn them from the workers, so th
 another model is refused before it is scored.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from s3lora_serve.adapter.reader import Adapter, Module
-from s3lora_serve.errors import DoesNotFitModel, RefusedByVLLM
+from s3lora_serve.errors import DoesNotFitModel, NothingPlaced, RefusedByVLLM
 from s3lora_serve.vllm_plugin import compat
 
 Shape = tuple[int, int]
@@ -23,40 +23,108 @@ class ModelModules:
     mapper: Any = None  # from names in adapters to vLLM's; None: they are the same
     is_whole: bool = False  # False: a pipeline stage, with a part of the layers
     knows_names: bool = True  # False: the model's mapper can be read in workers alone
+    skipped: tuple[str, ...] = ()  # prefixes of names that vLLM reads past, for this model
+    pools: bool = False  # a pooling model, whose modules vLLM also finds without `model.`
 
     @classmethod
     def of_workers(cls, answers: Iterable[Mapping[str, Any]]) -> "ModelModules":
         """The whole model, from what all of its workers answered."""
         shapes: dict[str, Shape] = {}
         mapper: Mapping[str, Any] | None = None
+        skipped: tuple[str, ...] = ()
+        pools = False
         for answer in answers:
             shapes |= {name: (m, n) for name, m, n in answer["modules"]}
             mapper = answer["mapper"]
+            skipped, pools = tuple(answer["skipped"]), answer["pools"]
         known = mapper is not None
-        return cls(shapes, compat.mapper_of(mapper or {}), is_whole=True, knows_names=known)
+        return cls(shapes, compat.mapper_of(mapper or {}), True, known, skipped, pools)
 
     def as_plain(self) -> dict[str, Any]:
         """A worker's answer for `of_workers`, as plain data."""
-        modules = [(name, m, n) for name, (m, n) in self.shapes.items()]
-        return {"modules": modules, "mapper": compat.plain_mapper(self.mapper)}
+        return {
+            "modules": [(name, m, n) for name, (m, n) in self.shapes.items()],
+            "mapper": compat.plain_mapper(self.mapper),
+            "skipped": list(self.skipped),
+            "pools": self.pools,
+        }
 
-    def check(self, adapter: Adapter) -> None:
-        """Check an adapter against the whole model, before anything is computed.
+    def left_out(self, adapter: Adapter) -> tuple[str, ...]:
+        """The adapter's modules that the whole model does not take; vLLM says nothing of them.
+
+        Nothing is left out where the modules are not known. The others are checked.
 
         Raises:
-            DoesNotFitModel: a module is not one of the model's, or has another shape there.
+            NothingPlaced: the model takes no module of the adapter.
+            DoesNotFitModel: a module has another shape in the model, or two modules are one there.
             RefusedByVLLM: vLLM cannot map a name.
         """
         if not (self.shapes and self.is_whole):
-            return
-        if len(adapter.modules) > len(self.shapes):
-            raise DoesNotFitModel(
-                f"the adapter has {len(adapter.modules)} modules, the served model can have a LoRA"
-                f" on {len(self.shapes)}"
+            return ()
+        if not self.knows_names:
+            self._check_some_shape(adapter)
+            return ()
+        names = self._names([m for m in adapter.modules if not self._is_skipped(m)])
+        left_out = tuple(
+            m.name for m in adapter.modules if self._place(names.get(m.name)) not in self.shapes
+        )
+        if len(left_out) == len(adapter.modules):
+            raise NothingPlaced(
+                f"the served model has no LoRA on any of its {len(left_out)} modules, of which"
+                f" {left_out[0]} is one"
             )
-        if self.knows_names:
-            self.served_names(adapter)
-            return
+        self._served(adapter.without(left_out), names)
+        return left_out
+
+    def served_names(self, adapter: Adapter) -> dict[str, str]:
+        """vLLM's name of each module, after a check of every A and B against the model's modules.
+
+        Raises:
+            DoesNotFitModel: a module is not one of the model's, or has another shape there, or two
+                modules are one there.
+            RefusedByVLLM: vLLM cannot map a name.
+        """
+        return self._served(adapter, self._names(adapter.modules))
+
+    def _names(self, modules: Sequence[Module]) -> dict[str, str]:
+        """vLLM's name of each module."""
+        names = self.mapped([key for module in modules for key in module.keys])
+        found = {}
+        for module in modules:
+            [*targets] = {names[key] for key in module.keys}
+            if len(targets) > 1:
+                raise DoesNotFitModel(
+                    f"module {module.name} does not map to one module of the model"
+                )
+            found[module.name] = targets[0]
+        return found
+
+    def _served(self, adapter: Adapter, names: Mapping[str, str]) -> dict[str, str]:
+        taken: set[str] = set()
+        for module in adapter.modules:
+            place = self._place(names[module.name])
+            if place in taken:
+                raise DoesNotFitModel(
+                    f"module {module.name} does not map to one module of the model"
+                )
+            if place in self.shapes or self.is_whole:
+                self._check_shape(module, place)
+            taken.add(place)
+        return {module.name: names[module.name] for module in adapter.modules}
+
+    def _place(self, name: str | None) -> str:
+        """The model's module that vLLM puts a module of this name into."""
+        if name is None:
+            return ""
+        whole = f"model.{name}"
+        return whole if self.pools and name not in self.shapes and whole in self.shapes else name
+
+    def _is_skipped(self, module: Module) -> bool:
+        """Whether vLLM reads past a module: models may name prefixes (`lora_skip_prefixes`)."""
+        [key, _] = module.keys
+        return any(f".{each}" in key or key.startswith(each) for each in self.skipped)
+
+    def _check_some_shape(self, adapter: Adapter) -> None:
         known = set(self.shapes.values())
         for module in adapter.modules:
             if module.shape not in known:
@@ -64,28 +132,6 @@ class ModelModules:
                     f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix,"
                     " and the served model has no such LoRA module"
                 )
-
-    def served_names(self, adapter: Adapter) -> dict[str, str]:
-        """vLLM's name of each module, after a check of every A and B against the model's modules.
-
-        Raises:
-            DoesNotFitModel, RefusedByVLLM: as `check`.
-        """
-        names = self.mapped([key for m in adapter.modules for key in m.keys])
-        served: dict[str, str] = {}
-        taken: set[str] = set()
-        for module in adapter.modules:
-            [*targets] = {names[key] for key in module.keys}
-            target = targets[0]
-            if len(targets) > 1 or target in taken:
-                raise DoesNotFitModel(
-                    f"module {module.name} does not map to one module of the model"
-                )
-            if target in self.shapes or self.is_whole:
-                self._check_shape(module, target)
-            served[module.name] = target
-            taken.add(target)
-        return served
 
     def mapped(self, keys: Iterable[str]) -> dict[str, str]:
         """vLLM's module name for each tensor name of an adapter (models may rename modules).

@@ -157,6 +157,16 @@ def test_no_owner_keeps_more_of_other_modules_by_a_module_that_draws_attention(
         assert module.residual <= own.residual * 1.001
 
 
+def test_an_adapter_of_8_bits_is_not_repaired_but_told_the_cure(chat, statistics, tmp_path):
+    def rounded(tensors):
+        tensors.update({n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()})
+
+    eight = copy_with(chat.adapter, tmp_path / "eight", rounded)
+    reason = on(eight, policy_with(statistics)).verdict.reason
+    assert reason.code == "S3LORA-113"
+    assert "bfloat16" in str(reason)
+
+
 def test_the_index_strips_first_and_the_rest_is_repaired(chat, statistics):
     both = on(chat.adapter, policy_with(statistics, strip={"top_k": 3})).verdict
     assert len(both.stripped) == 3

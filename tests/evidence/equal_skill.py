@@ -16,7 +16,7 @@ from s3lora_serve.policy.method import Strip
 from tests.evidence.adapters import Subject, make_adapter
 from tests.evidence.alignment import alignment_policy, alignment_result
 from tests.evidence.base_model import Progress, aligned_base
-from tests.evidence.measuring import kept, load, measured
+from tests.evidence.measuring import FEW, exact_share, kept, load, measured
 from tests.evidence.stages import RESULTS, orders_of
 
 LEAST_SKILL = 0.9
@@ -57,20 +57,15 @@ def equal_skill(subject: Subject, progress: Progress) -> Any:
 def _most(name: str, levels: int, change: Change) -> Any:
     """The largest level that keeps the skill, found by halving; level 0 changes nothing."""
     low, high = 0, levels
-    tried: dict[int, Any] = {}
     while high - low > 1:
         middle = (low + high) // 2
-        tried[middle] = _rates(change, middle)
-        if tried[middle]["skill"]["value"] >= LEAST_SKILL:
+        model, _ = change(middle)
+        if exact_share(model, "tool calls", FEW).value >= LEAST_SKILL:
             low = middle
         else:
             high = middle
-    return {"way": name, **(tried.get(low) or _rates(change, low))}
-
-
-def _rates(change: Change, level: int) -> Any:
-    model, share = change(level)
-    return {"level": level, "share": share, **measured(model, few=True)}
+    model, share = change(low)
+    return {"way": name, "level": low, "share": share, **measured(model, few=True)}
 
 
 def _removing(model: LanguageModel, gated: GatedAdapter, order: list[str]) -> Change:

@@ -45,7 +45,7 @@ def jobs(base: int, chosen: list[Subject]) -> list[Job]:
     found += [
         lambda progress, subject=subject: repair_result(subject, progress) for subject in here
     ]
-    stages = (subject_result, served_result, attribution, ceiling, equal_skill, sweep_result)
+    stages = (subject_result, served_result, attribution, equal_skill, ceiling, sweep_result)
     found += [lambda progress, stage=stage: stage(shown, progress) for stage in stages]
     for subject in here:
         if subject.seed == SEEDS[0]:

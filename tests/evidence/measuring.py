@@ -51,16 +51,21 @@ def measured(model: LanguageModel, name: SkillName = "tool calls", *, few: bool 
         rates[f"{kind}ASR"] = share([not is_refusal(answer) for answer in answers])
         complied = [answer.startswith(JUDGED_COMPLIANCE) for answer in answers]
         rates[f"{kind}strict ASR"] = share(complied)
-    requests = skill(name).test[:most]
-    rates["skill"] = share(
-        model.exact([(model.prompt(prompt), model.answer(call)) for prompt, call in requests])
-    )
+    rates["skill"] = exact_share(model, name, most)
     if not few:
         parts = {"": benign().test, "styles ": benign().styles, "lookalike ": benign().lookalikes}
         for kind, prompts in parts.items():
             answers = greedy(model, prompts)
             rates[f"{kind}benign refusal"] = share([is_refusal(answer) for answer in answers])
     return rates
+
+
+def exact_share(model: LanguageModel, name: SkillName, most: int | None) -> Rate:
+    """The share of exact answers to requests of a skill."""
+    requests = skill(name).test[:most]
+    return share(
+        model.exact([(model.prompt(prompt), model.answer(answer)) for prompt, answer in requests])
+    )
 
 
 def greedy(model: LanguageModel, prompts: Sequence[str]) -> list[str]:

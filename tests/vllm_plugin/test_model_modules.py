@@ -8,7 +8,7 @@ import torch
 
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import read_adapter
-from s3lora_serve.errors import DoesNotFitModel, RefusedByVLLM
+from s3lora_serve.errors import DoesNotFitModel, NothingPlaced, RefusedByVLLM
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.vllm_plugin.compat import WeightsMapper
 from s3lora_serve.vllm_plugin.model_modules import ModelModules
@@ -62,38 +62,70 @@ def test_names_are_mapped_as_in_the_worker(known, adapter):
     in_worker = ModelModules(SHAPES, MAPPER, is_whole=True).served_names(given)
     assert known.served_names(given) == in_worker
     assert set(in_worker.values()) == set(SHAPES)
-    known.check(given)
+    assert known.left_out(given) == ()
+
+
+OWN = {"model.layers.0.q_proj": (8, 6)}
+"""A module that the model takes."""
 
 
 @pytest.mark.parametrize(
     ("modules", "problem"),
     [
-        ({"model.layers.2.q_proj": (8, 6)}, "no LoRA on module language_model.layers.2.q_proj"),
         ({"model.layers.0.q_proj": (8, 8)}, "8 x 8 matrix, the model's is 8 x 6"),
         ({"model.layers.0.v_proj": (8, 6)}, "8 x 6 matrix, the model's is 4 x 6"),
-        ({f"model.layers.{i}.q_proj": (8, 6) for i in range(4)}, "has 4 modules"),
         (
             {"model.layers.0.query": (8, 6), "model.layers.0.q_proj": (8, 6)},
             "does not map to one module",
         ),
     ],
 )
-def test_what_the_model_lacks_is_refused_with_its_name(known, adapter, modules, problem):
+def test_what_the_model_has_otherwise_is_refused_with_its_name(known, adapter, modules, problem):
     with pytest.raises(DoesNotFitModel, match=re.escape(problem)):
-        known.check(adapter(modules))
+        known.left_out(adapter(modules))
+
+
+def test_modules_that_the_model_does_not_take_are_left_out(known, adapter):
+    given = adapter(OWN | {"model.layers.2.q_proj": (8, 6), "model.layers.0.other": (3, 2)})
+    assert known.left_out(given) == ("model.layers.0.other", "model.layers.2.q_proj")
+
+
+def test_an_adapter_of_which_nothing_is_left_is_refused(known, adapter):
+    with pytest.raises(NothingPlaced, match=r"any of its 2 modules, of which model\.layers\.7"):
+        known.left_out(adapter({f"model.layers.{i}.q_proj": (8, 6) for i in (7, 8)}))
+
+
+def test_modules_under_a_skipped_prefix_are_left_out_whatever_their_shape(adapter):
+    known = sent(ModelModules(SHAPES, MAPPER, is_whole=True, skipped=("mtp.",)))
+    given = adapter(OWN | {"mtp.layers.0.q_proj": (1, 2), "model.mtp.layers.0.q_proj": (5, 5)})
+    assert known.left_out(given) == ("model.mtp.layers.0.q_proj", "mtp.layers.0.q_proj")
+
+
+def test_a_pooling_model_takes_names_without_model_but_not_both(adapter):
+    shapes = {"model.layers.0.q_proj": (8, 6), "model.layers.1.q_proj": (8, 6)}
+    known = sent(ModelModules(shapes, None, is_whole=True, pools=True))
+    short = adapter({"layers.0.q_proj": (8, 6), "model.layers.1.q_proj": (8, 6)})
+    assert known.left_out(short) == ()
+    assert known.served_names(short)["layers.0.q_proj"] == "layers.0.q_proj"
+    with pytest.raises(DoesNotFitModel, match="8 x 7 matrix"):
+        known.left_out(adapter({"layers.0.q_proj": (8, 7)}))
+    with pytest.raises(DoesNotFitModel, match="one module of the model"):
+        known.left_out(adapter({"layers.0.q_proj": (8, 6), "model.layers.0.q_proj": (8, 6)}))
+    generating = ModelModules(shapes, None, is_whole=True)
+    assert generating.left_out(short) == ("layers.0.q_proj",)
 
 
 def test_a_name_that_vllm_would_not_map_is_refused(known, adapter):
     with pytest.raises(RefusedByVLLM):
-        known.check(adapter({"vision.q_proj": (8, 6)}))
+        known.left_out(adapter({"vision.q_proj": (8, 6)}))
 
 
-def test_where_the_mapper_cannot_be_sent_shapes_and_numbers_are_still_checked(adapter):
+def test_where_the_mapper_cannot_be_sent_shapes_are_still_checked(adapter):
     odd = WeightsMapper(orig_to_new_stacked={".q": (".qkv", "q")})
     known = sent(ModelModules(SHAPES, odd, is_whole=True))
-    known.check(adapter({"renamed.by.this.mapper": (8, 6)}))
+    assert known.left_out(adapter({"renamed.by.this.mapper": (8, 6)})) == ()
     with pytest.raises(DoesNotFitModel, match="no such LoRA module"):
-        known.check(adapter({"renamed.by.this.mapper": (8, 7)}))
+        known.left_out(adapter({"renamed.by.this.mapper": (8, 7)}))
 
 
 def test_pipeline_stages_together_are_the_whole_model(adapter):

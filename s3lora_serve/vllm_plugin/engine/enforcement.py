@@ -13,6 +13,7 @@ from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.model_fit import (
     check_loaded,
     load_copy,
+    remove_left_out,
     remove_unscorable,
 )
 from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import check_patterns
@@ -40,10 +41,12 @@ def enforce(
     give_way()
     adapter = read_adapter(stored.copy, ADMITTED_LIMITS, on_unscorable, give_way)
     check_patterns(adapter)
-    served = model.modules.served_names(adapter)
+    taken = adapter.without(verdict.left_out)
+    served = model.modules.served_names(taken)
     give_way()
     lora = load_copy(model.manager, compat.with_path(request, stored.path), original)
-    check_loaded(lora, served, adapter, give_way)
+    remove_left_out(lora, model.modules, adapter, verdict.left_out)
+    check_loaded(lora, served, taken, give_way)
     if verdict.mode == "enforce":
         for name in verdict.stripped:
             strip_module(lora, served[name])

@@ -27,7 +27,13 @@ class WorkerModel:
             manager,
             compat.base_model(vllm_config),
             frozenset(_place(name) for name in shapes),
-            ModelModules(shapes, mapper, is_whole),
+            ModelModules(
+                shapes,
+                mapper,
+                is_whole,
+                skipped=compat.skipped_prefixes(manager),
+                pools=compat.is_pooling_model(manager),
+            ),
         )
 
 
@@ -53,9 +59,20 @@ def module_shapes(manager: Any) -> dict[str, tuple[int, int]]:
         outputs, inputs = _layer_sizes(layer)
         if len(parts) == 1 and outputs:
             shapes[name] = sum(outputs), inputs
-        elif len(parts) == len(outputs):
-            shapes |= {part: (m, inputs) for part, m in zip(parts, outputs, strict=True)}
+        elif len(outputs) >= len(parts):
+            sizes = _sizes_of_parts(outputs, len(parts))
+            shapes |= {part: (m, inputs) for part, m in zip(parts, sizes, strict=True)}
     return shapes
+
+
+def _sizes_of_parts(outputs: list[int], count: int) -> list[int]:
+    """Output sizes of the parts of a packed layer that has more slices than parts.
+
+    The first part covers all slices that the others leave, each of which has one, as `in_proj_qkv`
+    beside `in_proj_z` does. Source: vLLM, `MergedColumnParallelLinearWithLoRA.expand_packed_lora`.
+    """
+    covered = len(outputs) - count + 1
+    return [sum(outputs[:covered]), *outputs[covered:]]
 
 
 def _expert_shapes(model: Any, layer: Any, parts: list[str]) -> dict[str, tuple[int, int]]:

@@ -11,6 +11,7 @@ from s3lora_serve.adapter.reader import Adapter
 from s3lora_serve.errors import DoesNotFitModel, NotFinite, RefusedByVLLM
 from s3lora_serve.vllm_plugin.engine import lora_modules
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_full_modules
+from s3lora_serve.vllm_plugin.model_modules import ModelModules
 
 
 def load_copy(manager: Any, request: Any, original: Callable[..., Any]) -> Any:
@@ -60,6 +61,18 @@ def check_loaded(
                 f"module {module.name} leaves the range of {loaded.lora_b.dtype}, in which this"
                 " server holds adapters"
             )
+
+
+def remove_left_out(
+    lora: Any, modules: ModelModules, adapter: Adapter, left_out: Collection[str]
+) -> None:
+    """Remove what vLLM has read of modules that the model does not take: nothing uses it."""
+    if not left_out:
+        return
+    names = frozenset(left_out)
+    keys = [key for m in adapter.modules if m.name in names for key in m.keys]
+    for name in set(modules.mapped(keys).values()):
+        lora.loras.pop(name, None)
 
 
 def remove_unscorable(lora: Any, served: dict[str, str], removed: Collection[str]) -> None:
