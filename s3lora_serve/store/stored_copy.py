@@ -70,6 +70,7 @@ def store_key(verdict: Verdict) -> str:
         sorted(verdict.stripped),
         sorted(verdict.removed),
         sorted(verdict.unscored),
+        sorted(verdict.left_out),
         verdict.plan_digest,
         verdict.served_digest,
         sorted(verdict.transformed),

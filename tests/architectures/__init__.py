@@ -1,0 +1,1 @@
+"""What vLLM serves of models and adapters of many kinds, guarded and stock."""
