@@ -124,6 +124,13 @@ class StoredInEightBits(AdapterRejected):
     remedy = "Save the adapter in bfloat16, so that a plan, repair or projection can change it."
 
 
+class InitialisedOnBase(AdapterRejected):
+    """The adapter's initialisation changes the base model when PEFT loads it, and vLLM does not."""
+
+    code = "S3LORA-114"
+    remedy = "Convert it to a plain LoRA: PEFT's path_initial_model_for_weight_conversion."
+
+
 class OverLimit(AdapterRejected):
     """A rank, scaling, norm, size or number is over a limit of the policy or of the gate."""
 

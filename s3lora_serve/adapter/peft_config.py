@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s3lora_serve.adapter.bounded_json import parse_json
 from s3lora_serve.adapter.rank_alpha_patterns import ModulePatterns
-from s3lora_serve.errors import ConfigInvalid, Unscorable
+from s3lora_serve.errors import ConfigInvalid, InitialisedOnBase, Unscorable
 from s3lora_serve.policy.canonical import canonical_digest
 
 MAX_ALPHA = 1e30
@@ -20,6 +20,9 @@ MAX_RANK_CLAIMED = 2**16
 MAX_CONFIG_VALUES = 6 * 2**15
 """rank_pattern, alpha_pattern and target_modules of the largest number of modules have five for
 each."""
+
+PLAIN_INITS = "gaussian", "eva", "orthogonal", "mica", "lora_ga"
+"""Initialisations that leave the base model as it is. Source: vLLM, `PEFTHelper`; PEFT."""
 
 T = TypeVar("T", int, float)
 
@@ -43,6 +46,7 @@ class PeftConfig(BaseModel):
     alora_invocation_tokens: list[Any] | None = None
     use_qalora: bool | None = None
     use_bdlora: dict[str, Any] | None = None
+    init_lora_weights: bool | str | None = None
     base_model_name_or_path: str | None = None
 
 
@@ -76,6 +80,7 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
 
     Raises:
         ConfigInvalid: it is not JSON, a field has a wrong type or value, or it is not a LoRA.
+        InitialisedOnBase: PEFT would change the base model's weights to load it.
         Unscorable: it uses parts that the index is not defined for, and the policy refuses them.
     """
     try:
@@ -93,6 +98,11 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
         raise ConfigInvalid(f"adapter_config.json cannot be parsed: {error}") from None
     if fields.peft_type != "LORA":
         raise ConfigInvalid(f"peft_type is {fields.peft_type[:40]!r}, expected 'LORA'")
+    if "target_modules" not in raw:
+        raise ConfigInvalid("target_modules is missing, and vLLM loads no adapter without it")
+    init = fields.init_lora_weights
+    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
+        raise InitialisedOnBase(f"init_lora_weights is {init[:40]!r}")
     _check_scorable(fields, on_unscorable)
     ranks = _patterns("rank_pattern", fields.rank_pattern or {}, 1, MAX_RANK_CLAIMED)
     alphas = _patterns("alpha_pattern", fields.alpha_pattern or {}, -MAX_ALPHA, MAX_ALPHA)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s3lora_serve.adapter.reader import Adapter, Module
+from s3lora_serve.adapter.tensor_names import layout_of
 from s3lora_serve.errors import DoesNotFitModel, NothingPlaced, RefusedByVLLM
 from s3lora_serve.vllm_plugin import compat
 
@@ -71,7 +72,7 @@ class ModelModules:
         if len(left_out) == len(adapter.modules):
             raise NothingPlaced(
                 f"the served model has no LoRA on any of its {len(left_out)} modules, of which"
-                f" {left_out[0]} is one"
+                f" {left_out[0]} is one{layout_of(adapter.modules[0].keys[0])}"
             )
         self._served(adapter.without(left_out), names)
         return left_out

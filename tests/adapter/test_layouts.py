@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from s3lora_serve import Policy, scan_adapter, strip_adapter
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import read_adapter
+from s3lora_serve.cli import app
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import Strip
 from tests.support.adapters import copy_with
@@ -117,9 +119,6 @@ LAYOUTS = {
     "mlx": (lambda n: n.replace("base_model.model.", "").replace(".lora_A.weight", ".lora_a")
             .replace(".lora_B.weight", ".lora_b"), "mlx: transpose"),
     "compiled": (lambda n: f"_orig_mod.{n}", "torch.compile"),
-    "compiled inside": (
-        lambda n: n.replace(".self_attn.", "._orig_mod!.").replace("!", ""), "torch.compile"
-    ),
     "state dict": (lambda n: n.replace(".weight", ".default.weight"), "save_pretrained"),
     "fsdp": (lambda n: f"_fsdp_wrapped_module.{n}._flat_param", "FSDP: gather"),
     "megatron": (lambda n: n.replace(".lora_A.", ".adapter.linear_in.")
@@ -133,12 +132,43 @@ def test_the_layout_of_another_tool_is_refused_with_its_name_and_the_conversion(
 ):
     change, said = LAYOUTS[layout]
     folder = copy_with(trained, tmp_path / "other", renamed(change))
-    for policy in (Policy(), Policy(on_unscorable="admit")):
-        reason = scan_adapter(folder, policy).reason
-        if reason is None or reason.code != "S3LORA-110":
-            continue
-        assert said in str(reason)
-    assert scan_adapter(folder, Policy()).reason.code == "S3LORA-110"
+    reason = scan_adapter(folder, Policy()).reason
+    assert reason.code == "S3LORA-110"
+    assert said in str(reason)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+def test_an_initialisation_that_changes_the_base_model_is_refused_as_vllm_does(
+    trained, tmp_path, init
+):
+    folder = copy_with(trained, tmp_path / "a", init_lora_weights=init)
+    reason = scan_adapter(folder, Policy(on_unscorable="admit")).reason
+    assert reason.code == "S3LORA-114"
+    assert "path_initial_model_for_weight_conversion" in str(reason)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_an_initialisation_of_the_adapter_alone_is_admitted(trained, tmp_path, init):
+    folder = copy_with(trained, tmp_path / "a", init_lora_weights=init)
+    assert scan_adapter(folder, Policy()).reason is None
+
+
+def test_a_configuration_that_vllm_cannot_read_is_refused_by_the_scan_too(trained, tmp_path):
+    folder = copy_with(trained, tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["target_modules"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    reason = scan_adapter(folder, Policy()).reason
+    assert (reason.code, "target_modules" in str(reason)) == ("S3LORA-103", True)
+
+
+def test_tables_fold_long_names_where_they_are_not_on_a_terminal(trained, tmp_path):
+    folder = copy_with(trained, tmp_path / ("tenant-" * 12))
+    text = CliRunner().invoke(app, ["scan", str(folder)]).output
+    shown = "".join(text.split("│")).replace("\n", "").replace(" ", "")
+    assert "tenant-" * 12 in shown.replace("┃", "")
+    for module in scan_adapter(folder, Policy()).stripped:
+        assert module in shown
 
 
 def test_sharded_weights_are_refused_with_the_cure(trained, tmp_path):

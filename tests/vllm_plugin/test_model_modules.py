@@ -95,6 +95,11 @@ def test_an_adapter_of_which_nothing_is_left_is_refused(known, adapter):
         known.left_out(adapter({f"model.layers.{i}.q_proj": (8, 6) for i in (7, 8)}))
 
 
+def test_an_adapter_of_a_compiled_model_is_told_the_cure(known, adapter):
+    with pytest.raises(NothingPlaced, match=r"torch\.compile: save the model that was not"):
+        known.left_out(adapter({"model.layers.0._orig_mod.q_proj": (8, 6)}))
+
+
 def test_modules_under_a_skipped_prefix_are_left_out_whatever_their_shape(adapter):
     known = sent(ModelModules(SHAPES, MAPPER, is_whole=True, skipped=("mtp.",)))
     given = adapter(OWN | {"mtp.layers.0.q_proj": (1, 2), "model.mtp.layers.0.q_proj": (5, 5)})
