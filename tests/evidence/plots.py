@@ -46,6 +46,8 @@ def _draw_attributions(found: dict[str, Any], file: Path) -> None:
 
 
 def _save(figure: Any, file: Path) -> None:
+    from matplotlib import pyplot as plt
+
     figure.tight_layout()
     figure.savefig(file, dpi=120, metadata={"Software": None})
-    figure.clear()
+    plt.close(figure)

@@ -113,10 +113,8 @@ def test_one_tenants_many_loads_do_not_hold_up_anothers(bursting, trained):
         bursting.unload(name)
 
 
-def test_modules_that_the_model_lacks_are_refused_before_they_are_scored(
-    bursting, trained, tmp_path
-):
-    """Hundreds of them, of dimensions that the model has, had been scored first."""
+def test_modules_that_the_model_lacks_are_not_scored(bursting, trained, tmp_path):
+    """Hundreds of them, of dimensions that the model has."""
 
     def add(tensors):
         for side in "AB":
@@ -125,16 +123,24 @@ def test_modules_that_the_model_lacks_are_refused_before_they_are_scored(
                 tensors[key(f"model.layers.{layer}.self_attn.q_proj", side)] = one.clone()
 
     def move(tensors):
-        for side in "AB":
-            one = tensors.pop(key("model.layers.0.self_attn.q_proj", side))
-            tensors[key("model.layers.9.self_attn.q_proj", side)] = one
+        own = list(tensors.items())
+        tensors.clear()
+        tensors.update((name.replace(".layers.", ".layers.9"), one) for name, one in own)
 
     before = scored(bursting)
-    for name, change in (("many", add), ("foreign", move)):
-        refused = bursting.load(name, copy_with(trained, tmp_path / name, change))
-        assert refused.status_code == 400
-        assert refused.json()["error"]["message"].startswith("S3LORA-301: ")
+    refused = bursting.load("foreign", copy_with(trained, tmp_path / "foreign", move))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("S3LORA-303: ")
     assert scored(bursting) == before
+    assert bursting.load("many", copy_with(trained, tmp_path / "many", add)).status_code == 200
+    assert scored(bursting) == before + 28
+    verdict = bursting.get("/s3lora/adapters/many").json()
+    assert (len(verdict["modules"]), len(verdict["left_out"])) == (28, 300 - LAYERS)
+    assert (
+        "296 parts that the served model does not take"
+        in bursting.get("/s3lora/?adapter=many").text
+    )
+    bursting.unload("many")
 
 
 def scored(server):
