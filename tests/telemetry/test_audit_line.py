@@ -20,6 +20,7 @@ KEYS = {
     "selected_by", "plan_digest", "served_digest", "transformed", "projected",
     "repaired", "repair", "signed_by", "attested_by", "scored_by",
     "event", "asked_by", "stored_copy", "replaced_by", "failure", "count", "since", "cut",
+    "left_out",
 }  # fmt: skip
 DIGEST = "sha256:" + "d" * 64
 PROJECTIONS = (
