@@ -116,9 +116,10 @@ def tall(tensors):
     tensors[key(MODULE, "B")] = tensors[key(MODULE, "B")].repeat(2, 1)
 
 
-def unknown_module(tensors):
-    for side in "AB":
-        tensors[key("model.layers.77.self_attn.q_proj", side)] = tensors[key(MODULE, side)].clone()
+def other_layers(tensors):
+    own = list(tensors.items())
+    tensors.clear()
+    tensors.update((name.replace(".layers.", ".layers.7"), tensor) for name, tensor in own)
 
 
 def mapped_twice(tensors):
@@ -136,7 +137,7 @@ BAD |= {
     "narrower than the model": (partial(copy_with, change=narrow), "301"),
     "wider than the model": (partial(copy_with, change=wide), "301"),
     "taller than the model": (partial(copy_with, change=tall), "301"),
-    "a module the model does not have": (partial(copy_with, change=unknown_module), "301"),
+    "no module the model has": (partial(copy_with, change=other_layers), "303"),
     "a module twice": (partial(copy_with, change=mapped_twice), "111"),
 }
 
