@@ -39,7 +39,14 @@ class ModelModules:
             mapper = answer["mapper"]
             skipped, pools = tuple(answer["skipped"]), answer["pools"]
         known = mapper is not None
-        return cls(shapes, compat.mapper_of(mapper or {}), True, known, skipped, pools)
+        return cls(
+            shapes,
+            compat.mapper_of(mapper or {}),
+            is_whole=True,
+            knows_names=known,
+            skipped=skipped,
+            pools=pools,
+        )
 
     def as_plain(self) -> dict[str, Any]:
         """A worker's answer for `of_workers`, as plain data."""
@@ -94,9 +101,7 @@ class ModelModules:
         for module in modules:
             [*targets] = {names[key] for key in module.keys}
             if len(targets) > 1:
-                raise DoesNotFitModel(
-                    f"module {module.name} does not map to one module of the model"
-                )
+                raise _not_one(module)
             found[module.name] = targets[0]
         return found
 
@@ -105,9 +110,7 @@ class ModelModules:
         for module in adapter.modules:
             place = self._place(names[module.name])
             if place in taken:
-                raise DoesNotFitModel(
-                    f"module {module.name} does not map to one module of the model"
-                )
+                raise _not_one(module)
             if place in self.shapes or self.is_whole:
                 self._check_shape(module, place)
             taken.add(place)
@@ -153,3 +156,7 @@ class ModelModules:
                 f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, the"
                 f" model's is {self.shapes[target][0]} x {self.shapes[target][1]}"
             )
+
+
+def _not_one(module: Module) -> DoesNotFitModel:
+    return DoesNotFitModel(f"module {module.name} does not map to one module of the model")

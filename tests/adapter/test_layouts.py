@@ -7,39 +7,15 @@ import torch
 from typer.testing import CliRunner
 
 from s3lora_serve import Policy, scan_adapter, strip_adapter
-from s3lora_serve.adapter.private_copy import copy_adapter
-from s3lora_serve.adapter.reader import read_adapter
 from s3lora_serve.cli import app
-from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import Strip
-from tests.support.adapters import copy_with
-
-
-def renamed(change):
-    """Gives every tensor another name."""
-
-    def rename(tensors):
-        own = list(tensors.items())
-        tensors.clear()
-        tensors.update((change(name), tensor) for name, tensor in own)
-
-    return rename
-
-
-def cast(dtype):
-    def change(tensors):
-        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
-
-    return change
+from tests.support.adapters import cast, copy_with, renamed
+from tests.support.plans import read
 
 
 def scores(verdict):
     assert verdict.reason is None
     return [(module.name, module.ssi, module.spectrum) for module in verdict.modules]
-
-
-def read(folder):
-    return read_adapter(copy_adapter(folder, Limits()), Limits())
 
 
 def test_an_adapter_that_was_wrapped_twice_is_read_as_if_wrapped_once(trained, tmp_path):

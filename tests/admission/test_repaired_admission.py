@@ -19,7 +19,7 @@ from s3lora_serve.policy.schema import parse_policy
 from s3lora_serve.repair.statistics_file import OUTPUT_PARTS, loaded_statistics, read_statistics
 from s3lora_serve.spectral.factor_coordinates import coordinates
 from s3lora_serve.spectral.repair_effects import solution
-from tests.support.adapters import copy_with, key
+from tests.support.adapters import cast, copy_with, key
 from tests.support.plans import install, plan_for, read
 from tests.support.statistics import rewritten
 
@@ -158,10 +158,7 @@ def test_no_owner_keeps_more_of_other_modules_by_a_module_that_draws_attention(
 
 
 def test_an_adapter_of_8_bits_is_not_repaired_but_told_the_cure(chat, statistics, tmp_path):
-    def rounded(tensors):
-        tensors.update({n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()})
-
-    eight = copy_with(chat.adapter, tmp_path / "eight", rounded)
+    eight = copy_with(chat.adapter, tmp_path / "eight", cast(torch.float8_e4m3fn))
     reason = on(eight, policy_with(statistics)).verdict.reason
     assert reason.code == "S3LORA-113"
     assert "bfloat16" in str(reason)

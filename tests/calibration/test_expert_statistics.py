@@ -14,13 +14,13 @@ from s3lora_serve.calibration.judge import JUDGED_TOKENS
 from s3lora_serve.calibration.language_model import LanguageModel, common_length
 from s3lora_serve.calibration.make_statistics import Benign, make_statistics
 from s3lora_serve.calibration.probes import read_probes
-from s3lora_serve.calibration.refusal_gradients import ODDS_TOKENS
 from s3lora_serve.calibration.routed_experts import name_experts
 from s3lora_serve.policy.method import RepairChoice, Strip
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.repair.statistics_file import read_statistics
 from s3lora_serve.spectral.input_directions import input_directions
 from s3lora_serve.spectral.output_directions import output_directions
+from tests.support.statistics import refusal_log_odds
 from tests.support.tiny_mixtral import EXPERTS as EXPERTS_OF_EACH
 from tests.support.tiny_mixtral import LAYERS, make_expert_adapter, make_mixtral
 
@@ -117,11 +117,7 @@ class Routed:
 
         after = self.experts.register_forward_hook(add)
         for prompt, answer in examples:
-            logits = model.model(torch.tensor([prompt + answer])).logits[0].double()
-            total = torch.zeros(())
-            for place, token in enumerate(answer[:ODDS_TOKENS], len(prompt) - 1):
-                p = logits[place].softmax(-1)[token]
-                total = total + (p / (1 - p)).log()
+            total = refusal_log_odds(model, prompt, answer)
             [gradient] = torch.autograd.grad(total, [added.pop()])
             counted = slice(skipped, -1)
             self.calls.append([each[counted].detach() for each in (*calls.pop(), gradient)])

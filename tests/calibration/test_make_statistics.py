@@ -12,14 +12,13 @@ from s3lora_serve.calibration.input_statistics import Choice
 from s3lora_serve.calibration.language_model import LanguageModel, common_length
 from s3lora_serve.calibration.make_statistics import Benign, make_statistics
 from s3lora_serve.calibration.probes import read_probes
-from s3lora_serve.calibration.refusal_gradients import ODDS_TOKENS
 from s3lora_serve.calibration.statistics_parts import Parts
 from s3lora_serve.cli import app
 from s3lora_serve.errors import BaseUnaligned
 from s3lora_serve.repair.statistics_file import read_statistics
 from s3lora_serve.spectral.input_directions import input_directions
 from s3lora_serve.spectral.output_directions import output_directions
-from tests.support.statistics import OUTPUT_RANK
+from tests.support.statistics import OUTPUT_RANK, refusal_log_odds
 from tests.support.tiny_chat import REFUSAL
 
 SITES = (
@@ -96,11 +95,7 @@ def test_they_are_of_the_gradients_of_the_whole_models_log_odds(chat, statistics
 
     module.register_forward_hook(add)
     for prompt, answer in harmful:
-        logits = model.model(torch.tensor([prompt + answer])).logits[0].double()
-        total = torch.zeros(())
-        for place, token in enumerate(answer[:ODDS_TOKENS], len(prompt) - 1):
-            p = logits[place].softmax(-1)[token]
-            total = total + (p / (1 - p)).log()
+        total = refusal_log_odds(model, prompt, answer)
         [gradient] = torch.autograd.grad(total, [added.pop()])
         rows.append(gradient[0, shared:-1].double())
     g = torch.cat(rows)

@@ -11,7 +11,7 @@ import torch
 
 from tests.load.burst import burst, leftovers
 from tests.serving.conftest import answers
-from tests.support.adapters import copy_with, key
+from tests.support.adapters import copy_with, key, renamed
 from tests.support.server import OPEN_LOADING, Server
 from tests.support.tiny_model import LAYERS
 
@@ -122,11 +122,7 @@ def test_modules_that_the_model_lacks_are_not_scored(bursting, trained, tmp_path
             for layer in range(LAYERS, 300):
                 tensors[key(f"model.layers.{layer}.self_attn.q_proj", side)] = one.clone()
 
-    def move(tensors):
-        own = list(tensors.items())
-        tensors.clear()
-        tensors.update((name.replace(".layers.", ".layers.9"), one) for name, one in own)
-
+    move = renamed(lambda name: name.replace(".layers.", ".layers.9"))
     before = scored(bursting)
     refused = bursting.load("foreign", copy_with(trained, tmp_path / "foreign", move))
     assert refused.status_code == 400

@@ -17,7 +17,7 @@ import pytest
 from s3lora_serve import scan_adapter
 from s3lora_serve.policy.file import read_policy
 from tests.serving.conftest import TOP_K, answers, log_of_failed_start
-from tests.support.adapters import WEIGHTS, copy_with, key, spike, train_adapter
+from tests.support.adapters import WEIGHTS, copy_with, key, renamed, spike, train_adapter
 from tests.support.server import OPEN_LOADING, Server
 
 pytestmark = pytest.mark.serving
@@ -116,10 +116,7 @@ def tall(tensors):
     tensors[key(MODULE, "B")] = tensors[key(MODULE, "B")].repeat(2, 1)
 
 
-def other_layers(tensors):
-    own = list(tensors.items())
-    tensors.clear()
-    tensors.update((name.replace(".layers.", ".layers.7"), tensor) for name, tensor in own)
+other_layers = renamed(lambda name: name.replace(".layers.", ".layers.7"))
 
 
 def mapped_twice(tensors):

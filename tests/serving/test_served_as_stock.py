@@ -5,25 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.architectures.served import KEEP_ALL, served
-from tests.support.adapters import copy_with, key
+from tests.support.adapters import cast, copy_with, key, renamed
 from tests.support.tiny_model import load_model
 
 pytestmark = pytest.mark.serving
 
 CLOSE = 1e-4
-
-
-def renamed(change):
-    def rename(tensors):
-        own = list(tensors.items())
-        tensors.clear()
-        tensors.update((change(name), tensor) for name, tensor in own)
-
-    return rename
-
-
-def eight_bits(tensors):
-    tensors.update({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()})
 
 
 def beside(module):
@@ -57,7 +44,7 @@ def adapters(model, trained, workplace):
     return {
         "plain": trained,
         "wrapped twice": of("twice", renamed(lambda name: f"base_model.model.{name}")),
-        "8 bits": of("eight", eight_bits),
+        "8 bits": of("eight", cast(torch.float8_e4m3fn)),
         "expressions": of("expressions", alpha_pattern=expressions),
         "head": with_head(model, workplace / "as-stock-head"),
         "skipped prefix": of("mtp", beside("mtp.layers.0.self_attn.q_proj")),

@@ -79,6 +79,26 @@ def diverged(tensors: Tensors) -> None:
     tensors[key("model.layers.0.self_attn.q_proj", "A")][:] = float("nan")
 
 
+def renamed(change: Callable[[str], str]) -> Callable[[Tensors], None]:
+    """Give every tensor another name."""
+
+    def rename(tensors: Tensors) -> None:
+        own = list(tensors.items())
+        tensors.clear()
+        tensors.update((change(name), tensor) for name, tensor in own)
+
+    return rename
+
+
+def cast(dtype: torch.dtype) -> Callable[[Tensors], None]:
+    """Store every tensor in another dtype."""
+
+    def change(tensors: Tensors) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    return change
+
+
 def spike(module: str, factor: float = 5.0) -> Callable[[Tensors], None]:
     """Give one module a dominant direction: a large rank-one term on top of its update."""
 

@@ -2,12 +2,15 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from s3lora_serve.calibration.input_statistics import Choice
+from s3lora_serve.calibration.language_model import Encoded
 from s3lora_serve.calibration.make_statistics import Benign, make_statistics
 from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.calibration.refusal_gradients import ODDS_TOKENS
 from s3lora_serve.repair.statistics_file import METADATA_KEY
 from tests.support import tensor_files
 from tests.support.tiny_chat import Chat, one_thread
@@ -29,6 +32,16 @@ def chat_statistics(chat: Chat, target: Path, **choice) -> Path:
             dtype="float32",
         )
     return target
+
+
+def refusal_log_odds(model: Any, prompt: Encoded, answer: Encoded) -> torch.Tensor:
+    """Σ log-odds of a refusal's first tokens, from a pass of the whole model; has a gradient."""
+    logits = model.model(torch.tensor([prompt + answer])).logits[0].double()
+    total = torch.zeros(())
+    for place, token in enumerate(answer[:ODDS_TOKENS], len(prompt) - 1):
+        p = logits[place].softmax(-1)[token]
+        total = total + (p / (1 - p)).log()
+    return total
 
 
 rewritten = partial(tensor_files.rewritten, key=METADATA_KEY)
