@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load load-fleet compat fuzz generate dashboard-check lint format bench gpu-pack gpu-kernels bench-alignment bench-repair bench-admission bench-signing bench-serving bench-scan evidence shares clean
+.PHONY: demo test test-fast test-all load load-fleet architectures compat fuzz generate dashboard-check lint format bench gpu-pack gpu-kernels bench-alignment bench-repair bench-admission bench-signing bench-serving bench-scan evidence shares clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -23,6 +23,9 @@ load: $(READY)  ## hot loads and unloads under traffic on a real server: about t
 
 load-fleet: $(READY)  ## two thousand adapters, changing policies, a killed worker: an hour and a quarter; MINUTES=4 ADAPTERS=200 for a short one
 	$(BIN)/python -m tests.load.fleet
+
+architectures: $(READY)  ## tiny models of many architectures, guarded beside stock vLLM: a quarter of an hour; NAMES="Llama Qwen3"
+	$(BIN)/python -m tests.architectures $(NAMES)
 
 compat: $(READY)  ## the doors on every vLLM that is claimed to work: some ten minutes and 4 GB each; VERSIONS="0.30 0.31"
 	$(BIN)/python -m tests.compat $(VERSIONS)

@@ -6,23 +6,30 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
 from s3lora_serve.adapter.reader import MAX_CANCELLATION, Adapter, Module, as_served
+from s3lora_serve.adapter.safetensors_format import Entry
 from s3lora_serve.errors import StoredInEightBits
 
 
 class NewFactor(NamedTuple):
     """A module's new lora_A or lora_B, with the norms of its update without scaling."""
 
-    key: str  # name of the tensor in the file
+    module: Module
+    side: Literal["A", "B"]
     tensor: Tensor  # in the dtype that the module's own is stored in
     before: float  # ‖B·A‖_F
     after: float
+
+    @property
+    def key(self) -> str:
+        """The name of the tensor in the file."""
+        return self.module.keys["AB".index(self.side)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +46,14 @@ class ChangedWeights:
         Raises:
             StoredInEightBits: a factor is stored in 8 bits, which cannot hold a new one.
         """
+        by_key: dict[str, list[NewFactor]] = {}
+        for new in factors:
+            by_key.setdefault(new.key, []).append(new)
         entries = {entry.name: entry for entry in adapter.header.entries}
         replaced = {}
-        for new in factors:
-            data = new.tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
-            entry = entries[new.key]
-            if len(data) != entry.end - entry.start:
-                raise StoredInEightBits(f"tensor {new.key} is stored as {entry.dtype}")
-            replaced[new.key] = entry.start, data
+        for key, those in by_key.items():
+            data = _new_bytes(entries[key], adapter.copy.weights, those)
+            replaced[key] = entries[key].start, data
         return cls(adapter.copy.weights, replaced)
 
     def chunks(self) -> Iterator[memoryview]:
@@ -83,6 +90,21 @@ class ChangedWeights:
                 file.write(chunk)
 
 
+def _new_bytes(entry: Entry, file: memoryview, new: list[NewFactor]) -> memoryview:
+    """The bytes of a tensor with new factors in it; experts that have none keep their own."""
+    own, (first, *_) = file[entry.start : entry.end], new
+    if math.prod(entry.shape) * first.tensor.itemsize != len(own):
+        raise StoredInEightBits(f"tensor {entry.name} is stored as {entry.dtype}")
+    if first.module.expert is None:
+        return first.tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    data = bytearray(own)
+    whole = torch.frombuffer(data, dtype=first.tensor.dtype).reshape(entry.shape)
+    for each in new:
+        if each.module.expert is not None:
+            each.module.expert.of(each.side, whole).copy_(each.tensor)
+    return memoryview(data)
+
+
 def rounded_lora_b(module: Module, B: Tensor) -> NewFactor:
     """B' rounded to the dtype that B is stored in, checked.
 
@@ -98,7 +120,7 @@ def rounded_lora_b(module: Module, B: Tensor) -> NewFactor:
     A = module.A.double()
     before, after = update_norm(module.B.double(), A), update_norm(new.double(), A)
     _check_cancellation(module, float(new.double().norm() * A.norm()), max(before, after))
-    return NewFactor(module.keys[1], new, before, after)
+    return NewFactor(module, "B", new, before, after)
 
 
 class Grams(NamedTuple):
@@ -133,8 +155,7 @@ def new_pair(
             raise ValueError(f"makes the {name} of {module.name} NaN or Inf")
     before, after = own.update, new.update
     _check_cancellation(module, new.size, max(before, after))
-    key_a, key_b = module.keys
-    return NewFactor(key_b, B, before, after), NewFactor(key_a, A, before, after)
+    return NewFactor(module, "B", B, before, after), NewFactor(module, "A", A, before, after)
 
 
 def _check_cancellation(module: Module, factors: float, update: float) -> None:

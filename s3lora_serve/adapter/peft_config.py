@@ -42,6 +42,7 @@ class PeftConfig(BaseModel):
     lora_bias: bool | None = None
     bias: str | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
     layer_replication: list[Any] | None = None
     alora_invocation_tokens: list[Any] | None = None
     use_qalora: bool | None = None
@@ -59,6 +60,7 @@ class AdapterConfig:
     digest: str  # sha256 of the canonical JSON
     ranks: ModulePatterns[int]
     alphas: ModulePatterns[float]
+    target_parameters: frozenset[str] = frozenset()  # tensors that PEFT adapts by their names
 
     def rank(self, module: str) -> int:
         """The configured rank of a module (PEFT name, without prefix)."""
@@ -106,7 +108,9 @@ def parse_config(text: bytes, on_unscorable: str = "reject") -> AdapterConfig:
     _check_scorable(fields, on_unscorable)
     ranks = _patterns("rank_pattern", fields.rank_pattern or {}, 1, MAX_RANK_CLAIMED)
     alphas = _patterns("alpha_pattern", fields.alpha_pattern or {}, -MAX_ALPHA, MAX_ALPHA)
-    return AdapterConfig(fields, raw, digest, ranks, alphas)
+    return AdapterConfig(
+        fields, raw, digest, ranks, alphas, frozenset(fields.target_parameters or ())
+    )
 
 
 def _patterns(name: str, values: dict[str, T], least: float, most: float) -> ModulePatterns[T]:

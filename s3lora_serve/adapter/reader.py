@@ -10,6 +10,7 @@ from torch import Tensor
 from s3lora_serve.adapter.peft_config import AdapterConfig, parse_config
 from s3lora_serve.adapter.private_copy import PrivateCopy
 from s3lora_serve.adapter.safetensors_format import Header, read_header, tensors
+from s3lora_serve.adapter.stacked_experts import Expert, stacked_pair
 from s3lora_serve.adapter.tensor_names import (
     MAX_NAME_LENGTH,
     PREFIX,
@@ -47,6 +48,7 @@ class Module:
     B: Tensor  # (m, r)
     scaling: float
     keys: tuple[str, str]  # names of the A and B tensors in the file
+    expert: Expert | None = None  # whose part of these tensors it is; None: all of them is its own
 
     @property
     def rank(self) -> int:
@@ -56,6 +58,11 @@ class Module:
     def shape(self) -> tuple[int, int]:
         """(m, n) of ΔW."""
         return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is of one of a layer's experts. vLLM takes all of them or none."""
+        return ".experts." in self.name
 
     @property
     def projection(self) -> str:
@@ -133,12 +140,22 @@ def read_adapter(
         # vLLM loads an embedding's factors into the module of the same name.
         if (stem := without_prefix(key).partition(".lora_embedding")[0]) in sides:
             raise ModuleTwice(f"{key} and a lora_A or lora_B are one module's, {stem}")
-    modules = []
+    modules: dict[str, Module] = {}
     for name in sorted(sides, key=_natural):
         between_modules()
-        modules.append(_module(name, sides[name], config, limits))
+        for module in _modules(name, sides, config, limits):
+            if module.name in modules:
+                raise ModuleTwice(f"{modules[module.name].keys[0]} and {module.keys[0]} are one's")
+            modules[module.name] = module
+        if len(modules) > MAX_MODULES:
+            raise OverLimit(f"the adapter has more than {MAX_MODULES} modules")
     return Adapter(
-        config, tuple(modules), header, copy, tuple(sorted(unscorable)), tuple(sorted(ignored))
+        config,
+        tuple(modules.values()),
+        header,
+        copy,
+        tuple(sorted(unscorable)),
+        tuple(sorted(ignored)),
     )
 
 
@@ -154,30 +171,48 @@ def _may_pass(key: str, on_unscorable: str) -> bool:
     return on_unscorable == "admit"
 
 
-def _module(
-    name: str, sides: Mapping[str, tuple[str, Tensor]], config: AdapterConfig, limits: Limits
-) -> Module:
+def _modules(
+    name: str,
+    sides: Mapping[str, Mapping[str, tuple[str, Tensor]]],
+    config: AdapterConfig,
+    limits: Limits,
+) -> list[Module]:
+    """The module of a pair of factors, or those of the experts that it is of."""
     for side in "AB":
-        if side not in sides:
+        if side not in sides[name]:
             raise PartnerMissing(f"module {name} has no lora_{side}")
-    (key_a, A), (key_b, B) = sides["A"], sides["B"]
+    (key_a, A), (key_b, B) = sides[name]["A"], sides[name]["B"]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
         raise ShapesDoNotFit(
             f"module {name} has lora_A of shape {tuple(A.shape)} and lora_B of {tuple(B.shape)}"
         )
-    if A.shape[0] < limits.min_rank:
-        raise OverLimit(
-            f"module {name} has rank {A.shape[0]}, under limits.min_rank {limits.min_rank}"
-        )
-    if A.shape[0] > limits.max_rank:
-        raise OverLimit(
-            f"module {name} has rank {A.shape[0]}, over limits.max_rank {limits.max_rank}"
-        )
-    if A.shape[0] != config.rank(name):
+    pair = stacked_pair(name, sides.keys(), config.target_parameters)
+    configured = config.rank(pair.name if pair else name)
+    rank = configured if pair and A.shape[0] % configured == 0 else A.shape[0]
+    if rank < limits.min_rank:
+        raise OverLimit(f"module {name} has rank {rank}, under limits.min_rank {limits.min_rank}")
+    if rank > limits.max_rank:
+        raise OverLimit(f"module {name} has rank {rank}, over limits.max_rank {limits.max_rank}")
+    if rank != configured:
+        if config.target_parameters and rank % configured == 0:
+            raise Unscorable(
+                f"module {name} has rank {rank} with an r of {configured}: of tensors that hold"
+                " several matrices (target_parameters), vLLM serves only those of .experts"
+            )
         raise ShapesDoNotFit(
-            f"module {name} has rank {A.shape[0]}, adapter_config.json says {config.rank(name)}"
+            f"module {name} has rank {rank}, adapter_config.json says {configured}"
+            f"{' for each expert' if pair else ''}"
         )
-    return Module(name, A, B, config.scaling(name), (key_a, key_b))
+    if pair is None:
+        return [Module(name, A, B, config.scaling(name), (key_a, key_b))]
+    count, scaling = A.shape[0] // rank, config.scaling(pair.name)
+    if count > MAX_MODULES:
+        raise OverLimit(f"module {name} has {count} experts, over {MAX_MODULES}")
+    experts = (Expert(index, count) for index in range(count))
+    return [
+        Module(pair.module(e.index), e.of("A", A), e.of("B", B), scaling, (key_a, key_b), e)
+        for e in experts
+    ]
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

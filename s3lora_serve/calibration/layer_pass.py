@@ -52,6 +52,8 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers
     ]
+    names = tuple(f"{name}." for name, _ in lists)
+    lists = [(name, module) for name, module in lists if not name.startswith(names)]
     if len(lists) != 1:
         raise BaseModelUnfit(f"{type(model).__name__} has {len(lists)} lists of all its layers")
     return lists[0]

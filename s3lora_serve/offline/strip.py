@@ -11,8 +11,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
+
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
-from s3lora_serve.adapter.reader import Adapter
+from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.adapter.safetensors_format import Entry, write_header
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
@@ -78,12 +80,14 @@ def write_adapter(
 ) -> None:
     """Write config and weights into an existing folder, without the named modules and tensors.
 
-    `changed` has the new bytes of some tensors by their names.
+    A layer's experts get B = 0 instead. `changed` has the new bytes of some tensors by their names.
     """
-    changed = changed or {}
-    stripped = set(without)
+    names = set(without)
+    stripped = [module for module in adapter.modules if module.name in names]
+    experts = [module for module in stripped if module.is_expert]
+    changed = dict(changed or {}) | _without_experts(adapter, experts, changed or {})
     dropped = set(removed) | {
-        key for module in adapter.modules if module.name in stripped for key in module.keys
+        key for module in stripped if not module.is_expert for key in module.keys
     }
     kept = [entry for entry in adapter.header.entries if entry.name not in dropped]
     kept.sort(key=lambda entry: entry.start)
@@ -94,9 +98,31 @@ def write_adapter(
             file.write(changed.get(entry.name, own))
     config = adapter.copy.config
     if dropped:
-        names = [module.name for module in adapter.modules if module.name not in stripped]
-        config = _config_of(names, config, saves=bool(set(adapter.unscorable) - dropped))
+        kept_names = [
+            module.name
+            for module in adapter.modules
+            if module.expert is None and (module.is_expert or module.name not in names)
+        ]
+        config = _config_of(kept_names, config, saves=bool(set(adapter.unscorable) - dropped))
     (folder / CONFIG_NAME).write_bytes(config)
+
+
+def _without_experts(
+    adapter: Adapter, experts: Iterable[Module], changed: Mapping[str, memoryview]
+) -> dict[str, memoryview]:
+    """The tensors with B = 0 for these experts, by name."""
+    entries = {entry.name: entry for entry in adapter.header.entries}
+    new: dict[str, memoryview] = {}
+    for module in experts:
+        key = module.keys[1]
+        entry = entries[key]
+        if key not in new:
+            own = changed.get(key, adapter.copy.weights[entry.start : entry.end])
+            new[key] = memoryview(bytearray(own))
+        # As bytes, which are 0 for 0 in every dtype.
+        B = torch.frombuffer(new[key], dtype=torch.uint8).reshape(*entry.shape, -1)
+        (B if module.expert is None else module.expert.of("B", B)).zero_()
+    return new
 
 
 def _config_of(kept: list[str], config: bytes, *, saves: bool) -> bytes:

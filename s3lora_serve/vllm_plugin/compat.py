@@ -85,6 +85,17 @@ def adds_slice_by_slice(punica_wrapper: Any) -> bool:
     return isinstance(punica_wrapper, PunicaWrapperCPU)
 
 
+def takes_stacked_experts(manager: Any, layer: Any) -> bool:
+    """Whether vLLM places adapters with experts in one tensor into an experts' LoRA layer.
+
+    NB: coupled to LoRAModelManager._enable_mixed_moe_lora_format.
+    """
+    from vllm.lora.layers import FusedMoE3DWithLoRA
+
+    mixed = getattr(lora_manager(manager), "_enable_mixed_moe_lora_format", False)
+    return bool(mixed) or isinstance(layer, FusedMoE3DWithLoRA)
+
+
 def is_classification_head(layer: Any) -> bool:
     """Whether a LoRA layer is a classifier's head."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.adapter.tensor_names import layout_of
-from s3lora_serve.errors import DoesNotFitModel, NothingPlaced, RefusedByVLLM
+from s3lora_serve.errors import DoesNotFitModel, NothingPlaced, RefusedByVLLM, Unscorable
 from s3lora_serve.vllm_plugin import compat
 
 Shape = tuple[int, int]
@@ -25,6 +25,8 @@ class ModelModules:
     is_whole: bool = False  # False: a pipeline stage, with a part of the layers
     knows_names: bool = True  # False: the model's mapper can be read in workers alone
     skipped: tuple[str, ...] = ()  # prefixes of names that vLLM reads past, for this model
+    # By the names that experts in one tensor have: how many, or 0 if vLLM takes them one by one.
+    experts: Mapping[str, int] = field(default_factory=dict)
     pools: bool = False  # a pooling model, whose modules vLLM also finds without `model.`
 
     @classmethod
@@ -32,10 +34,12 @@ class ModelModules:
         """The whole model, from what all of its workers answered."""
         shapes: dict[str, Shape] = {}
         mapper: Mapping[str, Any] | None = None
+        experts: dict[str, int] = {}
         skipped: tuple[str, ...] = ()
         pools = False
         for answer in answers:
             shapes |= {name: (m, n) for name, m, n in answer["modules"]}
+            experts |= answer["experts"]
             mapper = answer["mapper"]
             skipped, pools = tuple(answer["skipped"]), answer["pools"]
         known = mapper is not None
@@ -45,6 +49,7 @@ class ModelModules:
             is_whole=True,
             knows_names=known,
             skipped=skipped,
+            experts=experts,
             pools=pools,
         )
 
@@ -53,6 +58,7 @@ class ModelModules:
         return {
             "modules": [(name, m, n) for name, (m, n) in self.shapes.items()],
             "mapper": compat.plain_mapper(self.mapper),
+            "experts": dict(self.experts),
             "skipped": list(self.skipped),
             "pools": self.pools,
         }
@@ -73,6 +79,7 @@ class ModelModules:
             self._check_some_shape(adapter)
             return ()
         names = self._names([m for m in adapter.modules if not self._is_skipped(m)])
+        self._check_layout_of_experts(adapter, names)
         left_out = tuple(
             m.name for m in adapter.modules if self._place(names.get(m.name)) not in self.shapes
         )
@@ -106,14 +113,15 @@ class ModelModules:
         return found
 
     def _served(self, adapter: Adapter, names: Mapping[str, str]) -> dict[str, str]:
-        taken: set[str] = set()
+        taken: set[tuple[str, int | None]] = set()
         for module in adapter.modules:
             place = self._place(names[module.name])
-            if place in taken:
+            own = place, module.expert.index if module.expert else None
+            if own in taken:
                 raise _not_one(module)
             if place in self.shapes or self.is_whole:
                 self._check_shape(module, place)
-            taken.add(place)
+            taken.add(own)
         return {module.name: names[module.name] for module in adapter.modules}
 
     def _place(self, name: str | None) -> str:
@@ -127,6 +135,17 @@ class ModelModules:
         """Whether vLLM reads past a module: models may name prefixes (`lora_skip_prefixes`)."""
         [key, _] = module.keys
         return any(f".{each}" in key or key.startswith(each) for each in self.skipped)
+
+    def _check_layout_of_experts(self, adapter: Adapter, names: Mapping[str, str]) -> None:
+        """Check that the model takes experts in one tensor where the adapter has them so."""
+        for module in adapter.modules:
+            place = self._place(names.get(module.name))
+            if module.expert is not None and self.experts.get(place) == 0:
+                raise Unscorable(
+                    "adapter_config.json names experts in one tensor in target_parameters, and"
+                    f" vLLM takes those of this model one by one, as {module.name}; start it with"
+                    " --enable-mixed-moe-lora-format, and register with is_3d_lora_weight"
+                )
 
     def _check_some_shape(self, adapter: Adapter) -> None:
         known = set(self.shapes.values())
@@ -155,6 +174,12 @@ class ModelModules:
             raise DoesNotFitModel(
                 f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, the"
                 f" model's is {self.shapes[target][0]} x {self.shapes[target][1]}"
+            )
+        count = module.expert.count if module.expert else None
+        if count != self.experts.get(target):
+            raise DoesNotFitModel(
+                f"module {module.name} is one of {count or 'no'} experts in one tensor, the model"
+                f" has {self.experts.get(target, 'none')} so"
             )
 
 

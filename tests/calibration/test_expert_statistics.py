@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from s3lora_serve import strip_adapter
 from s3lora_serve.alignment.checkpoint import Checkpoint
@@ -14,7 +15,7 @@ from s3lora_serve.calibration.judge import JUDGED_TOKENS
 from s3lora_serve.calibration.language_model import LanguageModel, common_length
 from s3lora_serve.calibration.make_statistics import Benign, make_statistics
 from s3lora_serve.calibration.probes import read_probes
-from s3lora_serve.calibration.routed_experts import name_experts
+from s3lora_serve.calibration.routed_experts import ExpertProjection, name_experts
 from s3lora_serve.policy.method import RepairChoice, Strip
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.repair.statistics_file import read_statistics
@@ -206,3 +207,76 @@ def test_an_adapter_for_each_expert_is_repaired_whole(chat, tmp_path):
     assert verdict.repair.effect <= 1e-4
     assert set(verdict.repaired) == {module.name for module in verdict.modules}
     assert len(verdict.repaired) == LAYERS * EXPERTS_OF_EACH * 3
+
+
+@pytest.fixture(scope="module")
+def stacked_base(chat, tmp_path_factory):
+    """An untrained gpt-oss: all experts in one tensor, transposed, with biases."""
+    torch.manual_seed(2)
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=16, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+            num_experts_per_tok=2, max_position_embeddings=256,
+            layer_types=["full_attention", "full_attention"],
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parameter in layer.mlp.experts.parameters():
+                parameter.normal_(std=0.3)
+    folder = tmp_path_factory.mktemp("stacked") / "base"
+    model.save_pretrained(folder)
+    for file in chat.base.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_experts_in_one_tensor_put_out_what_transformers_experts_do(stacked_base):
+    model = LanguageModel.load(stacked_base, dtype="float32").model
+    ids = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+        name_experts(model, Checkpoint.open(stacked_base).shapes)
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    names = {m.name for m in model.modules() if isinstance(m, ExpertProjection)}
+    assert len(names) == 2 * 4 * 2
+    assert "model.layers.1.mlp.experts.3.gate_up_proj" in names
+
+
+def test_an_adapter_of_experts_in_one_tensor_is_repaired_whole(chat, stacked_base, tmp_path):
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=parameters)
+    adapted = get_peft_model(GptOssForCausalLM.from_pretrained(stacked_base), options)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = statistics_of(chat, stacked_base, tmp_path / "s")
+    choice = RepairChoice(statistics=file, max_effect=1e-4)
+    policy = Policy(strip=Strip(top_k=0), on_uninformative="admit", repair=choice)
+    verdict = strip_adapter(tmp_path / "adapter", tmp_path / "repaired", policy)
+    assert verdict.repair is not None
+    assert verdict.repair.effect <= 1e-4
+    assert set(verdict.repaired) == {module.name for module in verdict.modules}
+    assert len(verdict.repaired) == 2 * (1 + 2 * 4)
+    whole, repaired = (deltas(stacked_base, tmp_path / name) for name in ("adapter", "repaired"))
+    removed = {module.name: module.removed_share for module in verdict.modules}
+    for name, delta in whole.items():
+        for expert, (own, new) in enumerate(zip(delta, repaired[name], strict=True)):
+            layer, _, parameter = name.rpartition(".")
+            share = removed[f"{layer}.{expert}.{parameter}"]
+            left = float(new.double().square().sum() / own.double().square().sum())
+            assert left == pytest.approx(1 - share, abs=1e-3)
+
+
+def deltas(base, adapter):
+    """ΔW of all experts of each layer and side, as PEFT computes it."""
+    loaded = PeftModel.from_pretrained(GptOssForCausalLM.from_pretrained(base), adapter)
+    return {
+        f"{path.removesuffix('.base_layer')}.{module.parameter_name}": module.get_delta_weight(
+            "default"
+        ).detach()
+        for path, module in loaded.base_model.model.named_modules()
+        if hasattr(module, "parameter_name")
+    }

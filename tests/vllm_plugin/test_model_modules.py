@@ -8,7 +8,7 @@ import torch
 
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import read_adapter
-from s3lora_serve.errors import DoesNotFitModel, NothingPlaced, RefusedByVLLM
+from s3lora_serve.errors import DoesNotFitModel, NothingPlaced, RefusedByVLLM, Unscorable
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.vllm_plugin.compat import WeightsMapper
 from s3lora_serve.vllm_plugin.model_modules import ModelModules
@@ -118,6 +118,47 @@ def test_a_pooling_model_takes_names_without_model_but_not_both(adapter):
         known.left_out(adapter({"layers.0.q_proj": (8, 6), "model.layers.0.q_proj": (8, 6)}))
     generating = ModelModules(shapes, None, is_whole=True)
     assert generating.left_out(short) == ("layers.0.q_proj",)
+
+
+STACKED = {"model.mlp.experts.base_layer": (10, 6), "model.mlp.experts": (6, 5)}
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """An adapter with three experts in one tensor."""
+    tensors = {}
+    for name, (m, n) in STACKED.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(3 * 4, n)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(m, 3 * 4)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    folder = write_adapter(tmp_path / "stacked", tensors, target_parameters=targets)
+    return read_adapter(copy_adapter(folder, Limits(), None), Limits())
+
+
+def test_experts_in_one_tensor_are_placed_each_where_vllm_places_their_tensor(experts):
+    known = sent(ModelModules(STACKED, None, is_whole=True, experts=dict.fromkeys(STACKED, 3)))
+    assert known.left_out(experts) == ()
+    assert set(known.served_names(experts).values()) == set(STACKED)
+    assert len(known.served_names(experts)) == 6
+
+
+def test_another_number_of_experts_than_the_models_is_refused(experts):
+    known = sent(ModelModules(STACKED, None, is_whole=True, experts=dict.fromkeys(STACKED, 4)))
+    with pytest.raises(DoesNotFitModel, match="one of 3 experts"):
+        known.left_out(experts)
+
+
+def test_experts_in_one_tensor_are_refused_where_vllm_takes_them_one_by_one(experts):
+    shapes = {"model.mlp.experts.0.w1": (5, 6)}
+    known = sent(ModelModules(shapes, None, is_whole=True, experts=dict.fromkeys(STACKED, 0)))
+    with pytest.raises(Unscorable, match="target_parameters"):
+        known.left_out(experts)
+
+
+def test_one_matrix_is_refused_where_the_model_has_experts_in_one_tensor(adapter):
+    known = sent(ModelModules(STACKED, None, is_whole=True, experts=dict.fromkeys(STACKED, 3)))
+    with pytest.raises(DoesNotFitModel, match="no experts in one tensor"):
+        known.left_out(adapter(STACKED))
 
 
 def test_a_name_that_vllm_would_not_map_is_refused(known, adapter):

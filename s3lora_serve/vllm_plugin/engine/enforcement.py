@@ -8,7 +8,7 @@ from s3lora_serve.errors import Refused
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.store.stored_copy import StoredCopy
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_effect, strip_module
+from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_effect, strip_modules
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.model_fit import (
     check_loaded,
@@ -48,8 +48,8 @@ def enforce(
     remove_left_out(lora, model.modules, adapter, verdict.left_out)
     check_loaded(lora, served, taken, give_way)
     if verdict.mode == "enforce":
-        for name in verdict.stripped:
-            strip_module(lora, served[name])
+        stripped = frozenset(verdict.stripped)
+        strip_modules(lora, served, [m for m in taken.modules if m.name in stripped])
         remove_unscorable(lora, served, verdict.removed)
     if not lora.loras:
         remove_effect(lora)

@@ -1,9 +1,11 @@
 """Changes to a loaded adapter (vLLM's LoRAModel), and adapters without effect."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from s3lora_serve.adapter.reader import Module
 from s3lora_serve.vllm_plugin import compat
 
 INERT = "s3lora.inert"
@@ -11,15 +13,22 @@ INERT = "s3lora.inert"
 adapter is reset. Without any entry vLLM's packing step stops the engine."""
 
 
-def strip_module(lora: Any, name: str) -> None:
-    """Remove one module's update.
+def strip_modules(lora: Any, served: Mapping[str, str], modules: Iterable[Module]) -> None:
+    """Remove the updates of some modules; `served` has vLLM's names of them.
 
     Experts are packed together and none may be missing, so an expert gets B = 0 instead.
     """
-    if ".experts." not in name:
-        lora.loras.pop(name, None)
-    elif name in lora.loras:
-        lora.loras[name].lora_b = torch.zeros_like(lora.loras[name].lora_b)
+    own: set[str] = set()  # whose B is a copy already: vLLM's may be the file's own memory
+    for module in modules:
+        name = served[module.name]
+        if not module.is_expert:
+            lora.loras.pop(name, None)
+        elif (weights := lora.loras.get(name)) is not None:
+            if name not in own:
+                weights.lora_b = weights.lora_b.clone()
+                own.add(name)
+            B = weights.lora_b
+            (B if module.expert is None else module.expert.of("B", B)).zero_()
 
 
 def remove_full_modules(lora: Any) -> None:

@@ -20,7 +20,9 @@ class WorkerModel:
     @classmethod
     def of(cls, manager: Any, vllm_config: Any) -> "WorkerModel":
         """The model of a worker whose LoRA modules have just been created."""
-        shapes = module_shapes(manager)
+        stacked = stacked_experts(manager)
+        taken = {name: (m, n) for name, (m, n, count) in stacked.items() if count}
+        shapes = module_shapes(manager) | taken
         mapper = compat.rename_mapper(compat.lora_manager(manager).model)
         is_whole = bool(vllm_config.parallel_config.pipeline_parallel_size == 1)
         return cls(
@@ -33,6 +35,7 @@ class WorkerModel:
                 is_whole,
                 skipped=compat.skipped_prefixes(manager),
                 pools=compat.is_pooling_model(manager),
+                experts={name: count for name, (_, _, count) in stacked.items()},
             ),
         )
 
@@ -79,13 +82,40 @@ def _expert_shapes(model: Any, layer: Any, parts: list[str]) -> dict[str, tuple[
     """(m, n) of each expert's projections, for adapters that hold experts one by one."""
     mapping = compat.get_moe_expert_mapping(model)
     if len(parts) != len(mapping):
-        return {}  # experts fused into one tensor
-    hidden = layer.hidden_size
-    inner = layer.intermediate_size_per_partition * layer.tp_size
+        return {}  # vLLM takes experts in one tensor
+    hidden, inner = _expert_sizes(layer)
     shapes = {}
     for part, (_, _, _, shard) in zip(parts, mapping, strict=True):
         shapes[part] = (hidden, inner) if shard == "w2" else (inner, hidden)
     return shapes
+
+
+def stacked_experts(manager: Any) -> dict[str, tuple[int, int, int]]:
+    """(m, n) of one expert and the number of experts, 0 if vLLM takes them one by one alone.
+
+    By vLLM's names of a layer's two pairs of factors, of gate_up_proj and of down_proj, for
+    adapters with experts in one tensor.
+    """
+    found: dict[str, tuple[int, int, int]] = {}
+    for name, layer in compat.lora_manager(manager).modules.items():
+        if hasattr(layer, "moe_config"):
+            hidden, inner = _expert_sizes(layer)
+            takes = compat.takes_stacked_experts(manager, layer)
+            count = layer.moe_config.num_experts if takes else 0
+            found[f"{name}.base_layer"] = 2 * inner, hidden, count
+            found[name] = hidden, inner, count
+    return found
+
+
+def _expert_sizes(layer: Any) -> tuple[int, int]:
+    """Width of a layer's inputs and of each expert's inside, as the checkpoint has them.
+
+    vLLM pads both for some kernels.
+    """
+    config = layer.moe_config
+    hidden = getattr(config, "hidden_dim_unpadded", None) or layer.hidden_size
+    inner = getattr(config, "intermediate_size_per_partition_unpadded", None)
+    return hidden, (inner or layer.intermediate_size_per_partition) * layer.tp_size
 
 
 def module_of(key: str) -> str:

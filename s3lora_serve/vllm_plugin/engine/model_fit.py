@@ -54,11 +54,14 @@ def check_loaded(
                 f"vLLM would scale {module.name} by {loaded.scaling:g}, it was scored with"
                 f" {module.scaling:g} (this version may not know rank_pattern and alpha_pattern)"
             )
-        if not (_same(loaded.lora_a, module.A) and _same(loaded.lora_b, module.B)):
+        A, B = loaded.lora_a, loaded.lora_b
+        if module.expert is not None:
+            A, B = module.expert.of("A", A), module.expert.of("B", B)
+        if not (_same(A, module.A) and _same(B, module.B)):
             raise DoesNotFitModel(f"vLLM loaded other factors for {module.name} than were scored")
-        if not (_within(loaded.lora_a, 1.0) and _within(loaded.lora_b, module.scaling)):
+        if not (_within(A, 1.0) and _within(B, module.scaling)):
             raise NotFinite(
-                f"module {module.name} leaves the range of {loaded.lora_b.dtype}, in which this"
+                f"module {module.name} leaves the range of {B.dtype}, in which this"
                 " server holds adapters"
             )
 
