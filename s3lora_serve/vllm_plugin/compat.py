@@ -321,6 +321,14 @@ def with_path(request: LoRARequest, folder: Path, number: int | None = None) -> 
     )
 
 
+def with_layout_of_experts(request: LoRARequest, *, stacked: bool) -> LoRARequest:
+    """The same request with what its adapter's experts are: in one tensor, or one by one.
+
+    vLLM leaves it to whoever registers an adapter to say so.
+    """
+    return msgspec.structs.replace(request, is_3d_lora_weight=stacked)
+
+
 def for_base_model(request: Any) -> Any:
     """The same engine request without its adapter."""
     return msgspec.structs.replace(request, lora_request=None)

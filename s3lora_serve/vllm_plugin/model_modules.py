@@ -143,8 +143,8 @@ class ModelModules:
             if module.expert is not None and self.experts.get(place) == 0:
                 raise Unscorable(
                     "adapter_config.json names experts in one tensor in target_parameters, and"
-                    f" vLLM takes those of this model one by one, as {module.name}; start it with"
-                    " --enable-mixed-moe-lora-format, and register with is_3d_lora_weight"
+                    f" vLLM takes those of this model one by one, as {module.name}, unless it was"
+                    " started with --enable-mixed-moe-lora-format"
                 )
 
     def _check_some_shape(self, adapter: Adapter) -> None:

@@ -13,6 +13,7 @@ TESTS = (
     "test_mediation.py",
     "test_contract.py",
     "test_requests_without_effect.py",
+    "test_architectures.py",
 )
 OPERATIONS = (
     "test_skipping.py::test_rows_of_ids_for_captured_graphs_give_the_same_bits_and_leave_idle_"

@@ -44,6 +44,8 @@ def enforce(
     taken = adapter.without(verdict.left_out)
     served = model.modules.served_names(taken)
     give_way()
+    stacked = any(module.expert is not None for module in taken.modules)
+    request = compat.with_layout_of_experts(request, stacked=stacked)
     lora = load_copy(model.manager, compat.with_path(request, stored.path), original)
     remove_left_out(lora, model.modules, adapter, verdict.left_out)
     check_loaded(lora, served, taken, give_way)

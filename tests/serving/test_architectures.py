@@ -1,0 +1,32 @@
+"""A guarded engine of other architectures than Llama serves adapters as stock vLLM does.
+
+`make architectures` runs all of them; these are the kinds that differ most.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.architectures.comparison import compare
+from tests.architectures.models import ARCHITECTURES
+from tests.architectures.report import holds
+
+pytestmark = pytest.mark.serving
+
+KINDS = (
+    "Qwen3.5, hybrid", "LLaVA, with its tower", "Qwen3, classifier",
+    "gpt-oss, experts in one tensor",
+)  # fmt: skip
+BFLOAT16 = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_adapter_is_served_as_by_stock_and_stripped_as_by_hand(name, tmp_path):
+    architecture = next(each for each in ARCHITECTURES if each.name == name)
+    in_bfloat16 = architecture.engine.get("dtype") == "bfloat16"
+    if in_bfloat16 and subprocess.run([sys.executable, "-c", BFLOAT16]).returncode < 0:
+        pytest.skip("this machine stops programs that compute in bfloat16")
+    found = compare(architecture, tmp_path)
+    assert holds(found), found
+    assert not found["left_out"]
