@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from s3lora_serve.errors import LoadPostponed, S3LoRAError, rejections
+from tests.architectures import report as architectures
+from tests.architectures.models import ARCHITECTURES
 from tests.compat import report
 
 ROOT = Path(__file__).parents[1]
@@ -62,3 +64,11 @@ def test_the_readmes_versions_are_those_that_make_compat_ran():
     results = json.loads((ROOT / "tests" / "compat" / "results.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert report.in_readme(readme, results) == readme
+
+
+def test_the_readmes_architectures_are_those_that_make_architectures_ran():
+    results = json.loads((ROOT / "tests" / "architectures" / "results.json").read_text())
+    assert list(results) == [each.name for each in ARCHITECTURES]
+    assert all(architectures.holds(found) for found in results.values())
+    readme = (ROOT / "README.md").read_text()
+    assert architectures.in_readme(readme, results) == readme
