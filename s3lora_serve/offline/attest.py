@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from s3lora_serve.adapter.local_folder import opened_folder
 from s3lora_serve.adapter.private_copy import PrivateCopy
 from s3lora_serve.adapter.remote_storage import RemoteFolder, folder_name
+from s3lora_serve.admission.partial import Circumstances
 from s3lora_serve.admission.pipeline import Admission, admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.policy.schema import Policy
@@ -48,7 +49,9 @@ def attest_adapter(
     with opened_folder(folder) as opened:
         effective = policy.for_adapter(name, opened.real_path, base_model)
         own = effective.model_copy(update={"attestations": Attestations(), "rules": ()})
-        admission = admit(opened, name, own, base_model=base_model, device=device)
+        admission = admit(
+            opened, name, own, device=device, circumstances=Circumstances(base_model=base_model)
+        )
     if admission.adapter is None or admission.verdict.decision == "rejected":
         return admission.verdict, None
     statement = _statement(admission.adapter.copy, admission, effective)

@@ -16,6 +16,7 @@ import torch
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.adapter.safetensors_format import Entry, write_header
+from s3lora_serve.admission.partial import Circumstances
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.offline.provenance import PROVENANCE_NAME, statement
@@ -47,7 +48,13 @@ def strip_adapter(
     chosen = effective_policy() if policy is None else with_file_digests(policy)
     if os.path.lexists(written):
         raise FileExistsError(f"{written} exists; name a folder that does not")
-    admission = admit(folder, folder.absolute().name, chosen, device=device, plan=plan)
+    admission = admit(
+        folder,
+        folder.absolute().name,
+        chosen,
+        device=device,
+        circumstances=Circumstances(plan=plan),
+    )
     adapter, verdict = admission.adapter, admission.verdict
     kept = [module for module in verdict.modules if not module.stripped]
     if adapter is None or verdict.decision == "rejected" or not kept:

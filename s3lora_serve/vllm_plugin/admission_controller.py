@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.adapter.local_folder import LocalFolder
+from s3lora_serve.admission.partial import Circumstances
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.repairing import check_statistics
 from s3lora_serve.admission.scoring import check_reference
@@ -115,7 +116,7 @@ class AdmissionController:
 
         Without `store_refused` the path of a refused adapter is None. An experiment has settings
         of its own, as far as the policy allows them. `asked_with` is the requester's API key, as
-        in `admission.pipeline.admit`.
+        in `Circumstances`.
 
         Raises:
             TooLong: name or path are longer than any may be.
@@ -134,12 +135,14 @@ class AdmissionController:
                 opened,
                 name,
                 policy,
-                base_model=base_model,
                 device=self.settings.device,
                 into=private.make,
-                left_out_of_model=modules.left_out,
-                plan=None if experiment is None else experiment.plan,
-                asked_with=asked_with,
+                circumstances=Circumstances(
+                    base_model=base_model,
+                    left_out_of_model=modules.left_out,
+                    plan=None if experiment is None else experiment.plan,
+                    asked_with=asked_with,
+                ),
             ).verdict
             if is_refused(verdict) and not store_refused:
                 return verdict, None
@@ -171,12 +174,14 @@ class AdmissionController:
             own,
             before.name,
             policy,
-            base_model=base_model,
             device=self.settings.device,
-            left_out_of_model=modules.left_out,
-            origin=Path(before.path),
-            plan=None if experiment is None else experiment.plan,
-            vouchers=before.vouchers,
+            circumstances=Circumstances(
+                base_model=base_model,
+                left_out_of_model=modules.left_out,
+                origin=Path(before.path),
+                plan=None if experiment is None else experiment.plan,
+                vouchers=before.vouchers,
+            ),
         ).verdict
         # None: refused before it was read, for example because a limit was lowered.
         read, config = now.digest, now.config_digest

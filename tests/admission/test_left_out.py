@@ -1,6 +1,7 @@
 """What the served model does not take of an adapter decides nothing, and the verdict names it."""
 
 from s3lora_serve import Policy
+from s3lora_serve.admission.partial import Circumstances
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import NothingPlaced
@@ -25,7 +26,8 @@ def with_decoys(folder, target):
 
 def taken_of(folder, **more):
     policy = Policy(strip=Strip(top_k=3))
-    return admit(folder, "tenant", policy, device="cpu", **more).verdict
+    about = Circumstances(**more)
+    return admit(folder, "tenant", policy, device="cpu", circumstances=about).verdict
 
 
 def test_sharp_modules_that_the_model_does_not_take_draw_no_strip(trained, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from s3lora_serve import Policy
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
+from s3lora_serve.admission.partial import Circumstances
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict, differs
 from s3lora_serve.policy.limits import Limits
@@ -172,7 +173,9 @@ def test_in_audit_mode_the_private_copy_is_the_adapters_own(folder, plans, tmp_p
 
 def test_a_given_plan_replaces_the_one_in_the_folder(folder, plans):
     given = plan_for(read(folder), strip={THIRD})
-    admission = admit(folder, "tenant", Policy(plans=plans), device="cpu", plan=given)
+    admission = admit(
+        folder, "tenant", Policy(plans=plans), device="cpu", circumstances=Circumstances(plan=given)
+    )
     assert admission.verdict.stripped == (THIRD,)
     assert admission.verdict.plan_digest == given.digest
 

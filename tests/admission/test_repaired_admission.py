@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import s3lora_serve
 from s3lora_serve.adapter.private_copy import OWN_FOLDER, WEIGHTS_NAME
+from s3lora_serve.admission.partial import Circumstances
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.repairing import check_statistics, preload_statistics
 from s3lora_serve.admission.verdict import Verdict, differs
@@ -40,8 +41,9 @@ def policy_with(statistics, strength=STRENGTH, max_effect=1.0, on_missing="rejec
     return with_file_digests(parse_policy(data, "policy"))
 
 
-def on(folder, policy, **more):
-    return admit(folder, "tenant", policy, device="cpu", **more)
+def on(folder, policy, into=None, **more):
+    about = Circumstances(**more)
+    return admit(folder, "tenant", policy, device="cpu", into=into, circumstances=about)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
+from s3lora_serve.admission.partial import Circumstances
 from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.signatures.records import Vouchers
 from s3lora_serve.signatures.trust import check_trusted, key_id
@@ -92,7 +93,9 @@ def test_rule_by_signer_relaxes_for_what_that_signer_signed_alone(signed, acme, 
     verdict = scan_adapter(signed, ruled)
     assert (code(verdict), verdict.decision.value) == (None, "admitted")
     before = Vouchers(verdict.signed_by)
-    again = admit(signed, "x", ruled, origin=signed, vouchers=before).verdict
+    again = admit(
+        signed, "x", ruled, circumstances=Circumstances(origin=signed, vouchers=before)
+    ).verdict
     assert again.decision is verdict.decision
     (signed / SIGNATURE).unlink()
     sign(signed, other)
