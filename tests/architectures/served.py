@@ -74,13 +74,13 @@ def main(job: dict[str, Any]) -> None:
         "max_loras": 1,
         "distributed_executor_backend": ONE_PROCESS,
     }
+    guarded = os.environ.get("VLLM_PLUGINS") != ""
     try:
         llm = LLM(job["model"], **settings | job["engine"])
+        found: dict[str, Any] = {"base": _answer(llm, job["asks"], None)}
     except Exception as error:  # noqa: BLE001
         print_result({"failed": f"{type(error).__name__}: {error}"})
         return
-    guarded = os.environ.get("VLLM_PLUGINS") != ""
-    found: dict[str, Any] = {"base": _answer(llm, job["asks"], None)}
     for number, (name, folder) in enumerate(job["adapters"].items(), 1):
         request = LoRARequest(name, number, folder, **job["request"])
         one: dict[str, Any] = {}
