@@ -19,16 +19,16 @@ test-all: $(READY)  ## those too that take longer than CI allows
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
 
 load: $(READY)  ## hot loads and unloads under traffic on a real server: about ten minutes
-	$(BIN)/python -m tests.load
+	$(BIN)/python -m tests.runs.load
 
 load-fleet: $(READY)  ## two thousand adapters, changing policies, a killed worker: an hour and a quarter; MINUTES=4 ADAPTERS=200 for a short one
-	$(BIN)/python -m tests.load.fleet
+	$(BIN)/python -m tests.runs.load.fleet
 
 architectures: $(READY)  ## tiny models of many architectures, guarded beside stock vLLM: a quarter of an hour; NAMES="Llama Qwen3"
-	$(BIN)/python -m tests.architectures $(NAMES)
+	$(BIN)/python -m tests.runs.architectures $(NAMES)
 
 compat: $(READY)  ## the doors on every vLLM that is claimed to work: some ten minutes and 4 GB each; VERSIONS="0.30 0.31"
-	$(BIN)/python -m tests.compat $(VERSIONS)
+	$(BIN)/python -m tests.runs.compat $(VERSIONS)
 
 fuzz: $(READY)  ## hundreds of thousands of bent adapters and policies: about an hour
 	FUZZ_EXAMPLES=200000 $(BIN)/python -m pytest tests/fuzz -p no:randomly
@@ -49,41 +49,41 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## benchmarks; figures go to tests/benchmarks/RESULTS.md
-	$(BIN)/python -m tests.benchmarks
-	$(BIN)/python -m tests.benchmarks.alignment
-	$(BIN)/python -m tests.benchmarks.repair
-	$(BIN)/python -m tests.benchmarks.sweep
+bench: $(READY)  ## benchmarks; figures go to tests/runs/benchmarks/RESULTS.md
+	$(BIN)/python -m tests.runs.benchmarks
+	$(BIN)/python -m tests.runs.benchmarks.alignment
+	$(BIN)/python -m tests.runs.benchmarks.repair
+	$(BIN)/python -m tests.runs.benchmarks.sweep
 
-gpu-pack: $(READY)  ## the folder .gpu, with which tests/gpu/check.sh runs on a bare GPU machine: five minutes
-	$(BIN)/python -m tests.gpu.pack
+gpu-pack: $(READY)  ## the folder .gpu, with which tests/runs/gpu/check.sh runs on a bare GPU machine: five minutes
+	$(BIN)/python -m tests.runs.gpu.pack
 
 gpu-kernels: $(READY)  ## what the CUDA kernels need of a GPU, by compiling them: five minutes, no GPU
-	$(BIN)/python -m tests.gpu.kernels
+	$(BIN)/python -m tests.runs.gpu.kernels
 
 bench-alignment: $(READY)  ## alignment scorers beside MAS-SVD, and making a reference: two minutes, 6 GB of disk
-	$(BIN)/python -m tests.benchmarks.alignment
+	$(BIN)/python -m tests.runs.benchmarks.alignment
 
 bench-repair: $(READY)  ## repairing an adapter beside scoring it: a minute
-	$(BIN)/python -m tests.benchmarks.repair
+	$(BIN)/python -m tests.runs.benchmarks.repair
 
 bench-admission: $(READY)  ## what the gate adds to loading an adapter: two servers, ten minutes
-	$(BIN)/python -m tests.benchmarks.admission
+	$(BIN)/python -m tests.runs.benchmarks.admission
 
 bench-signing: $(READY)  ## what verifying signatures and attestations adds to loading an adapter: a server, ten minutes
-	$(BIN)/python -m tests.benchmarks.signing
+	$(BIN)/python -m tests.runs.benchmarks.signing
 
 bench-serving: $(READY)  ## what adapters cost at inference, by how much is stripped: an engine and two servers, three quarters of an hour
-	$(BIN)/python -m tests.benchmarks.serving
+	$(BIN)/python -m tests.runs.benchmarks.serving
 
 bench-scan: $(READY)  ## scanning many adapters beside reading them: 5 GB of files, minutes
-	$(BIN)/python -m tests.benchmarks.sweep
+	$(BIN)/python -m tests.runs.benchmarks.sweep
 
 evidence: $(READY)  ## what the index and a calibrated plan do on a real aligned model: up to 90 minutes, goes on where it was
-	$(BIN)/python -m tests.evidence
+	$(BIN)/python -m tests.runs.evidence
 
 shares: $(READY)  ## the smallest share of an adapter's update that any module has, by training: half an hour on two idle cores, goes on where it was
-	$(BIN)/python -m tests.evidence.shares
+	$(BIN)/python -m tests.runs.evidence.shares
 
 $(READY): deploy/requirements-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"the pinned environment is for Python 3.11, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from s3lora_serve.errors import LoadPostponed, S3LoRAError, rejections
-from tests.architectures import report as architectures
-from tests.architectures.models import ARCHITECTURES
-from tests.compat import report
+from tests.runs.architectures import report as architectures
+from tests.runs.architectures.models import ARCHITECTURES
+from tests.runs.compat import report
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
@@ -61,13 +61,13 @@ def test_every_make_target_named_in_a_document_exists(document):
 
 
 def test_the_readmes_versions_are_those_that_make_compat_ran():
-    results = json.loads((ROOT / "tests" / "compat" / "results.json").read_text())
+    results = json.loads((ROOT / "tests" / "runs" / "compat" / "results.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert report.in_readme(readme, results) == readme
 
 
 def test_the_readmes_architectures_are_those_that_make_architectures_ran():
-    results = json.loads((ROOT / "tests" / "architectures" / "results.json").read_text())
+    results = json.loads((ROOT / "tests" / "runs" / "architectures" / "results.json").read_text())
     assert list(results) == [each.name for each in ARCHITECTURES]
     assert all(architectures.holds(found) for found in results.values())
     readme = (ROOT / "README.md").read_text()

@@ -27,8 +27,8 @@ from s3lora_serve.cli.options import (
 from s3lora_serve.errors import BaseUnaligned, S3LoRAError, TargetMissed
 
 if TYPE_CHECKING:  # the command line starts without torch
-    from s3lora_serve.calibration.calibrate import Calibration
-    from s3lora_serve.calibration.search import Point
+    from s3lora_serve.lab.calibration.calibrate import Calibration
+    from s3lora_serve.lab.calibration.search import Point
     from s3lora_serve.plans.schema import Rate
 
 
@@ -101,9 +101,9 @@ def calibrate(
         stop("--output takes one plan, and one .html page at most")
     if find_spec("transformers") is None:
         stop("calibrate needs transformers: install s3lora-serve with its extra [calibrate]")
-    from s3lora_serve.calibration.calibrate import Options, calibrate
-    from s3lora_serve.calibration.judge import REFUSAL_PHRASES
-    from s3lora_serve.calibration.probes import read_probes
+    from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES
+    from s3lora_serve.lab.base_model.probes import read_probes
+    from s3lora_serve.lab.calibration.calibrate import Options, calibrate
 
     try:
         base.stat()
@@ -133,7 +133,7 @@ def calibrate(
             )
         _print(found, form)
         if pages:
-            from s3lora_serve.pages.frontier import frontier_page
+            from s3lora_serve.lab.pages.frontier import frontier_page
 
             write_whole(
                 pages[0], frontier_page(found.plan, found.frontier, found.by_module), READABLE

@@ -18,8 +18,8 @@ from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy.canonical import canonical_digest
 
 if TYPE_CHECKING:
-    from s3lora_serve.evaluation.results import Sweep, TrialResult
-    from s3lora_serve.evaluation.trials import Trial
+    from s3lora_serve.lab.evaluation.results import Sweep, TrialResult
+    from s3lora_serve.lab.evaluation.trials import Trial
     from s3lora_serve.plans.schema import Rate
 
 
@@ -67,11 +67,11 @@ def evaluate(
     """
     if find_spec("inspect_ai") is None:
         stop("evaluate needs inspect-ai: install s3lora-serve with its extra [evaluate]")
-    from s3lora_serve.evaluation.results import Rule, Sweep, recommended
-    from s3lora_serve.evaluation.server import GuardedServer
-    from s3lora_serve.evaluation.sweep import check_tasks, run
-    from s3lora_serve.evaluation.task_files import task_file
-    from s3lora_serve.evaluation.trials import trials
+    from s3lora_serve.lab.evaluation.results import Rule, Sweep, recommended
+    from s3lora_serve.lab.evaluation.server import GuardedServer
+    from s3lora_serve.lab.evaluation.sweep import check_tasks, run
+    from s3lora_serve.lab.evaluation.task_files import task_file
+    from s3lora_serve.lab.evaluation.trials import trials
 
     try:
         chosen_plan = _plan(plan)
@@ -102,7 +102,7 @@ def evaluate(
         sweep = sweep.model_copy(update={"recommended": label, "complete": True})
         write_whole(output, sweep.model_dump_json(indent=1) + "\n")
         if html is not None:
-            from s3lora_serve.pages.sweep import sweep_page
+            from s3lora_serve.lab.pages.evaluation import sweep_page
 
             html.write_text(sweep_page(sweep))
     except KeyboardInterrupt:
@@ -145,7 +145,7 @@ def _plan(file: Path | None) -> dict[str, Any] | None:
 
 def _kept(file: Path, key: str) -> "tuple[TrialResult, ...]":
     """The results of an interrupted sweep that asked for the same."""
-    from s3lora_serve.evaluation.results import Sweep
+    from s3lora_serve.lab.evaluation.results import Sweep
 
     if not file.exists():
         return ()

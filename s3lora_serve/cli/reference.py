@@ -48,7 +48,7 @@ def make(
 
     Exit code: 0 written, 2 wrong usage, or no reference can be made of these checkpoints.
     """
-    from s3lora_serve.alignment.make_reference import Options, make_reference  # imports torch
+    from s3lora_serve.lab.make_reference import Options, make_reference  # imports torch
 
     check_device(device)
     where = "cpu" if device is Device.AUTO else device.value

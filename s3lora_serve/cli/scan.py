@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -36,9 +36,11 @@ from s3lora_serve.cli.options import (
 )
 from s3lora_serve.cli.scan_output import Format, output_in
 from s3lora_serve.errors import S3LoRAError, StorageFailed
-from s3lora_serve.offline.sweep import Folder, default_jobs, sweep
 from s3lora_serve.policy.file import effective_policy, with_options
 from s3lora_serve.policy.schema import Policy
+
+if TYPE_CHECKING:
+    from s3lora_serve.lab.sweeps.sweep import Folder
 
 MANY = 32
 """Number of adapters from which several processes save time; their start takes seconds."""
@@ -93,11 +95,8 @@ def scan(
         stop(str(error))
     known = _known(output, chosen) if resume and output else {}
     todo = [folder for folder in folders if str(folder) not in known]
-    if ray is None:
-        workers = jobs or (default_jobs() if len(todo) >= MANY else 1)
-        verdicts = sweep(todo, chosen, device.value, workers)
-    else:
-        verdicts = _on_cluster(todo, chosen, device.value, ray)
+    how = chosen, device.value
+    verdicts = _here(todo, *how, jobs) if ray is None else _on_cluster(todo, *how, ray)
     rejected = any(decision == Decision.REJECTED for decision in known.values())
     with ExitStack() as stack:
         written = output_in(form, _opened(stack, output, resume))
@@ -123,11 +122,18 @@ def _policy(
     return chosen
 
 
+def _here(folders: "list[Folder]", policy: Policy, device: str, jobs: int) -> Iterator[Verdict]:
+    from s3lora_serve.lab.sweeps.sweep import default_jobs, sweep
+
+    workers = jobs or (default_jobs() if len(folders) >= MANY else 1)
+    return sweep(folders, policy, device, workers)
+
+
 def _on_cluster(
-    folders: Iterable[Folder], policy: Policy, device: str, address: str
+    folders: "Iterable[Folder]", policy: Policy, device: str, address: str
 ) -> Iterator[Verdict]:
     try:
-        from s3lora_serve.offline.ray_sweep import ray_sweep  # an extra
+        from s3lora_serve.lab.sweeps.ray_sweep import ray_sweep  # an extra
     except ImportError:
         stop("--ray needs ray: install s3lora-serve with its extra [ray]")
     try:

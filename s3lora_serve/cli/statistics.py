@@ -24,7 +24,7 @@ from s3lora_serve.cli.tables import plain
 from s3lora_serve.errors import BaseUnaligned, S3LoRAError
 
 if TYPE_CHECKING:
-    from s3lora_serve.calibration.make_statistics import Benign
+    from s3lora_serve.lab.statistics.make_statistics import Benign
     from s3lora_serve.repair.statistics_file import StatisticsFile
 
 WEAK = 0.8
@@ -67,8 +67,8 @@ def make(
     """
     check_device(device)
     try:
-        from s3lora_serve.calibration.make_statistics import make_statistics  # an extra
-        from s3lora_serve.calibration.probes import read_probes
+        from s3lora_serve.lab.base_model.probes import read_probes
+        from s3lora_serve.lab.statistics.make_statistics import make_statistics  # an extra
     except ImportError:
         stop("statistics make needs transformers: install s3lora-serve with its extra [calibrate]")
     where = "cpu" if device is Device.AUTO else device.value
@@ -122,15 +122,15 @@ def show(
 def _choice(rank: int, output_rank: int, epsilon: float, dtype: Dtype) -> Any:
     import torch
 
-    from s3lora_serve.calibration.input_statistics import Choice
+    from s3lora_serve.lab.statistics.input_statistics import Choice
 
     return Choice(rank, output_rank, epsilon, getattr(torch, dtype.value))
 
 
 def _benign(text: str) -> "Benign":
     """A file with its weight, from FILE or FILE=WEIGHT."""
-    from s3lora_serve.calibration.make_statistics import Benign
-    from s3lora_serve.calibration.probes import read_probes
+    from s3lora_serve.lab.base_model.probes import read_probes
+    from s3lora_serve.lab.statistics.make_statistics import Benign
 
     name, separator, weight = text.rpartition("=")
     if not separator or Path(text).exists():

@@ -1,13 +1,14 @@
 """`s3lora summary`: summarises the verdicts of a scan over a whole registry."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from s3lora_serve.cli.options import stop, stop_at
-from s3lora_serve.offline.registry_summary import RegistrySummary, as_columns, summarize
-from s3lora_serve.pages.registry_page import registry_page
+
+if TYPE_CHECKING:
+    from s3lora_serve.lab.sweeps.registry_summary import RegistrySummary
 
 
 def write_summary(
@@ -23,6 +24,9 @@ def write_summary(
 
     Exit code: 0, or 2 for wrong usage.
     """
+    from s3lora_serve.lab.pages.registry import registry_page
+    from s3lora_serve.lab.sweeps.registry_summary import summarize
+
     if output is None and parquet is None:
         stop("name an HTML page (--output), a table (--parquet), or both")
     try:
@@ -40,10 +44,12 @@ def write_summary(
     typer.echo(f"{len(registry.rows)} adapters: {counts}")
 
 
-def _write_parquet(registry: RegistrySummary, file: Path) -> None:
+def _write_parquet(registry: "RegistrySummary", file: Path) -> None:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         stop("--parquet needs pyarrow: install s3lora-serve with its extra [parquet]")
+    from s3lora_serve.lab.sweeps.registry_summary import as_columns
+
     pyarrow.parquet.write_table(pyarrow.table(as_columns(registry.rows)), file)

@@ -5,12 +5,15 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from jinja2.filters import do_urlencode
 from markupsafe import Markup
 
 from s3lora_serve.pages.heat_map import SHADES
 from s3lora_serve.printable import encodable
+
+OWN = "s3lora_serve.pages"
+"""The package of the pages of a server, with the parts that all pages share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +32,18 @@ def page_of(template: str, **values: object) -> Page:
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
         " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
-    return Page(html_of(template, **values), policy)
+    return Page(html_of(template, OWN, **values), policy)
 
 
-def html_of(template: str, **values: object) -> str:
-    """A rendered template, with the style that all pages share."""
+def html_of(template: str, package: str = OWN, **values: object) -> str:
+    """A rendered template of a package, with the style that all pages share."""
     style = Markup(_rendered("style.css"))  # noqa: S704 - a file of this package
-    return _environment().get_template(template).render(values, style=style)
+    return _environment(package).get_template(template).render(values, style=style)
 
 
 @cache
 def _rendered(file: str) -> str:
-    return _environment().get_template(file).render(shades=SHADES)
+    return _environment(OWN).get_template(file).render(shades=SHADES)
 
 
 def _hash(text: str) -> str:
@@ -49,9 +52,9 @@ def _hash(text: str) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def _environment(package: str) -> Environment:
     environment = Environment(
-        loader=PackageLoader("s3lora_serve.pages"),
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader(OWN)]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_encodable,

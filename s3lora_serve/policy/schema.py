@@ -37,7 +37,7 @@ class Policy(Section):
     repair: RepairChoice | None = None  # None: no adapter is repaired
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
     # Share of Σ‖ΔW‖_F². Ours: under a tenth of the smallest share of any module of an adapter
-    # trained with AdamW, tests/evidence/SHARES.md
+    # trained with AdamW, tests/runs/evidence/SHARES.md
     negligible: Annotated[float, Field(ge=0, lt=1)] = 2e-5
     limits: Limits = Limits()
     deny: frozenset[Digest] = frozenset()

@@ -232,7 +232,7 @@ def _count(module: Factors, rank: int | None) -> int:
 def resolve_device(device: str) -> str:
     """Replace `auto` by a device: the CPU.
 
-    CUDA is faster (tests/gpu/RESULTS.md), but its kernels compile for a minute before the first
-    adapter, and its context takes memory beside an engine. That is the operator's choice.
+    CUDA is faster (tests/runs/gpu/RESULTS.md), but its kernels compile for a minute before the
+    first adapter, and its context takes memory beside an engine. That is the operator's choice.
     """
     return "cpu" if device == "auto" else device

@@ -27,14 +27,14 @@ from tests.support.adapters import (
 from tests.support.factors import gaussian
 
 PLANTED = "model.layers.2.self_attn.v_proj"
-SHARES = json.loads((Path(__file__).parents[1] / "evidence" / "shares.json").read_text())
+SHARES = json.loads((Path(__file__).parents[1] / "runs" / "evidence" / "shares.json").read_text())
 LEAST_SHARE = min(
     at["least"]
     for adapter in SHARES.values()
     for at in adapter["shares"].values()
     if adapter["training"].get("optimizer") != "SGD"  # which PEFT's users hardly take
 )
-"""The smallest of any module of an adapter trained with AdamW: tests/evidence/SHARES.md."""
+"""The smallest of any module of an adapter trained with AdamW: tests/runs/evidence/SHARES.md."""
 
 EVERY_RULE = [{"top_k": 10}, {"fraction": 0.1}, {"threshold": 0.3}, {"outliers": 3.5}]
 

@@ -15,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from safetensors import safe_open
 
-from tests.architectures.models import ARCHITECTURES
 from tests.fuzz.changed_adapters import ZERO, Drawn, changed_adapters
+from tests.runs.architectures.models import ARCHITECTURES
 from tests.support.adapters import CONFIG, WEIGHTS
 from tests.support.programs import print_result
 from tests.support.server import ONE_PROCESS

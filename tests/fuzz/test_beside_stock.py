@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.architectures.served import KEEP_ALL
 from tests.fuzz import changed_adapters
+from tests.runs.architectures.served import KEEP_ALL
 from tests.support.programs import run_program
 from tests.support.server import ONE_CORE
 

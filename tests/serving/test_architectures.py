@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from tests.architectures.comparison import compare
-from tests.architectures.models import ARCHITECTURES
-from tests.architectures.report import holds
+from tests.runs.architectures.comparison import compare
+from tests.runs.architectures.models import ARCHITECTURES
+from tests.runs.architectures.report import holds
 
 pytestmark = pytest.mark.serving
 

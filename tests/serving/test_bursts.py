@@ -9,7 +9,7 @@ import pytest
 import requests
 import torch
 
-from tests.load.burst import burst, leftovers
+from tests.runs.load.burst import burst, leftovers
 from tests.serving.conftest import answers
 from tests.support.adapters import copy_with, key, renamed
 from tests.support.server import OPEN_LOADING, Server

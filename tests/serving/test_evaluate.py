@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from s3lora_serve.calibration.calibrate import Options, calibrate
-from s3lora_serve.calibration.probes import read_probes
+from s3lora_serve.lab.base_model.probes import read_probes
+from s3lora_serve.lab.calibration.calibrate import Options, calibrate
 from tests.support.server import OPEN_LOADING, Server, base_environment
 from tests.support.tiny_chat import harmful, skill
 

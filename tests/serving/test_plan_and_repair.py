@@ -8,10 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from s3lora_serve.calibration.calibrate import Options, calibrate
-from s3lora_serve.calibration.judge import is_refusal
-from s3lora_serve.calibration.probes import read_probes
 from s3lora_serve.cli import app
+from s3lora_serve.lab.base_model.judge import is_refusal
+from s3lora_serve.lab.base_model.probes import read_probes
+from s3lora_serve.lab.calibration.calibrate import Options, calibrate
 from s3lora_serve.repair.statistics_file import read_statistics
 from tests.serving.conftest import answers, close, evicting_server, log_of_failed_start
 from tests.support.adapters import copy_with, key

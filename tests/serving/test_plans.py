@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from s3lora_serve.cli import app
 from s3lora_serve.errors import EvaluationFailed
-from s3lora_serve.evaluation.server import GuardedServer
-from s3lora_serve.evaluation.trials import Trial
+from s3lora_serve.lab.evaluation.server import GuardedServer
+from s3lora_serve.lab.evaluation.trials import Trial
 from tests.serving.conftest import answers, evicting_server
 from tests.serving.test_offline import ONCE, generate
 from tests.support.adapters import WEIGHTS, copy_with, key

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.architectures.served import KEEP_ALL, served
+from tests.runs.architectures.served import KEEP_ALL, served
 from tests.support.adapters import cast, copy_with, key, renamed
 from tests.support.tiny_model import load_model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from s3lora_serve.alignment.make_reference import Options, make_reference
+from s3lora_serve.lab.make_reference import Options, make_reference
 from tests.support.adapters import Tensors, q_proj, write_adapter
 
 CHECKPOINT = "model.safetensors"

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from s3lora_serve.calibration.input_statistics import Choice
-from s3lora_serve.calibration.language_model import Encoded
-from s3lora_serve.calibration.make_statistics import Benign, make_statistics
-from s3lora_serve.calibration.probes import read_probes
-from s3lora_serve.calibration.refusal_gradients import ODDS_TOKENS
+from s3lora_serve.lab.base_model.language_model import Encoded
+from s3lora_serve.lab.base_model.probes import read_probes
+from s3lora_serve.lab.statistics.input_statistics import Choice
+from s3lora_serve.lab.statistics.make_statistics import Benign, make_statistics
+from s3lora_serve.lab.statistics.refusal_gradients import ODDS_TOKENS
 from s3lora_serve.repair.statistics_file import METADATA_KEY
 from tests.support import tensor_files
 from tests.support.tiny_chat import Chat, one_thread

@@ -1,1 +1,0 @@
-"""Calibration: learns, on an operator's probes, what to remove from one adapter; writes a plan."""

@@ -1,0 +1,1 @@
+"""What no server runs: making plans, statistics and references, comparing settings, sweeps."""

@@ -1,0 +1,318 @@
+"""Calibration of one adapter: probes in, plan and frontier out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from s3lora_serve.adapter.private_copy import copy_adapter
+from s3lora_serve.adapter.reader import Adapter, read_adapter
+from s3lora_serve.lab.base_model.judge import (
+    JUDGED_TOKENS,
+    REFUSAL_PHRASES,
+    check_aligned,
+    is_refusal,
+)
+from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
+from s3lora_serve.lab.base_model.probes import Kind, Probe, ProbeFile, Split, split
+from s3lora_serve.lab.calibration.gates import By, GatedAdapter, attach, transform
+from s3lora_serve.lab.calibration.measure import Encodings, measure
+from s3lora_serve.lab.calibration.saved_search import SavedSearch
+from s3lora_serve.lab.calibration.search import (
+    REFUSAL_SLACK,
+    STEPS,
+    STRENGTHS,
+    Found,
+    Goal,
+    Material,
+    Point,
+    SearchOptions,
+    search,
+)
+from s3lora_serve.plans.schema import Measured, ModulePlan, Plan, Probes
+from s3lora_serve.policy.limits import Limits
+
+REFUSAL_TOKENS = 6
+"""Tokens of a refusal that the gates learn: later ones follow from them."""
+
+TARGET_TOKENS = 24
+"""Tokens of the adapter's own answer that stand for its skill where no answers are given."""
+
+STRIPPED_SHARE = 0.999
+"""A module of whose update more is removed is stripped: what is left is below bfloat16's step."""
+
+UNCHANGED_SHARE = 1e-4
+"""A module of whose update less is removed is kept as it is."""
+
+
+class Progress(Protocol):
+    """Called as the work goes on."""
+
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
+        """The name of a phase, the work done in it, the whole of it, and what was measured."""
+
+
+def _silent(phase: str, done: int, total: int, note: str = "") -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an operator can set."""
+
+    max_asr: float = 0.05
+    by: By = "subspace"
+    steps: int = STEPS
+    seed: int = 0
+    refusals: tuple[str, ...] = ()  # texts; none: the base model's own refusals
+    compliance: tuple[str, ...] = ()  # how an attack's answers begin; none: anything but refusals
+    phrases: tuple[str, ...] = REFUSAL_PHRASES
+    strengths: tuple[float, ...] = STRENGTHS
+    compare: bool = True  # also measure whole modules at equal removed norm
+
+    @property
+    def of_search(self) -> SearchOptions:
+        """Those of the search for gates."""
+        return SearchOptions(self.by, self.steps, self.seed, self.strengths, self.compare)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The result: a plan, whether it reaches the goal, and the frontier."""
+
+    plan: Plan
+    reached: bool
+    frontier: tuple[Point, ...]
+    by_module: tuple[Point, ...]  # whole modules at equal removed norm, for comparison
+
+
+def calibrate(
+    base: Path,
+    folder: Path,
+    files: Sequence[ProbeFile],
+    options: Options,
+    *,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    saved: Path | None = None,
+    resume: bool = False,
+    progress: Progress = _silent,
+) -> Calibration:
+    """Learn what to remove from an adapter, so that it refuses what its base model refuses.
+
+    Args:
+        base: the folder of the base model.
+        folder: the adapter's folder.
+        files: probes; harmful and benign ones, and skill ones if there are any.
+        options: what an operator can set.
+        device: where the model runs.
+        dtype: the dtype of the model's weights.
+        saved: a file that the search is saved in while it runs.
+        resume: whether to go on with `saved`, if it is of the same calibration.
+        progress: called as the work goes on.
+
+    Raises:
+        AdapterRejected: the adapter cannot be read, or does not fit the base model.
+        BaseModelUnfit: the base model cannot be loaded.
+        BaseUnaligned: the base model complies with most harmful probes.
+    """
+    adapter = read_adapter(copy_adapter(folder, Limits()), Limits())
+    model = LanguageModel.load(base, device, dtype)
+    gated = attach(model.model, adapter)
+    parts = {file.kind: split(file.probes, options.seed) for file in files}
+    material = _material(model, gated, parts, options, progress)
+    measuring = _Measuring.of(model, gated, parts, options.phrases, progress)
+    gated.remove()
+    base_refusal = measuring("calibration", "base model").benign_refusal.value
+    gated.keep()
+    whole = measuring("calibration", "whole adapter")
+    before = measuring("held_out", "before, held out")
+    limit = max(base_refusal, whole.benign_refusal.value) + REFUSAL_SLACK
+    goal = Goal(options.max_asr, limit)
+    saved_search = None
+    if saved is not None:
+        what = adapter.copy.digest, adapter.config.digest, [file.digest for file in files], options
+        saved_search = SavedSearch(saved, repr(what), resume)
+    if goal.is_met(whole):  # nothing is to be removed
+        point = Point(0.0, 0.0, whole)
+        found = Found(_identity(gated), point, (point,), (), 0)
+    else:
+        found = search(
+            model,
+            gated,
+            material,
+            goal,
+            lambda: measuring("calibration", "check"),
+            whole=whole,
+            options=options.of_search,
+            saved_search=saved_search,
+            progress=lambda step, note: progress("search", step, options.steps, note),
+        )
+    gated.set(found.gates)
+    after = measuring("held_out", "after, held out")
+    plan = _plan(adapter, base, gated, found, files, options).model_copy(
+        update={"before": before, "after": after}
+    )
+    if saved_search is not None:
+        saved_search.remove()
+    return Calibration(plan, goal.is_met(found.point.measured), found.frontier, found.by_module)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measuring:
+    """Measures the model, as its gates are now, on one of the splits."""
+
+    model: LanguageModel
+    phrases: tuple[str, ...]
+    encodings: Mapping[str, Encodings]  # by split
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        gated: GatedAdapter,
+        parts: Mapping[Kind, Split],
+        phrases: tuple[str, ...],
+        progress: Progress,
+    ) -> "_Measuring":
+        encodings = {
+            kind: _encodings(model, parts, kind, _targets(model, gated, parts, kind))
+            for kind in ("calibration", "held_out")
+        }
+        return cls(model, phrases, encodings, progress)
+
+    def __call__(self, kind: str, phase: str) -> Measured:
+        total, count = len(self.encodings[kind]), 0
+
+        def done(number: int) -> None:
+            nonlocal count
+            count += number
+            self.progress(phase, count, total)
+
+        return measure(self.model, self.encodings[kind], self.phrases, done)
+
+
+def _plan(
+    adapter: Adapter,
+    base: Path,
+    gated: GatedAdapter,
+    found: Found,
+    files: Sequence[ProbeFile],
+    options: Options,
+) -> Plan:
+    """The plan of the gates that were found, without what was measured on held-out probes."""
+    return Plan(
+        adapter_digest=adapter.copy.digest,
+        config_digest=adapter.config.digest,
+        base_model=str(base),
+        modules=_module_plans(adapter, gated, found),
+        probes=tuple(
+            Probes(kind=file.kind, digest=file.digest, count=len(file.probes)) for file in files
+        ),
+        method={
+            "by": options.by,
+            "max_asr": options.max_asr,
+            "steps": found.steps,
+            "strength": found.point.strength,
+            "removed_share": found.point.removed_share,
+        },
+        versions={name: version(name) for name in ("s3lora-serve", "torch", "transformers")},
+        seed=options.seed,
+    )
+
+
+def _material(
+    model: LanguageModel,
+    gated: GatedAdapter,
+    parts: Mapping[Kind, Split],
+    options: Options,
+    progress: Progress,
+) -> Material:
+    """The search split with what the gates learn from: refusals, answers to keep, base answers."""
+    harmful = [model.prompt(probe.prompt) for probe in parts["harmful"].search]
+    benign = [model.prompt(probe.prompt) for probe in parts["benign"].search]
+    gated.remove()
+    own = model.greedy(harmful, JUDGED_TOKENS)
+    progress("base model's answers", 1, 2)
+    refused = [is_refusal(text, options.phrases) for text in own]
+    check_aligned(sum(refused), len(refused), "harmful probes of the search split")
+    base_answers = model.greedy(benign, JUDGED_TOKENS)
+    progress("base model's answers", 2, 2)
+    refusals = [
+        (prompt, model.answer(text, end=False)[:REFUSAL_TOKENS])
+        for place, (prompt, answer) in enumerate(zip(harmful, own, strict=True))
+        if options.refusals or refused[place]
+        for text in [
+            options.refusals[place % len(options.refusals)] if options.refusals else answer
+        ]
+    ]
+    skill = _targets(model, gated, parts, "search")
+    # Without probes of skill, the benign prompts stand for the adapter's work, not the base's.
+    kept = "skill" in parts
+    return Material(
+        refusals,
+        skill,
+        [
+            (prompt, tokens)
+            for prompt, text in zip(benign, base_answers, strict=True)
+            if kept and (tokens := model.answer(text, end=False))
+        ],
+        sorted({model.answer(text, end=False)[0] for text in options.compliance if text}),
+    )
+
+
+def _targets(
+    model: LanguageModel, gated: GatedAdapter, parts: Mapping[Kind, Split], kind: str
+) -> list[tuple[Encoded, Encoded]]:
+    """Skill prompts with their answers; else benign prompts with the whole adapter's answers."""
+    if "skill" in parts:
+        return [
+            (model.prompt(probe.prompt), model.answer(probe.answer or ""))
+            for probe in _part(parts["skill"], kind)
+        ]
+    prompts = [model.prompt(probe.prompt) for probe in _part(parts["benign"], kind)]
+    gated.keep()
+    answers = [model.answer(text, end=False) for text in model.greedy(prompts, TARGET_TOKENS)]
+    return [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
+
+
+def _encodings(
+    model: LanguageModel,
+    parts: Mapping[Kind, Split],
+    kind: str,
+    skill: Sequence[tuple[Encoded, Encoded]],
+) -> Encodings:
+    harmful, benign = (
+        [model.prompt(probe.prompt) for probe in _part(parts[name], kind)]
+        for name in ("harmful", "benign")
+    )
+    return Encodings(harmful, benign, skill)
+
+
+def _part(parts: Split, kind: str) -> tuple[Probe, ...]:
+    found: tuple[Probe, ...] = getattr(parts, kind)
+    return found
+
+
+def _identity(gated: GatedAdapter) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.eye(len(layer.S)) for layer in gated.layers)
+
+
+def _module_plans(adapter: Adapter, gated: GatedAdapter, found: Found) -> tuple[ModulePlan, ...]:
+    shares = gated.removed_shares([gate.cpu() for gate in found.gates]).tolist()
+    plans = []
+    for module, gate, share in zip(adapter.modules, found.gates, shares, strict=True):
+        removed = min(1.0, max(0.0, share))
+        if removed <= UNCHANGED_SHARE:
+            plans.append(ModulePlan(name=module.name, action="keep", rank=module.rank))
+        elif removed >= STRIPPED_SHARE:
+            plans.append(
+                ModulePlan(name=module.name, action="strip", rank=module.rank, removed=1.0)
+            )
+        else:
+            plans.append(ModulePlan.of(module.name, module.rank, transform(module, gate), removed))
+    return tuple(plans)

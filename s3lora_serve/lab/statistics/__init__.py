@@ -1,0 +1,1 @@
+"""Statistics of a base model, for repair at admission."""

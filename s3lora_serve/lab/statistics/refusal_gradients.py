@@ -1,0 +1,140 @@
+"""How the log-odds of the base model's refusals depend on what its modules put out.
+
+Gradients go back one layer at a time: each layer runs again on its kept inputs, so that one layer's
+activations are in memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3lora_serve.lab.base_model.language_model import LanguageModel
+from s3lora_serve.lab.statistics.input_statistics import add_gram
+from s3lora_serve.lab.statistics.layer_pass import (
+    Batch,
+    Tokens,
+    counted_rows,
+    given_hidden,
+    hidden_of,
+    hooked,
+)
+
+ODDS_TOKENS = 3
+"""First tokens of a refusal whose log-odds count: there it is decided. Ours."""
+
+
+@dataclass(slots=True)
+class OutputSums:
+    """Sums over the counted tokens, for one module."""
+
+    gradients: Tensor  # Σ g·gᵀ, (m, m) float64
+    energy: float = 0.0  # Σ ‖y‖², of the module's own outputs
+    count: int = 0
+    routed: bool = False  # of an expert, which gets some tokens
+
+
+Sums = dict[str, OutputSums]
+"""By module."""
+
+
+def gradients_at_the_end(model: LanguageModel, found: Sequence[Batch]) -> list[Tensor]:
+    """The gradients of Σ log-odds with respect to what the last layer puts out.
+
+    `found` are batches after the last layer: the log-odds of a token t are
+    `z_t − log Σ exp(z_j), j ≠ t`, of its logits z.
+    """
+    gradients = []
+    for batch in found:
+        hidden = batch.hidden.to(model.device).detach().requires_grad_()
+        logits, targets = given_hidden(model, batch, hidden, ODDS_TOKENS)
+        own = logits.gather(-1, targets[:, None]).squeeze(-1)
+        others = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)
+        [gradient] = torch.autograd.grad((own - others).sum(), [hidden])
+        gradients.append(gradient.cpu())
+    return gradients
+
+
+def back_through_layer(
+    layer: Any,
+    place: int,
+    name: str,
+    found: Sequence[Batch],
+    inputs: Sequence[Tensor],
+    gradients: list[Tensor],
+    device: torch.device,
+) -> Sums:
+    """Sums of one layer's modules; `gradients` become those with respect to its inputs."""
+    sums: Sums = {}
+    for i, batch in enumerate(found):
+        args, more = batch.calls[place]
+        hidden = inputs[i].to(device).detach().requires_grad_()
+        with _added(layer, name) as added:
+            output = hidden_of(layer(hidden, *args, **more))
+            wanted = [hidden, *(each.zero for each in added.values())]
+            made = torch.autograd.grad(output, wanted, gradients[i].to(device), allow_unused=True)
+        gradients[i] = made[0].cpu()
+        for (module, each), gradient in zip(added.items(), made[1:], strict=True):
+            if gradient is None and each.tokens is None:
+                continue
+            gradient = torch.zeros_like(each.zero) if gradient is None else gradient
+            _add(sums, module, each, gradient, batch)
+    _settle_experts(sums)
+    return sums
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """What was added to a module's output, the output, and which tokens it is of."""
+
+    zero: Tensor
+    output: Tensor
+    tokens: Tokens
+
+
+def _add(sums: Sums, module: str, each: _Added, gradient: Tensor, batch: Batch) -> None:
+    rows = counted_rows(batch, gradient, each.tokens)
+    if module not in sums:
+        m = rows.shape[1]
+        empty = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
+        sums[module] = OutputSums(empty, routed=each.tokens is not None)
+    outputs = counted_rows(batch, each.output, each.tokens)
+    add_gram(sums[module].gradients, rows)
+    sums[module].energy += float(outputs.double().square().sum())
+    sums[module].count += len(rows)
+
+
+def _settle_experts(sums: Sums) -> None:
+    """Give each routed expert one token more, as `Covariances.settle_experts` does for inputs."""
+    alike: dict[str, list[OutputSums]] = {}
+    for module, each in sums.items():
+        if each.routed:
+            alike.setdefault(module.rpartition(".")[2], []).append(each)
+    for those in alike.values():
+        count = max(1, sum(each.count for each in those))
+        gradient = sum(float(each.gradients.trace()) for each in those) / count
+        energy = sum(each.energy for each in those) / count
+        for each in those:
+            each.gradients.diagonal().add_(gradient / len(each.gradients))
+            each.energy += energy
+            each.count += 1
+
+
+@contextmanager
+def _added(layer: Any, name: str) -> Iterator[dict[str, _Added]]:
+    """Within this context each linear module of the layer adds a zero that has a gradient."""
+    added: dict[str, _Added] = {}
+
+    def adding(module: Any, module_name: str) -> Any:
+        def add(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+            zero = torch.zeros_like(output, requires_grad=True)
+            added[module_name] = _Added(zero, output.detach(), getattr(module, "tokens", None))
+            return output + zero
+
+        return module.register_forward_hook(add)
+
+    with hooked(layer, name, adding):
+        yield added

@@ -1,0 +1,1 @@
+"""Many adapters at once: scans of registries, on one machine or a Ray cluster."""
