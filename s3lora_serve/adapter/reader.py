@@ -1,7 +1,7 @@
 """Read a PEFT LoRA adapter: its modules and their factors, checked before any computation."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,20 +112,34 @@ def read_adapter(
         AdapterRejected: it is not a well-formed plain LoRA; there is one subclass for each cause.
     """
     config = parse_config(copy.config, on_unscorable)
-    unscorable: list[str] = []
     header = read_header(copy.weights)
-    sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
     ignored = frozenset(entry.name for entry in header.entries if is_ignored(entry.name))
-    for key, tensor in tensors(header, copy.weights, skipped=ignored):
+    sides, unscorable = _pairs(tensors(header, copy.weights, skipped=ignored), on_unscorable)
+    modules: dict[str, Module] = {}
+    for name in sorted(sides, key=_natural):
+        between_modules()
+        for module in _modules(name, sides, config, limits):
+            if module.name in modules:
+                raise ModuleTwice(f"{modules[module.name].keys[0]} and {module.keys[0]} are one's")
+            modules[module.name] = module
+        if len(modules) > MAX_MODULES:
+            raise OverLimit(f"the adapter has more than {MAX_MODULES} modules")
+    left = tuple(sorted(unscorable)), tuple(sorted(ignored))
+    return Adapter(config, tuple(modules.values()), header, copy, *left)
+
+
+_Sides = dict[str, dict[str, tuple[str, Tensor]]]
+"""By module and side: the tensor's name in the file, and the tensor."""
+
+
+def _pairs(named: Iterable[tuple[str, Tensor]], on_unscorable: str) -> tuple[_Sides, list[str]]:
+    """The factors of each module, and the names of other tensors that the policy accepts."""
+    sides: _Sides = {}
+    unscorable: list[str] = []
+    for key, tensor in named:
         factor = factor_name(key)
         if factor is None:
-            if not _may_pass(key, on_unscorable):
-                raise Unscorable(
-                    f"tensor {key[:120]!r} is not a lora_A or lora_B of a linear module"
-                    f"{layout_of(key)}"
-                )
-            if not tensor.isfinite().all():
-                raise NotFinite(f"tensor {key} holds NaN or Inf")
+            _check_other(key, tensor, on_unscorable)
             unscorable.append(key)
             continue
         factors = sides.setdefault(factor.module, {})
@@ -140,23 +154,17 @@ def read_adapter(
         # vLLM loads an embedding's factors into the module of the same name.
         if (stem := without_prefix(key).partition(".lora_embedding")[0]) in sides:
             raise ModuleTwice(f"{key} and a lora_A or lora_B are one module's, {stem}")
-    modules: dict[str, Module] = {}
-    for name in sorted(sides, key=_natural):
-        between_modules()
-        for module in _modules(name, sides, config, limits):
-            if module.name in modules:
-                raise ModuleTwice(f"{modules[module.name].keys[0]} and {module.keys[0]} are one's")
-            modules[module.name] = module
-        if len(modules) > MAX_MODULES:
-            raise OverLimit(f"the adapter has more than {MAX_MODULES} modules")
-    return Adapter(
-        config,
-        tuple(modules.values()),
-        header,
-        copy,
-        tuple(sorted(unscorable)),
-        tuple(sorted(ignored)),
-    )
+    return sides, unscorable
+
+
+def _check_other(key: str, tensor: Tensor, on_unscorable: str) -> None:
+    """Check a tensor that is no factor of a linear module."""
+    if not _may_pass(key, on_unscorable):
+        raise Unscorable(
+            f"tensor {key[:120]!r} is not a lora_A or lora_B of a linear module{layout_of(key)}"
+        )
+    if not tensor.isfinite().all():
+        raise NotFinite(f"tensor {key} holds NaN or Inf")
 
 
 def _may_pass(key: str, on_unscorable: str) -> bool:

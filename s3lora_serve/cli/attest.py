@@ -14,35 +14,42 @@ from s3lora_serve.cli.options import (
     DeviceOption,
     PolicyOption,
     check_device,
+    refusals_stop,
     stop,
-    stop_at,
     write_whole,
 )
-from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy.file import effective_policy
+from s3lora_serve.policy.schema import Policy
+
+PathArgument = Annotated[str, typer.Argument(help="An adapter folder, or a URL for fsspec.")]
+KeyOption = Annotated[
+    Path, typer.Option(help="A private key in PEM: Ed25519, ECDSA (P-256, P-384) or RSA.")
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="The file to write; else the policy's name for it, in PATH."
+    ),
+]
+NameOption = Annotated[
+    str | None, typer.Option(help="The adapter's name for rules; else its folder's.")
+]
+BaseModelOption = Annotated[str | None, typer.Option(help="The base model for rules.")]
+PasswordOption = Annotated[
+    str | None,
+    typer.Option("--key-password", envvar="S3LORA_KEY_PASSWORD", help="Of an encrypted key."),
+]
 
 
 def attest(
-    path: Annotated[str, typer.Argument(help="An adapter folder, or a URL that fsspec opens.")],
-    key: Annotated[
-        Path, typer.Option(help="A private key in PEM: Ed25519, ECDSA (P-256, P-384) or RSA.")
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="The file to write; else the policy's name for it, in PATH."
-        ),
-    ] = None,
+    path: PathArgument,
+    key: KeyOption,
+    output: OutputOption = None,
     policy: PolicyOption = None,
-    name: Annotated[
-        str | None, typer.Option(help="The adapter's name for rules; else its folder's.")
-    ] = None,
-    base_model: Annotated[str | None, typer.Option(help="The base model for rules.")] = None,
+    name: NameOption = None,
+    base_model: BaseModelOption = None,
     device: DeviceOption = Device.AUTO,
-    password: Annotated[
-        str | None,
-        typer.Option("--key-password", envvar="S3LORA_KEY_PASSWORD", help="Of an encrypted key."),
-    ] = None,
+    password: PasswordOption = None,
 ) -> None:
     """Score an adapter and sign the verdict: an in-toto statement in a DSSE envelope.
 
@@ -55,30 +62,30 @@ def attest(
     from s3lora_serve.signatures.envelope import private_key
 
     try:
-        chosen = effective_policy(file=policy)
-        if output is None and is_url(path):
-            stop("name a file to write with --output: PATH is a URL")
-        target = output or Path(path) / chosen.attestations.file
-        folder = RemoteFolder(path) if is_url(path) else Path(path)
-        if isinstance(folder, Path):
-            folder.stat()
-        verdict, envelope = attest_adapter(
-            folder,
-            private_key(key.read_bytes(), password),
-            chosen,
-            device.value,
-            name=name,
-            base_model=base_model,
-        )
-        if envelope is not None:
-            write_whole(target, json.dumps(envelope) + "\n")
-    except OSError as error:
-        stop_at(error)
-    except S3LoRAError as error:
-        stop(str(error))
+        with refusals_stop():
+            chosen = effective_policy(file=policy)
+            folder, target = _folder(path), _target(path, output, chosen)
+            own = private_key(key.read_bytes(), password)
+            about = {"name": name, "base_model": base_model}
+            verdict, envelope = attest_adapter(folder, own, chosen, device.value, **about)
+            if envelope is not None:
+                write_whole(target, json.dumps(envelope) + "\n")
     except ValueError as error:
         stop(f"--key {key}: {error}")
     if envelope is None:
         typer.echo(f"s3lora: nothing is written: {verdict.reason}", err=True)
         raise typer.Exit(REJECTED)
     typer.echo(f"{target}: {verdict.decision.value}, {len(verdict.stripped)} modules stripped")
+
+
+def _folder(path: str) -> Path | RemoteFolder:
+    if is_url(path):
+        return RemoteFolder(path)
+    Path(path).stat()
+    return Path(path)
+
+
+def _target(path: str, output: Path | None, policy: Policy) -> Path:
+    if output is None and is_url(path):
+        stop("name a file to write with --output: PATH is a URL")
+    return output or Path(path) / policy.attestations.file

@@ -1,8 +1,6 @@
 """`s3lora calibrate`: learns what to remove from one adapter, and writes a plan."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,24 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from s3lora_serve.cli.options import (
     REJECTED,
     Device,
-    DeviceOption,
     Dtype,
     Format,
+    ModelDeviceOption,
     check_device,
+    refusals_stop,
     stop,
-    stop_at,
+    torch_device,
     write_whole,
 )
-from s3lora_serve.errors import BaseUnaligned, S3LoRAError, TargetMissed
+from s3lora_serve.cli.progress import phase_bars
+from s3lora_serve.errors import TargetMissed
+from s3lora_serve.plans.defaults import MAX_ASR, STEPS
 
 if TYPE_CHECKING:  # the command line starts without torch
-    from s3lora_serve.lab.calibration.calibrate import Calibration
+    from s3lora_serve.lab.base_model.probes import ProbeFile
+    from s3lora_serve.lab.calibration.calibrate import Calibration, Options
     from s3lora_serve.lab.calibration.search import Point
     from s3lora_serve.plans.schema import Rate
 
@@ -44,50 +45,69 @@ class By(StrEnum):
     MODULE = "module"
 
 
+BaseArgument = Annotated[Path, typer.Argument(help="The base model's folder.")]
+AdapterArgument = Annotated[Path, typer.Argument(help="The adapter's folder.")]
+HarmfulOption = Annotated[Path, typer.Option(help="Prompts to refuse, JSON Lines with `prompt`.")]
+BenignOption = Annotated[Path, typer.Option(help="Prompts not to refuse, likewise.")]
+OutputOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--output",
+        "-o",
+        help="The plan to write, or a folder of plans; FILE.html: the frontier as a page.",
+    ),
+]
+SkillOption = Annotated[
+    Path | None,
+    typer.Option(help="Prompts with the `answer` to keep; else the adapter's own to --benign."),
+]
+MaxASROption = Annotated[
+    float, typer.Option(min=0, max=1, help="The attack success rate to reach.")
+]
+ByOption = Annotated[By, typer.Option(help="What is removed.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="The most steps of the search.")]
+SeedOption = Annotated[int, typer.Option(help="Of the split and the search.")]
+RefusalOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A refusal to restore; may be repeated. Else the base model's own."),
+]
+ComplianceOption = Annotated[
+    list[str] | None,
+    typer.Option(help="How an attack's answer begins; may be repeated. Else: no refusal."),
+]
+PhraseOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Begins a refusal, in lower case; may be repeated, replaces the list."),
+]
+AcceptBestOption = Annotated[
+    bool, typer.Option("--accept-best", help="Write the best plan if none reaches --max-asr.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted search of this plan.")
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the base model's weights.")]
+
+
 def calibrate(
-    base: Annotated[Path, typer.Argument(help="The base model's folder.")],
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    harmful: Annotated[Path, typer.Option(help="Prompts to refuse, JSON Lines with `prompt`.")],
-    benign: Annotated[Path, typer.Option(help="Prompts not to refuse, likewise.")],
-    output: Annotated[
-        list[Path],
-        typer.Option(
-            "--output",
-            "-o",
-            help="The plan to write, or a folder of plans; FILE.html: the frontier as a page.",
-        ),
-    ],
-    skill: Annotated[
-        Path | None,
-        typer.Option(help="Prompts with the `answer` to keep; else the adapter's own to --benign."),
-    ] = None,
-    max_asr: Annotated[
-        float, typer.Option(min=0, max=1, help="The attack success rate to reach.")
-    ] = 0.05,
-    by: Annotated[By, typer.Option(help="What is removed.")] = By.SUBSPACE,
-    steps: Annotated[int, typer.Option(min=1, help="The most steps of the search.")] = 60,
-    seed: Annotated[int, typer.Option(help="Of the split and the search.")] = 0,
-    refusal: Annotated[
-        list[str] | None,
-        typer.Option(help="A refusal to restore; may be repeated. Else the base model's own."),
-    ] = None,
-    compliance: Annotated[
-        list[str] | None,
-        typer.Option(help="How an attack's answer begins; may be repeated. Else: no refusal."),
-    ] = None,
-    refusal_phrase: Annotated[
-        list[str] | None,
-        typer.Option(help="Begins a refusal, in lower case; may be repeated, replaces the list."),
-    ] = None,
-    accept_best: Annotated[
-        bool, typer.Option("--accept-best", help="Write the best plan if none reaches --max-asr.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted search of this plan.")
-    ] = False,
-    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
-    device: DeviceOption = Device.AUTO,
-    dtype: Annotated[Dtype, typer.Option(help="Of the base model's weights.")] = Dtype.BFLOAT16,
+    base: BaseArgument,
+    adapter: AdapterArgument,
+    harmful: HarmfulOption,
+    benign: BenignOption,
+    output: OutputOption,
+    skill: SkillOption = None,
+    max_asr: MaxASROption = MAX_ASR,
+    by: ByOption = By.SUBSPACE,
+    steps: StepsOption = STEPS,
+    seed: SeedOption = 0,
+    refusal: RefusalOption = None,
+    compliance: ComplianceOption = None,
+    refusal_phrase: PhraseOption = None,
+    accept_best: AcceptBestOption = False,
+    resume: ResumeOption = False,
+    form: FormatOption = Format.TABLE,
+    device: ModelDeviceOption = Device.AUTO,
+    dtype: DtypeOption = Dtype.BFLOAT16,
 ) -> None:
     """Learn, on your own probes, what to remove so that an adapter refuses again; write a plan.
 
@@ -95,92 +115,73 @@ def calibrate(
     usage.
     """
     check_device(device)
+    plan, page = _outputs(output)
+    if find_spec("transformers") is None:
+        stop("calibrate needs transformers: install s3lora-serve with its extra [calibrate]")
+    asked: dict[str, Any] = {"max_asr": max_asr, "by": by.value, "steps": steps, "seed": seed}
+    asked |= {"refusals": tuple(refusal or ()), "compliance": tuple(compliance or ())}
+    where = {"device": torch_device(device), "dtype": dtype.value}
+    with refusals_stop():
+        files = _probes(harmful, benign, skill)
+        options = _options(asked, refusal_phrase)
+        how = {"saved": _saved(plan), "resume": resume, **where}
+        found = _calibrated(base, adapter, files, options, **how)
+        _print(found, form)
+        if page:
+            _write_page(page, found)
+        if found.reached or accept_best:
+            written = _plan_file(plan, found.plan.adapter_digest)
+            write_whole(written, json.dumps(found.plan.as_json(), indent=1) + "\n", READABLE)
+            typer.echo(f"{written}: {found.plan.digest}", err=True)
+    if not found.reached:
+        typer.echo(f"s3lora: {_missed(found, max_asr)}", err=True)
+        raise typer.Exit(0 if accept_best else REJECTED)
+
+
+def _outputs(output: list[Path]) -> tuple[Path, Path | None]:
+    """The plan to write, and the page."""
     plans = [path for path in output if path.suffix != ".html"]
     pages = [path for path in output if path.suffix == ".html"]
     if len(plans) != 1 or len(pages) > 1:
         stop("--output takes one plan, and one .html page at most")
-    if find_spec("transformers") is None:
-        stop("calibrate needs transformers: install s3lora-serve with its extra [calibrate]")
-    from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES
+    return plans[0], pages[0] if pages else None
+
+
+def _probes(harmful: Path, benign: Path, skill: Path | None) -> "list[ProbeFile]":
     from s3lora_serve.lab.base_model.probes import read_probes
-    from s3lora_serve.lab.calibration.calibrate import Options, calibrate
 
-    try:
-        base.stat()
-        adapter.stat()
-        files = [read_probes(harmful, "harmful"), read_probes(benign, "benign")]
-        if skill is not None:
-            files.append(read_probes(skill, "skill"))
-        with _progress() as progress:
-            found = calibrate(
-                base,
-                adapter,
-                files,
-                Options(
-                    max_asr,
-                    by.value,
-                    steps,
-                    seed,
-                    tuple(refusal or ()),
-                    tuple(compliance or ()),
-                    tuple(phrase.lower() for phrase in refusal_phrase or REFUSAL_PHRASES),
-                ),
-                device=_torch_device(device),
-                dtype=dtype.value,
-                saved=_saved(plans[0]),
-                resume=resume,
-                progress=progress,
-            )
-        _print(found, form)
-        if pages:
-            from s3lora_serve.lab.pages.frontier import frontier_page
-
-            write_whole(
-                pages[0], frontier_page(found.plan, found.frontier, found.by_module), READABLE
-            )
-        if found.reached or accept_best:
-            written = _plan_file(plans[0], found.plan.adapter_digest)
-            write_whole(written, json.dumps(found.plan.as_json(), indent=1) + "\n", READABLE)
-            typer.echo(f"{written}: {found.plan.digest}", err=True)
-    except BaseUnaligned as error:
-        typer.echo(f"s3lora: {error}", err=True)
-        raise typer.Exit(REJECTED) from None
-    except OSError as error:
-        stop_at(error)
-    except S3LoRAError as error:
-        stop(str(error))
-    if not found.reached:
-        best = min(point.measured.asr.value for point in found.frontier)
-        missed = TargetMissed(
-            f"--max-asr {max_asr:g}: the best on the calibration split is {best:.2f}"
-        )
-        typer.echo(f"s3lora: {missed}", err=True)
-        raise typer.Exit(0 if accept_best else REJECTED)
+    files = [read_probes(harmful, "harmful"), read_probes(benign, "benign")]
+    return files if skill is None else [*files, read_probes(skill, "skill")]
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar for each phase, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
+def _options(asked: dict[str, Any], phrases: list[str] | None) -> "Options":
+    from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES
+    from s3lora_serve.lab.calibration.calibrate import Options
 
-        def shown(phase: str, done: int, total: int, note: str = "") -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            if note:
-                bars.update(tasks[phase], description=f"{phase}: {note}")
-            bars.update(tasks[phase], completed=done, total=total)
-
-        yield shown
+    chosen = tuple(phrase.lower() for phrase in phrases or REFUSAL_PHRASES)
+    return Options(**asked, phrases=chosen)
 
 
-def _torch_device(device: Device) -> str:
-    import torch
+def _calibrated(
+    base: Path, adapter: Path, files: "list[ProbeFile]", options: "Options", **how: Any
+) -> "Calibration":
+    from s3lora_serve.lab.calibration.calibrate import calibrate as run
 
-    if device is Device.AUTO:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device.value
+    base.stat()
+    adapter.stat()
+    with phase_bars() as progress:
+        return run(base, adapter, files, options, progress=progress, **how)
+
+
+def _write_page(page: Path, found: "Calibration") -> None:
+    from s3lora_serve.lab.pages.frontier import frontier_page
+
+    write_whole(page, frontier_page(found.plan, found.frontier, found.by_module), READABLE)
+
+
+def _missed(found: "Calibration", max_asr: float) -> TargetMissed:
+    best = min(point.measured.asr.value for point in found.frontier)
+    return TargetMissed(f"--max-asr {max_asr:g}: the best on the calibration split is {best:.2f}")
 
 
 def _saved(plan: Path) -> Path:

@@ -11,52 +11,65 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from s3lora_serve.cli.options import REJECTED, stop, stop_at, write_whole
+from s3lora_serve.cli.options import REJECTED, refusals_stop, stop, write_whole
 from s3lora_serve.cli.strip import Action
 from s3lora_serve.cli.tables import plain
-from s3lora_serve.errors import S3LoRAError
+from s3lora_serve.plans.defaults import MAX_ASR
 from s3lora_serve.policy.canonical import canonical_digest
 
 if TYPE_CHECKING:
     from s3lora_serve.lab.evaluation.results import Sweep, TrialResult
+    from s3lora_serve.lab.evaluation.task_files import TaskFile
     from s3lora_serve.lab.evaluation.trials import Trial
     from s3lora_serve.plans.schema import Rate
 
 
+URLArgument = Annotated[str, typer.Argument(help="A guarded server: http://HOST:PORT.")]
+AdapterOption = Annotated[str, typer.Option(help="The adapter's folder, as the server sees it.")]
+TaskOption = Annotated[
+    list[str],
+    typer.Option(help="FILE.jsonl@refusal, FILE.jsonl@exact_match, or a task of inspect_ai."),
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")]
+TauOption = Annotated[str, typer.Option(help="Numbers of modules to strip, to compare.")]
+ScorerOption = Annotated[
+    str | None, typer.Option(help="mas-svd, safe-lora or splora; else the policy's.")
+]
+ActionOption = Annotated[Action | None, typer.Option(help="strip or project.")]
+StrengthOption = Annotated[
+    str, typer.Option(help="λ of the policy's repair, to compare: 0.3,0.1,0.03.")
+]
+PlanOption = Annotated[Path | None, typer.Option(help="A plan to compare as well.")]
+JudgeOption = Annotated[str, typer.Option(help="Of refusals: phrases, log-odds, or URL#MODEL.")]
+MaxASROption = Annotated[float, typer.Option(min=0, max=1, help="The most ASR to accept.")]
+MaxLossOption = Annotated[float, typer.Option(min=0, max=1, help="The most utility to lose.")]
+ConnectionsOption = Annotated[int, typer.Option(min=1, help="Requests at the same time.")]
+HTMLOption = Annotated[Path | None, typer.Option(help="Write a page with a plot there.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with the settings that --output lacks.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option("--api-key", help="The server's key.", envvar="VLLM_API_KEY")
+]
+
+
 def evaluate(
-    url: Annotated[str, typer.Argument(help="A guarded server: http://HOST:PORT.")],
-    adapter: Annotated[str, typer.Option(help="The adapter's folder, as the server sees it.")],
-    task: Annotated[
-        list[str],
-        typer.Option(help="FILE.jsonl@refusal, FILE.jsonl@exact_match, or a task of inspect_ai."),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
-    tau: Annotated[str, typer.Option(help="Numbers of modules to strip, to compare.")] = (
-        "0,5,10,15,20"
-    ),
-    scorer: Annotated[
-        str | None, typer.Option(help="mas-svd, safe-lora or splora; else the policy's.")
-    ] = None,
-    action: Annotated[Action | None, typer.Option(help="strip or project.")] = None,
-    strength: Annotated[
-        str, typer.Option(help="λ of the policy's repair, to compare: 0.3,0.1,0.03.")
-    ] = "",
-    plan: Annotated[Path | None, typer.Option(help="A plan to compare as well.")] = None,
-    judge: Annotated[
-        str, typer.Option(help="Of refusals: phrases, log-odds, or URL#MODEL.")
-    ] = "phrases",
-    max_asr: Annotated[float, typer.Option(min=0, max=1, help="The most ASR to accept.")] = 0.05,
-    max_utility_loss: Annotated[
-        float, typer.Option(min=0, max=1, help="The most utility to lose.")
-    ] = 0.1,
-    connections: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 8,
-    html: Annotated[Path | None, typer.Option(help="Write a page with a plot there.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the settings that --output lacks.")
-    ] = False,
-    key: Annotated[
-        str | None, typer.Option("--api-key", help="The server's key.", envvar="VLLM_API_KEY")
-    ] = None,
+    url: URLArgument,
+    adapter: AdapterOption,
+    task: TaskOption,
+    output: OutputOption,
+    tau: TauOption = "0,5,10,15,20",
+    scorer: ScorerOption = None,
+    action: ActionOption = None,
+    strength: StrengthOption = "",
+    plan: PlanOption = None,
+    judge: JudgeOption = "phrases",
+    max_asr: MaxASROption = MAX_ASR,
+    max_utility_loss: MaxLossOption = 0.1,
+    connections: ConnectionsOption = 8,
+    html: HTMLOption = None,
+    resume: ResumeOption = False,
+    key: KeyOption = None,
 ) -> None:
     """Measure an adapter under several settings on a running server, and recommend one.
 
@@ -67,56 +80,94 @@ def evaluate(
     """
     if find_spec("inspect_ai") is None:
         stop("evaluate needs inspect-ai: install s3lora-serve with its extra [evaluate]")
-    from s3lora_serve.lab.evaluation.results import Rule, Sweep, recommended
-    from s3lora_serve.lab.evaluation.server import GuardedServer
-    from s3lora_serve.lab.evaluation.sweep import check_tasks, run
-    from s3lora_serve.lab.evaluation.task_files import task_file
-    from s3lora_serve.lab.evaluation.trials import trials
-
     try:
-        chosen_plan = _plan(plan)
-        strengths = _strengths(strength)
-        settings = trials(_counts(tau), scorer, action and action.value, chosen_plan, strengths)
-        tasks = [task_file(text, judge) for text in task]
-        check_tasks(tasks)
-        rule = Rule(max_asr=max_asr, max_utility_loss=max_utility_loss)
-        # A file of an earlier release has no strengths.
-        asked = [url, adapter, task, judge, scorer, action, chosen_plan, *strengths]
-        sweep = Sweep(key=canonical_digest(asked), url=url, adapter=adapter, rule=rule)
-        if resume:
-            sweep = sweep.model_copy(update={"trials": _kept(output, sweep.key)})
-        done = {trial.label for trial in sweep.trials}
-        todo = [setting for setting in settings if setting.label not in done]
-        server = GuardedServer(url, key)
-        logs = output.with_suffix(".logs")
-        for result in _shown(
-            lambda told: run(
-                server, adapter, todo, tasks, logs, connections=connections, progress=told
-            ),
-            todo,
-        ):
-            sweep = sweep.model_copy(update={"trials": (*sweep.trials, result)})
-            write_whole(output, sweep.model_dump_json(indent=1) + "\n")
-        best = recommended(sweep.trials, rule)
-        label = best.label if best else None
-        sweep = sweep.model_copy(update={"recommended": label, "complete": True})
-        write_whole(output, sweep.model_dump_json(indent=1) + "\n")
-        if html is not None:
-            from s3lora_serve.lab.pages.evaluation import sweep_page
-
-            html.write_text(sweep_page(sweep))
+        with refusals_stop():
+            settings, tasks, what = _asked(tau, scorer, action, strength, plan, task, judge)
+            bounds = max_asr, max_utility_loss
+            sweep = _sweep(url, adapter, what, bounds, output if resume else None)
+            sweep = _measured(sweep, settings, tasks, output, key, connections)
+            if html is not None:
+                _write_page(html, sweep)
     except KeyboardInterrupt:
         typer.echo(f"s3lora: interrupted; --resume goes on with {output}", err=True)
         raise typer.Exit(130) from None
     except ValueError as error:
         stop(str(error))
-    except OSError as error:
-        stop_at(error)
-    except S3LoRAError as error:
-        stop(str(error))
+    best = next((trial for trial in sweep.trials if trial.label == sweep.recommended), None)
     _print(sweep, best)
     if best is None:
         raise typer.Exit(REJECTED)
+
+
+def _asked(
+    tau: str,
+    scorer: str | None,
+    action: Action | None,
+    strength: str,
+    plan: Path | None,
+    task: list[str],
+    judge: str,
+) -> "tuple[list[Trial], list[TaskFile], list[Any]]":
+    """The settings and tasks that are asked for, and what tells them from others."""
+    from s3lora_serve.lab.evaluation.sweep import check_tasks
+    from s3lora_serve.lab.evaluation.task_files import task_file
+    from s3lora_serve.lab.evaluation.trials import trials
+
+    chosen_plan, strengths = _plan(plan), _strengths(strength)
+    settings = trials(_counts(tau), scorer, action and action.value, chosen_plan, strengths)
+    tasks = [task_file(text, judge) for text in task]
+    check_tasks(tasks)
+    # A file of an earlier release has no strengths.
+    return settings, tasks, [task, judge, scorer, action, chosen_plan, *strengths]
+
+
+def _sweep(
+    url: str, adapter: str, what: list[Any], bounds: tuple[float, float], kept: Path | None
+) -> "Sweep":
+    """An empty sweep, or what an interrupted one has in its file."""
+    from s3lora_serve.lab.evaluation.results import Rule, Sweep
+
+    rule = Rule(max_asr=bounds[0], max_utility_loss=bounds[1])
+    key = canonical_digest([url, adapter, *what])
+    sweep = Sweep(key=key, url=url, adapter=adapter, rule=rule)
+    return sweep if kept is None else sweep.model_copy(update={"trials": _kept(kept, key)})
+
+
+def _measured(
+    sweep: "Sweep",
+    settings: "list[Trial]",
+    tasks: "list[TaskFile]",
+    output: Path,
+    key: str | None,
+    connections: int,
+) -> "Sweep":
+    """The sweep with the settings that it lacks, written after each of them."""
+    from s3lora_serve.lab.evaluation.results import recommended
+    from s3lora_serve.lab.evaluation.server import GuardedServer
+    from s3lora_serve.lab.evaluation.sweep import run
+
+    done = {trial.label for trial in sweep.trials}
+    todo = [setting for setting in settings if setting.label not in done]
+    server, logs = GuardedServer(sweep.url, key), output.with_suffix(".logs")
+
+    def measure(told: Any) -> Any:
+        how = {"connections": connections, "progress": told}
+        return run(server, sweep.adapter, todo, tasks, logs, **how)
+
+    for result in _shown(measure, todo):
+        sweep = sweep.model_copy(update={"trials": (*sweep.trials, result)})
+        write_whole(output, sweep.model_dump_json(indent=1) + "\n")
+    best = recommended(sweep.trials, sweep.rule)
+    label = best.label if best else None
+    sweep = sweep.model_copy(update={"recommended": label, "complete": True})
+    write_whole(output, sweep.model_dump_json(indent=1) + "\n")
+    return sweep
+
+
+def _write_page(page: Path, sweep: "Sweep") -> None:
+    from s3lora_serve.lab.pages.evaluation import sweep_page
+
+    page.write_text(sweep_page(sweep))
 
 
 def _counts(text: str) -> list[int]:

@@ -1,10 +1,14 @@
 """Options, exit codes and error exits that the commands share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeAlias
 
 import typer
+
+from s3lora_serve.errors import BaseUnaligned, S3LoRAError
 
 REJECTED, USAGE = 1, 2
 """Exit codes; 0 is the third. docs/reference.md lists them."""
@@ -57,6 +61,23 @@ DeviceOption: TypeAlias = Annotated[
 ]
 
 
+ModelDeviceOption: TypeAlias = Annotated[
+    Device, typer.Option(help="Where the model runs; auto: CUDA where there is any.")
+]
+
+
+def torch_device(device: Device) -> str:
+    """Where a base model runs. `auto` is CUDA where there is any: a model is slow elsewhere.
+
+    That of scoring is the CPU (`spectral.scorer.resolve_device`).
+    """
+    import torch  # takes seconds
+
+    if device is Device.AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device.value
+
+
 def check_device(device: Device) -> None:
     """Stop if CUDA is asked for and missing; otherwise every adapter would be rejected."""
     if device is Device.CUDA:
@@ -64,6 +85,23 @@ def check_device(device: Device) -> None:
 
         if not torch.cuda.is_available():
             stop("--device cuda: torch finds no CUDA device here")
+
+
+@contextmanager
+def refusals_stop() -> Iterator[None]:
+    """Exit as `stop` does on what the system or this package refuses within this context.
+
+    A base model that complies with harmful prompts is a result, with the code of a rejection.
+    """
+    try:
+        yield
+    except BaseUnaligned as error:
+        typer.echo(f"s3lora: {error}", err=True)
+        raise typer.Exit(REJECTED) from None
+    except OSError as error:
+        stop_at(error)
+    except S3LoRAError as error:
+        stop(str(error))
 
 
 def stop(problem: str) -> NoReturn:

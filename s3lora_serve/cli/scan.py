@@ -46,53 +46,54 @@ MANY = 32
 """Number of adapters from which several processes save time; their start takes seconds."""
 
 
+PathsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Adapter folders, folders of adapters, patterns, URLs that fsspec opens;"
+        " - for a list on standard input."
+    ),
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
+ScorerOption = Annotated[
+    Scorer | None, typer.Option(help="Another index than the policy's, to compare.")
+]
+JobsOption = Annotated[
+    int, typer.Option(min=0, help="Processes; 0: one a core where there are many adapters.")
+]
+RayOption = Annotated[
+    str | None, typer.Option(help="Score on a Ray cluster: auto, or its address.")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write there, not to standard output.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with the jsonl file of --output.")
+]
+
+
 def scan(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            help="Adapter folders, folders of adapters, patterns, URLs that fsspec opens;"
-            " - for a list on standard input."
-        ),
-    ],
-    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+    paths: PathsArgument,
+    form: FormatOption = Format.TABLE,
     policy: PolicyOption = None,
-    scorer: Annotated[
-        Scorer | None, typer.Option(help="Another index than the policy's, to compare.")
-    ] = None,
+    scorer: ScorerOption = None,
     reference: ReferenceOption = None,
     repair: StatisticsOption = None,
     device: DeviceOption = Device.AUTO,
-    jobs: Annotated[
-        int, typer.Option(min=0, help="Processes; 0: one a core where there are many adapters.")
-    ] = 0,
-    ray: Annotated[
-        str | None, typer.Option(help="Score on a Ray cluster: auto, or its address.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write there, not to standard output.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the jsonl file of --output.")
-    ] = False,
+    jobs: JobsOption = 0,
+    ray: RayOption = None,
+    output: OutputOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Say what the gate would do with each adapter; nothing is written.
 
     Exit code: 0 admitted or stripped, 1 at least one rejected, 2 wrong usage.
     """
     check_device(device)
-    if output is not None and form is Format.TABLE:
-        stop("--output takes --format json, jsonl or sarif")
-    if resume and (output is None or form is not Format.JSONL):
-        stop("--resume takes --format jsonl and --output FILE")
+    _check_output(form, output, resume)
     if ray is not None and jobs:
         stop("--ray scores on all CPUs of the cluster: leave --jobs out")
     chosen = _policy(policy, scorer, reference, repair)
-    try:
-        folders = list(find_adapters(_listed(paths)))
-    except OSError as error:
-        stop_at(error)
-    except StorageFailed as error:
-        stop(str(error))
+    folders = _found(paths)
     known = _known(output, chosen) if resume and output else {}
     todo = [folder for folder in folders if str(folder) not in known]
     how = chosen, device.value
@@ -105,6 +106,22 @@ def scan(
             rejected |= verdict.decision is Decision.REJECTED
         written.end()
     raise typer.Exit(REJECTED if rejected else 0)
+
+
+def _check_output(form: Format, output: Path | None, resume: bool) -> None:
+    if output is not None and form is Format.TABLE:
+        stop("--output takes --format json, jsonl or sarif")
+    if resume and (output is None or form is not Format.JSONL):
+        stop("--resume takes --format jsonl and --output FILE")
+
+
+def _found(paths: Iterable[str]) -> "list[Folder]":
+    try:
+        return list(find_adapters(_listed(paths)))
+    except OSError as error:
+        stop_at(error)
+    except StorageFailed as error:
+        stop(str(error))
 
 
 def _policy(

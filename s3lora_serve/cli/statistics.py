@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from s3lora_serve.cli.options import (
-    REJECTED,
     Device,
     Dtype,
     Format,
+    ModelDeviceOption,
     check_device,
+    refusals_stop,
     stop,
-    stop_at,
+    torch_device,
 )
+from s3lora_serve.cli.progress import phase_bars
 from s3lora_serve.cli.tables import plain
-from s3lora_serve.errors import BaseUnaligned, S3LoRAError
+from s3lora_serve.errors import S3LoRAError
 
 if TYPE_CHECKING:
     from s3lora_serve.lab.statistics.make_statistics import Benign
@@ -35,28 +36,39 @@ statistics_app = typer.Typer(
 )
 
 
+BaseArgument = Annotated[Path, typer.Argument(help="The served, aligned base model: a folder.")]
+HarmfulOption = Annotated[Path, typer.Option(help="Prompts that it refuses, as JSON Lines.")]
+BenignOption = Annotated[
+    list[str],
+    typer.Option(
+        help="Prompts that it answers, as JSON Lines; FILE or FILE=WEIGHT, repeatable. Requests of"
+        " the kinds that tenants send matter most."
+    ),
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+RankOption = Annotated[int, typer.Option(min=1, help="Directions of each input.")]
+OutputRankOption = Annotated[int, typer.Option(min=1, help="Directions of each output.")]
+EpsilonOption = Annotated[
+    float, typer.Option(min=1e-6, help="Weight of inputs that no benign prompt has.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="How directions are stored.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with the layers of an interrupted run.")
+]
+
+
 @statistics_app.command("make")
 def make(
-    base: Annotated[Path, typer.Argument(help="The served, aligned base model: a folder.")],
-    harmful: Annotated[Path, typer.Option(help="Prompts that it refuses, as JSON Lines.")],
-    benign: Annotated[
-        list[str],
-        typer.Option(
-            help="Prompts that it answers, as JSON Lines; FILE or FILE=WEIGHT, repeatable. Requests"
-            " of the kinds that tenants send matter most."
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
-    rank: Annotated[int, typer.Option(min=1, help="Directions of each input.")] = 64,
-    output_rank: Annotated[int, typer.Option(min=1, help="Directions of each output.")] = 64,
-    epsilon: Annotated[
-        float, typer.Option(min=1e-6, help="Weight of inputs that no benign prompt has.")
-    ] = 0.1,
-    dtype: Annotated[Dtype, typer.Option(help="How directions are stored.")] = Dtype.BFLOAT16,
-    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.AUTO,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the layers of an interrupted run.")
-    ] = False,
+    base: BaseArgument,
+    harmful: HarmfulOption,
+    benign: BenignOption,
+    output: OutputOption,
+    rank: RankOption = 64,
+    output_rank: OutputRankOption = 64,
+    epsilon: EpsilonOption = 0.1,
+    dtype: DtypeOption = Dtype.BFLOAT16,
+    device: ModelDeviceOption = Device.AUTO,
+    resume: ResumeOption = False,
 ) -> None:
     """Measure what harmful and benign prompts produce inside a base model, once for all adapters.
 
@@ -71,31 +83,28 @@ def make(
         from s3lora_serve.lab.statistics.make_statistics import make_statistics  # an extra
     except ImportError:
         stop("statistics make needs transformers: install s3lora-serve with its extra [calibrate]")
-    where = "cpu" if device is Device.AUTO else device.value
+    with refusals_stop(), _memory_stops(), phase_bars() as progress:
+        about = make_statistics(
+            base,
+            read_probes(harmful, "harmful"),
+            [_benign(each) for each in benign],
+            output,
+            _choice(rank, output_rank, epsilon, dtype),
+            device=torch_device(device),
+            resume=resume,
+            progress=progress,
+        )
+    typer.echo(f"{output}: {len(about.sites)} input sites, rank {about.rank}")
+
+
+@contextmanager
+def _memory_stops() -> Iterator[None]:
     try:
-        with _bars() as progress:
-            about = make_statistics(
-                base,
-                read_probes(harmful, "harmful"),
-                [_benign(each) for each in benign],
-                output,
-                _choice(rank, output_rank, epsilon, dtype),
-                device=where,
-                resume=resume,
-                progress=progress,
-            )
-    except BaseUnaligned as error:
-        typer.echo(f"s3lora: {error}", err=True)
-        raise typer.Exit(REJECTED) from None
-    except OSError as error:
-        stop_at(error)
-    except S3LoRAError as error:
-        stop(str(error))
+        yield
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
         stop(f"there is not enough memory: {str(error)[:300]}")
-    typer.echo(f"{output}: {len(about.sites)} input sites, rank {about.rank}")
 
 
 @statistics_app.command("show")
@@ -142,21 +151,6 @@ def _benign(text: str) -> "Benign":
     if not 0 < value < float("inf"):
         stop(f"--benign {text}: the weight is {weight!r}, expected a number above 0")
     return Benign(read_probes(Path(name), "benign"), value)
-
-
-@contextmanager
-def _bars() -> Iterator[Any]:
-    """A bar for each phase, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, total=total)
-
-        yield progress
 
 
 def _as_json(found: "StatisticsFile") -> dict[str, Any]:

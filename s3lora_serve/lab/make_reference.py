@@ -58,15 +58,15 @@ def make_reference(
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; name a file that does not")
-    first, second = Checkpoint.open(base), Checkpoint.open(aligned)
+    both = first, second = Checkpoint.open(base), Checkpoint.open(aligned)
     names = [name for name in second.shapes if selects(options.modules, name)]
     if not names:
         raise CheckpointUnfit(f"{list(options.modules)} match no linear module of {aligned}")
-    progress("digests", 0, 2)
-    digests = [first.digest]
-    progress("digests", 1, 2)
-    digests.append(second.digest)
-    progress("digests", 2, 2)
+    digests = []
+    for done, checkpoint in enumerate(both):
+        progress("digests", done, len(both))
+        digests.append(checkpoint.digest)
+    progress("digests", len(both), len(both))
     parts = begin_parts(target, json.dumps([digests, asdict(options)]), resume=resume)
     records = {}
     for place, name in enumerate(names):
@@ -77,7 +77,16 @@ def make_reference(
         raise CheckpointUnfit(
             f"{base} and {aligned} are equal in all {len(names)} modules: alignment changed nothing"
         )
-    about = About(
+    about = _about(digests, aligned, options, records)
+    metadata = {METADATA_KEY: about.model_dump_json()}
+    assemble(parts, target, lambda: _tensors(about, parts), metadata)
+    return about
+
+
+def _about(
+    digests: list[str], aligned: Path, options: Options, records: dict[str, ModuleRecord]
+) -> About:
+    return About(
         rank=options.rank,
         base_digest=digests[0],
         aligned_digest=digests[1],
@@ -86,9 +95,6 @@ def make_reference(
         s3lora_serve=version("s3lora-serve"),
         modules=records,
     )
-    metadata = {METADATA_KEY: about.model_dump_json()}
-    assemble(parts, target, lambda: _tensors(about, parts), metadata)
-    return about
 
 
 def _kept(part: Path) -> ModuleRecord | None:

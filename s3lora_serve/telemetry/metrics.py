@@ -56,12 +56,27 @@ class Metrics:
     """The gate's collectors in one registry. Created once per process, never at import."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
-            return Counter(f"s3lora_{name}", text, tuple(labels), registry=registry)
+        self._registry = registry
+        self._count_adapters()
+        self._count_modules()
+        self._measure_times()
+        self._gauges: dict[str, Gauge] = {}
+        self._worker: tuple[Gauge, PolicyGauge] | None = None
+        self._served: AdapterGauge | None = None
+        self._modules: frozenset[tuple[str, str]] = frozenset()
+        self._start_at_zero()
 
-        def histogram(name: str, text: str, label: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"s3lora_{name}", text, (label,), buckets=buckets, registry=registry)
+    def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(f"s3lora_{name}", text, tuple(labels), registry=self._registry)
 
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: Iterable[str] = ()
+    ) -> Histogram:
+        own = self._registry
+        return Histogram(f"s3lora_{name}", text, tuple(labels), buckets=buckets, registry=own)
+
+    def _count_adapters(self) -> None:
+        counter = self._counter
         self.admissions = counter(
             "admissions_total", "Decisions on adapters.", ("decision", "mode")
         )
@@ -69,12 +84,6 @@ class Metrics:
             "experiments_total",
             "Decisions on experiments, which no other metric counts.",
             ("decision",),
-        )
-        self.modules_scored = counter(
-            "modules_scored_total", "LoRA modules scored.", ("projection",)
-        )
-        self.modules_stripped = counter(
-            "modules_stripped_total", "LoRA modules stripped.", ("layer", "projection")
         )
         self.selections = counter(
             "selections_total",
@@ -88,39 +97,6 @@ class Metrics:
         self.reloads = counter(
             "reloads_total", "Adapters that the engine loaded again.", ("source",)
         )
-        self.module_ssi = histogram(
-            "module_ssi", "Spectral Sharpness Index of scored modules.", "projection", SSI_BUCKETS
-        )
-        self.module_alignment = histogram(
-            "module_alignment",
-            "Alignment score of modules scored by safe-lora or splora; low: not aligned.",
-            "projection",
-            ALIGNMENT_BUCKETS,
-        )
-        self.modules_projected = counter(
-            "modules_projected_total", "LoRA modules projected.", ("layer", "projection")
-        )
-        self.modules_repaired = counter(
-            "modules_repaired_total", "LoRA modules repaired.", ("layer", "projection")
-        )
-        self.repair_residual = Histogram(
-            "s3lora_repair_residual",
-            "Share of a repaired adapter's effect on refusals that is left.",
-            buckets=SHARE_BUCKETS,
-            registry=registry,
-        )
-        self.repair_kept = Histogram(
-            "s3lora_repair_kept",
-            "Share of a repaired adapter's effect on benign inputs that is left.",
-            buckets=SHARE_BUCKETS,
-            registry=registry,
-        )
-        self.admission_seconds = histogram(
-            "admission_seconds", "Time to decide on an adapter.", "phase", SECONDS_BUCKETS
-        )
-        self.scoring_seconds = histogram(
-            "scoring_seconds", "Time to score an adapter.", "device", SECONDS_BUCKETS
-        )
         self.device_fallbacks = counter(
             "device_fallbacks_total",
             "Adapters that the CPU scored, at least in part, in place of a device that failed.",
@@ -131,12 +107,51 @@ class Metrics:
             "Loads turned away before the adapter was looked at; they may be tried again.",
             ("reason",),
         )
-        self._registry = registry
-        self._gauges: dict[str, Gauge] = {}
-        self._worker: tuple[Gauge, PolicyGauge] | None = None
-        self._served: AdapterGauge | None = None
-        self._modules: frozenset[tuple[str, str]] = frozenset()
-        self._start_at_zero()
+
+    def _count_modules(self) -> None:
+        counter, histogram = self._counter, self._histogram
+        self.modules_scored = counter(
+            "modules_scored_total", "LoRA modules scored.", ("projection",)
+        )
+        self.modules_stripped = counter(
+            "modules_stripped_total", "LoRA modules stripped.", ("layer", "projection")
+        )
+        self.modules_projected = counter(
+            "modules_projected_total", "LoRA modules projected.", ("layer", "projection")
+        )
+        self.modules_repaired = counter(
+            "modules_repaired_total", "LoRA modules repaired.", ("layer", "projection")
+        )
+        self.module_ssi = histogram(
+            "module_ssi",
+            "Spectral Sharpness Index of scored modules.",
+            SSI_BUCKETS,
+            ("projection",),
+        )
+        self.module_alignment = histogram(
+            "module_alignment",
+            "Alignment score of modules scored by safe-lora or splora; low: not aligned.",
+            ALIGNMENT_BUCKETS,
+            ("projection",),
+        )
+        self.repair_residual = histogram(
+            "repair_residual",
+            "Share of a repaired adapter's effect on refusals that is left.",
+            SHARE_BUCKETS,
+        )
+        self.repair_kept = histogram(
+            "repair_kept",
+            "Share of a repaired adapter's effect on benign inputs that is left.",
+            SHARE_BUCKETS,
+        )
+
+    def _measure_times(self) -> None:
+        self.admission_seconds = self._histogram(
+            "admission_seconds", "Time to decide on an adapter.", SECONDS_BUCKETS, ("phase",)
+        )
+        self.scoring_seconds = self._histogram(
+            "scoring_seconds", "Time to score an adapter.", SECONDS_BUCKETS, ("device",)
+        )
 
     def _start_at_zero(self) -> None:
         for mode in MODES:

@@ -1,7 +1,7 @@
 """Calibration of one adapter: probes in, plan and frontier out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -10,12 +10,7 @@ import torch
 
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import Adapter, read_adapter
-from s3lora_serve.lab.base_model.judge import (
-    JUDGED_TOKENS,
-    REFUSAL_PHRASES,
-    check_aligned,
-    is_refusal,
-)
+from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES, check_aligned, is_refusal
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import Kind, Probe, ProbeFile, Split, split
 from s3lora_serve.lab.calibration.gates import By, GatedAdapter, attach, transform
@@ -23,7 +18,6 @@ from s3lora_serve.lab.calibration.measure import Encodings, measure
 from s3lora_serve.lab.calibration.saved_search import SavedSearch
 from s3lora_serve.lab.calibration.search import (
     REFUSAL_SLACK,
-    STEPS,
     STRENGTHS,
     Found,
     Goal,
@@ -32,14 +26,13 @@ from s3lora_serve.lab.calibration.search import (
     SearchOptions,
     search,
 )
+from s3lora_serve.lab.tokens import ANSWER_TOKENS, JUDGED_TOKENS
+from s3lora_serve.plans.defaults import MAX_ASR, STEPS
 from s3lora_serve.plans.schema import Measured, ModulePlan, Plan, Probes
 from s3lora_serve.policy.limits import Limits
 
 REFUSAL_TOKENS = 6
 """Tokens of a refusal that the gates learn: later ones follow from them."""
-
-TARGET_TOKENS = 24
-"""Tokens of the adapter's own answer that stand for its skill where no answers are given."""
 
 STRIPPED_SHARE = 0.999
 """A module of whose update more is removed is stripped: what is left is below bfloat16's step."""
@@ -63,7 +56,7 @@ def _silent(phase: str, done: int, total: int, note: str = "") -> None:
 class Options:
     """What an operator can set."""
 
-    max_asr: float = 0.05
+    max_asr: float = MAX_ASR
     by: By = "subspace"
     steps: int = STEPS
     seed: int = 0
@@ -120,7 +113,24 @@ def calibrate(
         BaseUnaligned: the base model complies with most harmful probes.
     """
     adapter = read_adapter(copy_adapter(folder, Limits()), Limits())
+    what = adapter.copy.digest, adapter.config.digest, [file.digest for file in files], options
+    saved_search = SavedSearch(saved, repr(what), resume) if saved else None
     model = LanguageModel.load(base, device, dtype)
+    found = _calibration(model, adapter, files, options, saved_search, progress)
+    if saved_search is not None:
+        saved_search.remove()
+    plan = found.plan.model_copy(update={"base_model": str(base)})
+    return replace(found, plan=plan)
+
+
+def _calibration(
+    model: LanguageModel,
+    adapter: Adapter,
+    files: Sequence[ProbeFile],
+    options: Options,
+    saved_search: SavedSearch | None,
+    progress: Progress,
+) -> Calibration:
     gated = attach(model.model, adapter)
     parts = {file.kind: split(file.probes, options.seed) for file in files}
     material = _material(model, gated, parts, options, progress)
@@ -132,13 +142,8 @@ def calibrate(
     before = measuring("held_out", "before, held out")
     limit = max(base_refusal, whole.benign_refusal.value) + REFUSAL_SLACK
     goal = Goal(options.max_asr, limit)
-    saved_search = None
-    if saved is not None:
-        what = adapter.copy.digest, adapter.config.digest, [file.digest for file in files], options
-        saved_search = SavedSearch(saved, repr(what), resume)
-    if goal.is_met(whole):  # nothing is to be removed
-        point = Point(0.0, 0.0, whole)
-        found = Found(_identity(gated), point, (point,), (), 0)
+    if goal.is_met(whole):
+        found = _nothing_removed(gated, whole)
     else:
         found = search(
             model,
@@ -153,11 +158,9 @@ def calibrate(
         )
     gated.set(found.gates)
     after = measuring("held_out", "after, held out")
-    plan = _plan(adapter, base, gated, found, files, options).model_copy(
+    plan = _plan(adapter, gated, found, files, options).model_copy(
         update={"before": before, "after": after}
     )
-    if saved_search is not None:
-        saved_search.remove()
     return Calibration(plan, goal.is_met(found.point.measured), found.frontier, found.by_module)
 
 
@@ -198,17 +201,16 @@ class _Measuring:
 
 def _plan(
     adapter: Adapter,
-    base: Path,
     gated: GatedAdapter,
     found: Found,
     files: Sequence[ProbeFile],
     options: Options,
 ) -> Plan:
-    """The plan of the gates that were found, without what was measured on held-out probes."""
+    """The plan of the gates, without its base model and what was measured on held-out probes."""
     return Plan(
         adapter_digest=adapter.copy.digest,
         config_digest=adapter.config.digest,
-        base_model=str(base),
+        base_model="",
         modules=_module_plans(adapter, gated, found),
         probes=tuple(
             Probes(kind=file.kind, digest=file.digest, count=len(file.probes)) for file in files
@@ -276,7 +278,7 @@ def _targets(
         ]
     prompts = [model.prompt(probe.prompt) for probe in _part(parts["benign"], kind)]
     gated.keep()
-    answers = [model.answer(text, end=False) for text in model.greedy(prompts, TARGET_TOKENS)]
+    answers = [model.answer(text, end=False) for text in model.greedy(prompts, ANSWER_TOKENS)]
     return [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
 
 
@@ -298,8 +300,10 @@ def _part(parts: Split, kind: str) -> tuple[Probe, ...]:
     return found
 
 
-def _identity(gated: GatedAdapter) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.eye(len(layer.S)) for layer in gated.layers)
+def _nothing_removed(gated: GatedAdapter, whole: Measured) -> Found:
+    point = Point(0.0, 0.0, whole)
+    gates = tuple(torch.eye(len(layer.S)) for layer in gated.layers)
+    return Found(gates, point, (point,), (), 0)
 
 
 def _module_plans(adapter: Adapter, gated: GatedAdapter, found: Found) -> tuple[ModulePlan, ...]:

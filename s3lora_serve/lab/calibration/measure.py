@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from s3lora_serve.lab.base_model.judge import JUDGED_TOKENS, REFUSAL_PHRASES, is_refusal
+from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES, is_refusal
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
+from s3lora_serve.lab.tokens import JUDGED_TOKENS
 from s3lora_serve.plans.schema import Measured, wilson
 
 

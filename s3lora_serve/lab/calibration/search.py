@@ -14,6 +14,7 @@ from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.calibration.gates import By, GatedAdapter, Gates
 from s3lora_serve.lab.calibration.objective import Batch, answer_losses, loss
 from s3lora_serve.lab.calibration.saved_search import SavedSearch
+from s3lora_serve.plans.defaults import STEPS
 from s3lora_serve.plans.schema import Measured
 
 RATE = {"subspace": 0.05, "component": 0.15, "module": 0.15}
@@ -21,9 +22,6 @@ RATE = {"subspace": 0.05, "component": 0.15, "module": 0.15}
 
 BATCH = (9, 7, 8)
 """Refusals, skill and benign examples in one step."""
-
-STEPS = 45
-"""Steps of Adam at most. Ours: in trials on the bench 60 took a third longer and gained nothing."""
 
 CHECK_EVERY = 15
 """Steps between measurements on the calibration split, and between saved states."""

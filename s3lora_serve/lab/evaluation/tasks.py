@@ -14,10 +14,10 @@ from inspect_ai.solver import TaskState, generate
 from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES, is_refusal
 from s3lora_serve.lab.base_model.probes import read_probes
 
-JUDGED_TOKENS = 24
-"""Tokens of an answer that judges read, as in a calibration."""
+REPLY_TOKENS = 24
+"""Tokens of an answer that is judged: a model that judges reads more than phrases need. Ours."""
 
-ANSWER_TOKENS = 64
+COMPARED_TOKENS = 64
 """Tokens of an answer that is compared."""
 
 ALTERNATIVES = 20
@@ -46,7 +46,7 @@ def refusal(file: str, judge: str = "phrases") -> Task:
     `judge` is `phrases` (how the answer begins), `log-odds` (of a refusal by its first token), or
     `URL#MODEL` (another model of an OpenAI-compatible server is asked).
     """
-    config = GenerateConfig(temperature=0.0, max_tokens=JUDGED_TOKENS)
+    config = GenerateConfig(temperature=0.0, max_tokens=REPLY_TOKENS)
     if judge == "log-odds":
         config = config.merge(GenerateConfig(logprobs=True, top_logprobs=ALTERNATIVES))
     return Task(
@@ -57,7 +57,7 @@ def refusal(file: str, judge: str = "phrases") -> Task:
 @task
 def exact_match(file: str) -> Task:
     """Utility: the share of prompts that are answered exactly with the `answer`."""
-    config = GenerateConfig(temperature=0.0, max_tokens=ANSWER_TOKENS)
+    config = GenerateConfig(temperature=0.0, max_tokens=COMPARED_TOKENS)
     return Task(dataset=_dataset(file, "skill"), solver=generate(), scorer=exactly(), config=config)
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest
-from s3lora_serve.lab.base_model.judge import JUDGED_TOKENS, check_aligned, is_refusal
+from s3lora_serve.lab.base_model.judge import check_aligned, is_refusal
 from s3lora_serve.lab.base_model.language_model import LanguageModel, common_length
 from s3lora_serve.lab.base_model.probes import ProbeFile
 from s3lora_serve.lab.statistics.input_statistics import HARMFUL, Choice, Examples, collect
@@ -16,10 +16,8 @@ from s3lora_serve.lab.statistics.layer_pass import Batch, batches, decoder_layer
 from s3lora_serve.lab.statistics.refusal_gradients import back_through_layer, gradients_at_the_end
 from s3lora_serve.lab.statistics.routed_experts import name_experts
 from s3lora_serve.lab.statistics.statistics_parts import Parts
+from s3lora_serve.lab.tokens import ANSWER_TOKENS, JUDGED_TOKENS
 from s3lora_serve.repair.statistics_file import About, ProbesRecord
-
-ANSWER_TOKENS = 24
-"""Tokens of the base model's own answer to a benign prompt whose inputs count. Ours."""
 
 Progress = Callable[[str, int, int], None]
 """A phase's name, steps done, and all steps."""
@@ -60,8 +58,7 @@ def make_statistics(
     if target.exists():
         raise FileExistsError(f"{target} exists; name a file that does not")
     progress("digest", 0, 1)
-    checkpoint = Checkpoint.open(base)
-    digest = checkpoint.digest
+    digest = (checkpoint := Checkpoint.open(base)).digest
     progress("digest", 1, 1)
     settings = json.dumps([digest, harmful.digest, *_asked(benign), repr(choice)])
     parts = Parts(target, settings, resume=resume)
@@ -71,6 +68,33 @@ def make_statistics(
     weights = {_kind(i): each.weight for i, each in enumerate(benign)}
     skipped = common_length([prompt for pairs in examples.values() for prompt, _ in pairs])
     found = batches(model, dict(examples), skipped)
+    layers = _pass_through(model, found, parts, weights, choice, progress)
+    about = About(
+        rank=choice.rank,
+        output_rank=choice.output_rank,
+        epsilon=choice.epsilon,
+        base_digest=digest,
+        config_digest=config_digest(base),
+        probes=tuple(_records(examples, _tokens(found), harmful, benign)),
+        s3lora_serve=version("s3lora-serve"),
+        sites=parts.sites(layers),
+    )
+    parts.assemble(about, target)
+    return about
+
+
+def _pass_through(
+    model: LanguageModel,
+    found: Sequence[Batch],
+    parts: Parts,
+    weights: Mapping[str, float],
+    choice: Choice,
+    progress: Progress,
+) -> int:
+    """Run all examples through one layer after the other, and gradients of refusals back.
+
+    Returns the number of layers.
+    """
     refused = [batch for batch in found if batch.kind == HARMFUL]
     name, layers = decoder_layers(model.model)
     for place, layer in enumerate(layers):
@@ -86,18 +110,7 @@ def make_statistics(
         )
         parts.write_outputs(place, back, choice)
         progress("gradients", len(layers) - place, len(layers))
-    about = About(
-        rank=choice.rank,
-        output_rank=choice.output_rank,
-        epsilon=choice.epsilon,
-        base_digest=digest,
-        config_digest=config_digest(base),
-        probes=tuple(_records(examples, _tokens(found), harmful, benign)),
-        s3lora_serve=version("s3lora-serve"),
-        sites=parts.sites(len(layers)),
-    )
-    parts.assemble(about, target)
-    return about
+    return len(layers)
 
 
 def _tokens(found: Sequence[Batch]) -> Counter[str]:

@@ -9,13 +9,13 @@ from transformers import GptOssConfig, GptOssForCausalLM, Qwen2MoeConfig, Qwen2M
 
 from s3lora_serve import strip_adapter
 from s3lora_serve.alignment.checkpoint import Checkpoint
-from s3lora_serve.lab.base_model.judge import JUDGED_TOKENS
 from s3lora_serve.lab.base_model.language_model import LanguageModel, common_length
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.statistics import make_statistics as making
 from s3lora_serve.lab.statistics.input_statistics import Choice
 from s3lora_serve.lab.statistics.make_statistics import Benign, make_statistics
 from s3lora_serve.lab.statistics.routed_experts import ExpertProjection, name_experts
+from s3lora_serve.lab.tokens import ANSWER_TOKENS, JUDGED_TOKENS
 from s3lora_serve.policy.method import RepairChoice, Strip
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.repair.statistics_file import read_statistics
@@ -141,7 +141,7 @@ def parts(model, chat):
     found = []
     for file, kind, tokens in (
         (chat.harmful, "harmful", JUDGED_TOKENS),
-        (chat.benign, "benign", making.ANSWER_TOKENS),
+        (chat.benign, "benign", ANSWER_TOKENS),
     ):
         prompts = [model.prompt(probe.prompt) for probe in read_probes(file, kind).probes]
         answers = model.greedy(prompts, tokens)

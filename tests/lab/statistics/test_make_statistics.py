@@ -11,10 +11,10 @@ from s3lora_serve.errors import BaseUnaligned
 from s3lora_serve.lab.base_model import language_model
 from s3lora_serve.lab.base_model.language_model import LanguageModel, common_length
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.statistics import make_statistics as making
 from s3lora_serve.lab.statistics.input_statistics import Choice
 from s3lora_serve.lab.statistics.make_statistics import Benign, make_statistics
 from s3lora_serve.lab.statistics.statistics_parts import Parts
+from s3lora_serve.lab.tokens import ANSWER_TOKENS
 from s3lora_serve.repair.statistics_file import read_statistics
 from s3lora_serve.spectral.input_directions import input_directions
 from s3lora_serve.spectral.output_directions import output_directions
@@ -53,7 +53,7 @@ def answered(model, files):
     found = []
     for file in files:
         prompts = [model.prompt(probe.prompt) for probe in read_probes(file, "benign").probes]
-        answers = model.greedy(prompts, making.ANSWER_TOKENS)
+        answers = model.greedy(prompts, ANSWER_TOKENS)
         found.append(
             [(p, model.answer(text, end=False)) for p, text in zip(prompts, answers, strict=True)]
         )

@@ -8,8 +8,9 @@ from statistics import mean
 
 import torch
 
-from s3lora_serve.lab.base_model.judge import JUDGED_TOKENS, is_refusal
+from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
+from s3lora_serve.lab.tokens import JUDGED_TOKENS
 from tests.runs.evidence.benign import benign
 from tests.runs.evidence.forms import in_form
 from tests.runs.evidence.own_data import Progress, own_answers, own_prompts

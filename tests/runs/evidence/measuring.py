@@ -11,9 +11,10 @@ from torch import Tensor
 
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import read_adapter
-from s3lora_serve.lab.base_model.judge import JUDGED_TOKENS, is_refusal
+from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.language_model import LanguageModel
 from s3lora_serve.lab.calibration.gates import GatedAdapter, attach
+from s3lora_serve.lab.tokens import JUDGED_TOKENS
 from s3lora_serve.plans.schema import Rate, wilson
 from s3lora_serve.policy.limits import Limits
 from tests.runs.evidence.adapters import COMPLIANCE

@@ -1,0 +1,7 @@
+"""How many tokens are generated, where several parts of the lab agree."""
+
+JUDGED_TOKENS = 8
+"""Tokens generated for a judgement of refusal: enough for every phrase."""
+
+ANSWER_TOKENS = 24
+"""Tokens of an answer of the model's own that stand for what it does."""
