@@ -26,7 +26,7 @@ from s3lora_serve.admission.repairing import repair_of
 from s3lora_serve.admission.scoring import alignment_reference, attested_scores, score_adapter
 from s3lora_serve.admission.verdict import Decision
 from s3lora_serve.alignment.project import projected_weights
-from s3lora_serve.errors import GateFailed
+from s3lora_serve.errors import FormatNotAllowed, GateFailed
 from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.plans.file import check_fits, find_plan
 from s3lora_serve.policy.owners import foreign_load
@@ -51,6 +51,8 @@ def run_steps(load: Load, begun: Begun) -> Iterator[Begun]:
 def take_copy(load: Load, known: Begun) -> Copied:
     """Take the private copy of the adapter's two files."""
     limits = known.policy.limits
+    if "safetensors" not in limits.formats:  # the only format that is read
+        raise FormatNotAllowed(f"limits.formats is {list(limits.formats)}: it allows none")
     if load.circumstances.origin is not None:
         check_roots(load.real_path, limits.roots)
         limits = limits.model_copy(update={"roots": ()})

@@ -1,6 +1,7 @@
 """Policies: accepted and rejected files, and the effective policy."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,30 +14,17 @@ from s3lora_serve.policy.file import effective_policy, read_policy, serving_poli
 from s3lora_serve.policy.schema import Policy, parse_policy
 from s3lora_serve.settings import load_settings
 
-WHOLE = """
-mode: enforce
-scorer: {name: mas-svd, rank: null, normalization: two_sided}
-modules: ["*"]
-strip: {top_k: 10}
-limits:
-  max_stripped_fraction: 0.5
-  max_scaling: 64
-  max_norm_ratio: null
-  seconds: 30
-  max_bytes: 2147483648
-  max_rank: 256
-  formats: [safetensors]
-  roots: []
-deny: []
-allow: []
-on_uninformative: reject
-on_unscorable: reject
-audit: {path: null, max_bytes: 104857600, keep: 5, required: false}
-store: {max_bytes: 21474836480}
-required: false
-plans: null
-require_plan: false
-"""
+REFERENCE = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
+[WHOLE] = re.findall(
+    r"These are the defaults:\n\n```yaml\n(.*?)^rules:", REFERENCE, re.DOTALL | re.MULTILINE
+)
+"""The policy as the reference documents it, with every key; `rules` has an example there."""
+
+ALTERNATIVES = {
+    ("scorer", "reference"), ("scorer", "reference_digest"), ("strip", "fraction"),
+    ("strip", "outliers"), ("strip", "threshold"), ("rules",),
+}  # fmt: skip
+"""What stands in the place of another key's default, and is explained beside it."""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -45,9 +33,20 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-def test_the_contract_written_out_is_the_default(tmp_path):
+def test_the_policy_of_the_reference_is_the_default(tmp_path):
     assert read_policy(write(tmp_path, WHOLE)) == Policy()
     assert read_policy(write(tmp_path, "{}")) == Policy()
+
+
+def keys(value, path=()):
+    """The paths of all values in nested mappings."""
+    if not isinstance(value, dict) or not value:
+        return {path}
+    return {each for key, inner in value.items() for each in keys(inner, (*path, key))}
+
+
+def test_the_policy_of_the_reference_has_every_key():
+    assert keys(Policy().model_dump(mode="json")) - keys(yaml.safe_load(WHOLE)) == ALTERNATIVES
 
 
 def test_off_is_a_mode_and_no_boolean(tmp_path):

@@ -1,12 +1,15 @@
 """Answers of the gate's own routes that are no verdict."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from fastapi import responses
+from fastapi import Request, responses
 
 from s3lora_serve.errors import LoadPostponed, Reason, S3LoRAError
 from s3lora_serve.vllm_plugin.api.requester import note_retry
+
+T = TypeVar("T")
 
 
 class JSONResponse(responses.JSONResponse):
@@ -23,9 +26,24 @@ def not_found(text: str) -> JSONResponse:
     return JSONResponse({"error": text}, 404)
 
 
-def gate_off() -> JSONResponse:
-    """404, because nothing is registered or decided."""
+class GateOff(Exception):
+    """The mode is off, so nothing is registered or decided."""
+
+
+def gate_off(_request: Request, _state: Exception) -> JSONResponse:
+    """The answer to a request while the mode is off: 404."""
     return not_found("the gate is off: nothing is looked at")
+
+
+def in_force(registration: Callable[[], T | None]) -> Callable[[], T]:
+    """What gives this process's registration, or raises GateOff, which `gate_off` answers."""
+
+    def given() -> T:
+        if (found := registration()) is None:
+            raise GateOff
+        return found
+
+    return given
 
 
 def refused(error: S3LoRAError, status: int) -> JSONResponse:

@@ -14,7 +14,7 @@ from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
-from s3lora_serve.vllm_plugin.api.answers import JSONResponse, gate_off, not_found, refused
+from s3lora_serve.vllm_plugin.api.answers import JSONResponse, not_found, refused
 from s3lora_serve.vllm_plugin.api.attempt import door, experiment
 from s3lora_serve.vllm_plugin.api.experiment_ends import ExperimentEnds
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
@@ -24,15 +24,13 @@ from s3lora_serve.vllm_plugin.patches import setting
 class ExperimentRoutes:
     """`/s3lora/experiments`: what may be set, registration, and its end."""
 
-    def __init__(self, registration: Callable[[], AdapterRegistration | None]) -> None:
-        self._registration = registration
+    def __init__(self, in_force: Callable[[], AdapterRegistration]) -> None:
+        self._in_force = in_force
         self._ends = ExperimentEnds()
 
     async def show(self) -> JSONResponse:
         """The names kept for experiments, what they may set, and those that are registered."""
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         kept = registration.controller.reload_policy().experiments
         served = [one.verdict.name for one in registration.served.all() if one.experiment]
         return JSONResponse(
@@ -56,9 +54,7 @@ class ExperimentRoutes:
 
         Settings that are left out are the policy's. Without a plan the index chooses.
         """
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         wanted = settings or Settings()
         try:
             check_lengths(lora_name, lora_path)
@@ -83,9 +79,7 @@ class ExperimentRoutes:
 
     async def end(self, raw_request: Request, name: str) -> JSONResponse:
         """Unload an experiment; adapters that are none are left alone."""
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         found = registration.served.get(name)
         if found is None or found.experiment is None:
             return not_found(f"no experiment {name!r} is registered")

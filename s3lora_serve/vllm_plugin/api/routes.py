@@ -16,8 +16,10 @@ from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
 from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.answers import (
+    GateOff,
     JSONResponse,
     gate_off,
+    in_force,
     not_found,
     refused,
     turned_away,
@@ -44,6 +46,7 @@ class GateRoutes:
     def __init__(self, registration: Callable[[], AdapterRegistration | None]) -> None:
         """Take what returns the registration of this process, None while the mode is off."""
         self._registration = registration
+        self._in_force = in_force(registration)
         self._engine: Any | None = None
         self._rendering = Rendering()
 
@@ -51,6 +54,7 @@ class GateRoutes:
         """Add the gate's routes; those that read folders only if run-time loading is enabled."""
         if (registration := self._registration()) is not None:
             registration.warm_up()
+        app.add_exception_handler(GateOff, gate_off)
         keys = compat.api_keys(app.state.args)
         app.add_middleware(ApiKeyGate, keys=keys)
         app.add_middleware(RequesterNote, keys=keys)
@@ -64,7 +68,7 @@ class GateRoutes:
         if compat.runtime_loading_open():
             json_only = {"dependencies": compat.json_only()}
             _add(app, "POST", "/s3lora/scan", self.scan, openapi.VERDICT, **json_only)
-            experiments = ExperimentRoutes(self._registration)
+            experiments = ExperimentRoutes(self._in_force)
             path = "/s3lora/experiments"
             _add(app, "GET", path, experiments.show, openapi.EXPERIMENTS)
             _add(app, "POST", path, experiments.register, openapi.VERDICT, **json_only)
@@ -101,9 +105,7 @@ class GateRoutes:
         page: Annotated[int, Query(ge=1)] = 1,
     ) -> Response:
         """For people: the adapters, or one adapter with its heat map and a module's spectrum."""
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         controller, served = registration.controller, registration.served
         if adapter is None:
             refused = registration.recent_decisions.refusals()
@@ -115,9 +117,7 @@ class GateRoutes:
 
     async def policy(self) -> JSONResponse:
         """The policy in force, and its digest."""
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         policy = registration.controller.policy
         return JSONResponse({"digest": policy.digest, "policy": policy.as_json()})
 
@@ -127,9 +127,7 @@ class GateRoutes:
         limit: Annotated[int, Query(ge=1, le=1000)] = PAGE,
     ) -> Response:
         """Verdicts on the served adapters in the order of registration, without spectra."""
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         served = registration.served.all()
         page = [one.verdict for one in served[offset : offset + limit]]
         fields = {"offset": offset, "total": len(served)}
@@ -137,9 +135,7 @@ class GateRoutes:
 
     async def adapter(self, name: str) -> Response:
         """The verdict on one served adapter."""
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         found = registration.served.get(name)
         if found is None:
             return not_found(f"no adapter {name!r} is served")
@@ -147,9 +143,7 @@ class GateRoutes:
 
     async def recheck(self) -> Response:
         """Which served adapters would be decided otherwise under the policy in force now."""
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         try:
             pairs = await registration.recheck(self._engine)
         except LoadPostponed as postponed:
@@ -165,9 +159,7 @@ class GateRoutes:
         lora_path: Annotated[str, Body(min_length=1)],
     ) -> Response:
         """The verdict that registering an adapter would get; nothing is registered."""
-        registration = self._registration()
-        if registration is None:
-            return gate_off()
+        registration = self._in_force()
         try:
             check_lengths(lora_name, lora_path)
             verdict = await registration.dry_run(self._engine, lora_name, lora_path)
