@@ -1,5 +1,7 @@
 """The steps of an admission: one that refuses ends them, and the verdict tells what was known."""
 
+from itertools import pairwise
+
 import pytest
 
 from s3lora_serve.admission.partial import Begun, Circumstances, Copied, Decided, Placed, Read
@@ -50,7 +52,7 @@ def test_an_error_of_the_gates_own_refuses_too(trained):
 
 def test_each_step_knows_all_that_the_one_before_knew():
     ordered = Begun, Copied, Read, Placed, Decided
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         assert issubclass(after, before)
     with pytest.raises(TypeError):
         Copied(policy=Policy(), started=0.0, deadline=1.0)  # no step ends without what it finds

@@ -40,13 +40,11 @@ def in_readme(readme: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The README with its table of architectures as the results have it."""
     before, _, rest = readme.partition(MARK)
     _, _, after = rest.partition(MARK)
-    lines = [
-        "",
-        "| architecture | served as by stock vLLM | stripped as by hand |",
-        "|---|---|---|",
-    ]
+    groups: dict[str, list[str]] = {}
     for name, found in results.items():
-        lines.append(f"| {name} | {_as_stock(found)} | {_stripped(found)} |")
+        groups.setdefault(_group(found), []).append(name.replace(", ", " "))
+    lines = ["", "| as stock vLLM | architectures |", "|---|---|"]
+    lines += [f"| {group} | {', '.join(names)} |" for group, names in groups.items()]
     return before + MARK + "\n".join([*lines, ""]) + MARK + after
 
 
@@ -57,6 +55,14 @@ def holds(found: Mapping[str, Any]) -> bool:
     if found["stock"]:
         return found["refused"] is not None
     return bool(found["acts"] and found["as_stock"] and found["as_by_hand"] and found["strips"])
+
+
+def _group(found: Mapping[str, Any]) -> str:
+    if found.get("failed"):
+        return "vLLM has no LoRA for it"
+    if found["stock"]:
+        return "refused, as vLLM refuses it"
+    return "the same, whole and stripped" if holds(found) else "**not the same**"
 
 
 def _as_stock(found: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def in_readme(readme: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The README with its table of supported versions as the results have it."""
     before, _, rest = readme.partition(MARK)
     _, _, after = rest.partition(MARK)
-    lines = ["", "| vLLM | tests of the doors |", "|---|---|"]
+    lines = ["", "| vLLM | tests |", "|---|---|"]
     for found in results.values():
         ran = f"{found.get('passed')} passed, {found['failed']} failed"
         lines.append(f"| {found['vllm']} | {found.get('source', ran)} |")
