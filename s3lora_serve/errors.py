@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from s3lora_serve.printable import printable
 
-_MARK = re.compile(r"S3LORA-\d{3}: .*", re.DOTALL)
+_MARK = re.compile(r"(?P<code>S3LORA-\d{3}): (?P<message>.*)", re.DOTALL)
 
 
 class S3LoRAError(Exception):
@@ -31,6 +31,9 @@ class S3LoRAError(Exception):
 
 class AdapterRejected(S3LoRAError):
     """An adapter is not admitted. One subclass per cause; its docstring says what that is."""
+
+    passes: ClassVar[bool] = False
+    """Whether the same adapter may be admitted later, under the same policy."""
 
 
 class NotAnAdapter(AdapterRejected):
@@ -192,6 +195,7 @@ class PlanInvalid(AdapterRejected):
 
     code = "S3LORA-208"
     remedy = "Mend or remove the plan; docs/reference.md has its schema and its folder's rules."
+    passes = True
 
 
 class ReferenceUnfit(AdapterRejected):
@@ -332,6 +336,7 @@ class GateFailed(AdapterRejected):
 
     code = "S3LORA-401"
     remedy = "The gate itself failed, and nothing unscored is admitted; see the server's log."
+    passes = True
 
 
 class DeadlinePassed(AdapterRejected):
@@ -339,6 +344,7 @@ class DeadlinePassed(AdapterRejected):
 
     code = "S3LORA-402"
     remedy = "Raise that limit in the policy, or give the server more cores."
+    passes = True
 
 
 class StoreDamaged(AdapterRejected):
@@ -346,6 +352,7 @@ class StoreDamaged(AdapterRejected):
 
     code = "S3LORA-403"
     remedy = "Register the adapter again: its stored copy is missing or damaged."
+    passes = True
 
 
 class AuditFailed(AdapterRejected):
@@ -353,6 +360,7 @@ class AuditFailed(AdapterRejected):
 
     code = "S3LORA-404"
     remedy = "The policy has audit.required: make the audit log writable again."
+    passes = True
 
 
 class StoreFull(AdapterRejected):
@@ -360,13 +368,18 @@ class StoreFull(AdapterRejected):
 
     code = "S3LORA-405"
     remedy = "Unload adapters that are no longer needed, or raise store.max_bytes in the policy."
+    passes = True
 
 
 class Refused(AdapterRejected):
-    """A refusal whose text is complete, on its way through vLLM, which keeps the text alone."""
+    """A refusal for the reason that a verdict has."""
 
-    def __init__(self, text: str) -> None:
-        Exception.__init__(self, text)
+    def __init__(self, reason: "Reason") -> None:
+        self.reason = reason
+        Exception.__init__(self, str(reason))
+
+    def __reduce__(self) -> tuple[type["Refused"], tuple["Reason"]]:
+        return Refused, (self.reason,)
 
 
 class LoadPostponed(S3LoRAError):
@@ -396,6 +409,10 @@ class PolicyInvalid(S3LoRAError):
 
     code = "S3LORA-901"
     remedy = "Fix the policy; docs/reference.md lists all keys."
+
+
+class PlansInvalid(PolicyInvalid):
+    """The policy's folder of plans cannot be read, or others can write in it."""
 
 
 class SettingInvalid(S3LoRAError):
@@ -505,18 +522,23 @@ class Reason:
 
     @classmethod
     def of(cls, error: S3LoRAError) -> "Reason":
-        return cls(error.code, error.message)
+        return error.reason if isinstance(error, Refused) else cls(error.code, error.message)
 
+    @classmethod
+    def in_text(cls, text: str) -> "Reason | None":
+        """The `S3LORA-NNN: …` in what vLLM made of an error, of which it keeps the text alone."""
+        found = _MARK.search(text)
+        return cls(found["code"], found["message"].strip()) if found else None
 
-def refusal_in(text: str) -> str | None:
-    """The `S3LORA-NNN: …` part of a message that passed through other layers, or None."""
-    found = _MARK.search(text)
-    return found.group(0).strip() if found else None
+    @property
+    def passes(self) -> bool:
+        """Whether the same adapter may be admitted later, under the same policy."""
+        return any(cause.passes for cause in rejections() if cause.code == self.code)
 
-
-def is_postponed(text: str) -> bool:
-    """Whether a message is that of a load which may be tried again later."""
-    return text.startswith(tuple(f"{cause.code}:" for cause in LoadPostponed.__subclasses__()))
+    @property
+    def is_postponed(self) -> bool:
+        """Whether a load was turned away before the adapter was looked at."""
+        return any(cause.code == self.code for cause in LoadPostponed.__subclasses__())
 
 
 def rejections() -> tuple[type[AdapterRejected], ...]:

@@ -6,7 +6,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Literal
 
-from s3lora_serve.errors import Reason
+from s3lora_serve.errors import GateFailed, Reason, Refused
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.printable import printable
 from s3lora_serve.signatures.records import Attester, Signer, Vouchers
@@ -105,6 +105,11 @@ class Verdict:
     scored_by: Literal["gate", "attestation"] = "gate"  # where the scores are from
     config_file_digest: str | None = None  # sha256 of adapter_config.json, byte for byte
     repair: RepairFacts | None = None  # None: not repaired
+
+    @property
+    def refusal(self) -> Refused:
+        """What to raise for a verdict that refuses."""
+        return Refused(self.reason or Reason.of(GateFailed("the verdict gives no reason")))
 
     @property
     def vouchers(self) -> Vouchers:

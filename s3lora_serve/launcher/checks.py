@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from s3lora_serve.errors import PolicyInvalid, S3LoRAError, SettingInvalid
+from s3lora_serve.errors import PlansInvalid, S3LoRAError, SettingInvalid
 from s3lora_serve.launcher.check import Check
 from s3lora_serve.launcher.front_end import front_end
 from s3lora_serve.launcher.resolvers import resolvers
@@ -90,7 +90,7 @@ def _plans() -> Iterator[Check]:
         policy = serving_policy()
         check_plans(policy)
     except S3LoRAError as error:
-        if isinstance(error, PolicyInvalid) and error.problem.startswith("plans: "):
+        if isinstance(error, PlansInvalid):
             yield Check("plans", False, str(error))
         return
     if policy.plans is None or policy.mode == "off":

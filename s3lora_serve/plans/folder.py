@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from s3lora_serve.adapter.operator_file import OPEN_FLAGS, contents, foreign_writer
-from s3lora_serve.errors import PlanInvalid, PolicyInvalid
+from s3lora_serve.errors import PlanInvalid, PlansInvalid
 from s3lora_serve.policy.schema import Policy
 
 MAX_PLAN_BYTES = 2**28
@@ -25,7 +25,7 @@ def check_plans(policy: Policy) -> None:
     """Check the policy's folder of plans, if it has one.
 
     Raises:
-        PolicyInvalid: it is not a folder, or others than this user and root can write in it.
+        PlansInvalid: it is not a folder, or others than this user and root can write in it.
     """
     if policy.plans is None or policy.mode == "off":
         return
@@ -33,7 +33,7 @@ def check_plans(policy: Policy) -> None:
         with _opened_folder(policy.plans):
             pass
     except PlanInvalid as error:
-        raise PolicyInvalid(f"plans: {error.problem}") from None
+        raise PlansInvalid(f"plans: {error.problem}") from None
 
 
 def plan_bytes(folder: Path, digest: str) -> bytearray | None:

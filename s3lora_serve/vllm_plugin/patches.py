@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from s3lora_serve.errors import AdapterRejected, TooLong, is_postponed, refusal_in
+from s3lora_serve.errors import AdapterRejected, Reason, TooLong
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.compat import (
@@ -177,7 +177,7 @@ def wrap_unload(check: Callable[[str], None], removed: Callable[[Any, str], None
         try:
             check(request.lora_name)
         except AdapterRejected as refusal:
-            return rejected(str(refusal))
+            return rejected(Reason.of(refusal))
         result = await original(self, request)
         if isinstance(result, str):
             removed(self.engine_client, request.lora_name)
@@ -210,7 +210,7 @@ def wrap_doors(door: ContextVar[str]) -> None:
         # "experiment" is set by the gate's own route, "static" by vLLM's start.
         with setting(door, "http" if door.get() == "engine" else door.get()):
             result = await load(self, request, base_model_name)
-        refusal = None if isinstance(result, str) else refusal_in(result.error.message)
+        refusal = None if isinstance(result, str) else Reason.in_text(result.error.message)
         return result if refusal is None else rejected(refusal)
 
     async def init_static_loras(self: Any) -> None:
@@ -233,16 +233,16 @@ def _too_long(name: str, path: str = "") -> Any:
     try:
         check_lengths(name, path)
     except TooLong as refusal:
-        return rejected(str(refusal))
+        return rejected(Reason.of(refusal))
     return None
 
 
-def rejected(refusal: str) -> Any:
+def rejected(refusal: Reason) -> Any:
     """vLLM's answer with a refusal: 400, or 429 if the load may be tried again later."""
     status, kind = HTTPStatus.BAD_REQUEST, "AdapterRejected"
-    if is_postponed(refusal):
+    if refusal.is_postponed:
         status, kind = HTTPStatus.TOO_MANY_REQUESTS, "LoadPostponed"
-    return create_error_response(message=refusal, err_type=kind, status_code=status)
+    return create_error_response(message=str(refusal), err_type=kind, status_code=status)
 
 
 @contextmanager

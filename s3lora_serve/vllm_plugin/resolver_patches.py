@@ -4,7 +4,7 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from s3lora_serve.errors import AdapterRejected
+from s3lora_serve.errors import AdapterRejected, Reason
 from s3lora_serve.vllm_plugin.compat import (
     FilesystemResolver,
     HfHubResolver,
@@ -31,7 +31,7 @@ def wrap_resolvers(
             check(self, lora_name)
             return await resolve(self, lora_name)
         except AdapterRejected as refusal:
-            return rejected(str(refusal))
+            return rejected(Reason.of(refusal))
 
     async def found(self: Any, lora_name: str, lora_path: str, base_model_name: str) -> Any:
         return await find(self, lora_name, lora_path, base_model_name)

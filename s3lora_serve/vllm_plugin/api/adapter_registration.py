@@ -18,7 +18,6 @@ from s3lora_serve.errors import (
     AuditFailed,
     LoadPostponed,
     RateExceeded,
-    Refused,
 )
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.owners import foreign_unload
@@ -161,7 +160,7 @@ class AdapterRegistration:
         verdict, path = await self._admissions.admit(attempt, self._loads)
         if path is None:
             await self._record(engine, verdict, attempt.tenant)
-            raise Refused(str(verdict.reason))
+            raise verdict.refusal
         before = self.served.get(request.lora_name)
         unchanged = self._engine_load.choose_id(request, path, before)
         try:
@@ -200,7 +199,7 @@ class AdapterRegistration:
         """
         written = await self._record(engine, verdict, tenant, path)
         if is_refused(verdict):
-            raise Refused(str(verdict.reason))
+            raise verdict.refusal
         if not written and self.controller.policy.audit.required and verdict.mode == "enforce":
             raise AuditFailed("the decision could not be written down")
 

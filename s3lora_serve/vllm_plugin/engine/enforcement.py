@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from s3lora_serve.adapter.reader import read_adapter
-from s3lora_serve.errors import Refused
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.store.stored_copy import StoredCopy
 from s3lora_serve.vllm_plugin import compat
@@ -36,7 +35,7 @@ def enforce(
     """
     verdict = stored.verdict
     if stored.copy is None:
-        raise Refused(str(verdict.reason))
+        raise verdict.refusal
     on_unscorable = "strip" if verdict.removed else "admit" if verdict.unscored else "reject"
     give_way()
     adapter = read_adapter(stored.copy, ADMITTED_LIMITS, on_unscorable, give_way)

@@ -19,7 +19,6 @@ from s3lora_serve.errors import (
     AdapterRejected,
     GateFailed,
     Reason,
-    Refused,
     RefusedByVLLM,
     StoreDamaged,
 )
@@ -99,7 +98,7 @@ class AdapterLoader:
         load = self._preloaded(self._models.get(manager, self.model), request, original)
         verdict = load.stored.verdict if load.stored else None
         if load.stored is None or isinstance(load.result, Exception):
-            return self._without_effect(request, _reason(load.result, verdict), verdict)
+            return self._without_effect(request, Reason.of(load.result), verdict)
         stored = load.stored
         if compat.is_first_rank():
             events = self.controller.events
@@ -227,10 +226,3 @@ class AdapterLoader:
 
 def _key(request: Any) -> tuple[int, str]:
     return request.lora_int_id, request.lora_path
-
-
-def _reason(refusal: AdapterRejected, verdict: Verdict | None) -> Reason:
-    """The reason of a refusal; a stored verdict has its own."""
-    if isinstance(refusal, Refused) and verdict and verdict.reason:
-        return verdict.reason
-    return Reason.of(refusal)

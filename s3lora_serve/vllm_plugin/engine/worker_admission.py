@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from s3lora_serve.errors import NotAnAdapter, PlanInvalid, Refused
+from s3lora_serve.errors import NotAnAdapter
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
@@ -47,11 +47,9 @@ class WorkerAdmission:
             folder, request.lora_name, model.base_model, model.modules, store_refused=True
         )
         if path is None:
-            raise Refused(str(verdict.reason))
+            raise verdict.refusal
         # A bad plan may be mended or removed, which is not in what the ranks agree on.
-        passing = ("S3LORA-4", PlanInvalid.code)
-        transient = verdict.reason and verdict.reason.code.startswith(passing)
-        if verdict.digest and not transient:
+        if verdict.digest and not (verdict.reason and verdict.reason.passes):
             # Each rank scores for itself. If they differ, the first verdict holds for all ranks.
             content = (verdict.digest, verdict.config_file_digest, verdict.policy_digest)
             obeyed = (*content, verdict.plan_digest)
