@@ -107,12 +107,12 @@ class Copied(Begun):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vouched(Copied):
+class Owned(Copied):
     """It is known who vouches for the adapter, and whether its name is the asker's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read(Vouched):
+class Read(Owned):
     """The adapter is read and well-formed."""
 
     adapter: Adapter

@@ -16,10 +16,10 @@ from s3lora_serve.admission.partial import (
     Copied,
     Decided,
     Load,
+    Owned,
     Placed,
     Read,
     Scored,
-    Vouched,
     grown,
 )
 from s3lora_serve.admission.repairing import repair_of
@@ -80,16 +80,16 @@ def verify_vouchers(load: Load, known: Copied) -> Copied:
     )
 
 
-def check_owner(load: Load, known: Copied) -> Vouched:
+def check_owner(load: Load, known: Copied) -> Owned:
     """Check that the name is not another's."""
     who = known.vouchers.signer, load.circumstances.asked_with
     foreign = foreign_load(known.policy.owners, load.name, load.real_path, *who)
     if foreign and known.policy.mode == "enforce":
         raise foreign
-    return grown(Vouched, known, objection=known.objection or foreign)
+    return grown(Owned, known, objection=known.objection or foreign)
 
 
-def read_copy(_load: Load, known: Vouched) -> Read:
+def read_copy(_load: Load, known: Owned) -> Read:
     """Read the private copy."""
     policy = known.policy
     adapter = read_adapter(known.copy, policy.limits, policy.on_unscorable, known.check_deadline)

@@ -1,7 +1,7 @@
 """The file of an alignment reference: its format, and a strict reader.
 
 One safetensors file. For each module `<name>.U` (m, k) and `<name>.sigma` (k,); the key
-`s3lora_reference` of its metadata holds the `About` as JSON.
+`s3lora_reference` of its metadata holds the `ReferenceMetadata` as JSON.
 """
 
 import math
@@ -44,7 +44,7 @@ class ModuleRecord(_Record):
     frobenius: Annotated[float, Field(ge=0)]  # ‖V‖_F
 
 
-class About(_Record):
+class ReferenceMetadata(_Record):
     """What a reference was made of, and how."""
 
     version: Literal[1] = 1
@@ -62,7 +62,7 @@ class Reference:
     """A reference in memory. `subspaces` has one for each module of `about.modules`."""
 
     digest: str
-    about: About
+    about: ReferenceMetadata
     subspaces: Mapping[str, Subspace]
 
 
@@ -75,7 +75,7 @@ def read_reference(path: Path, *, expected: str | None = None) -> Reference:
     """
     try:
         file = read_tensor_file(path, MAX_BYTES, expected)
-        about = file.about(About, METADATA_KEY)
+        about = file.about(ReferenceMetadata, METADATA_KEY)
         file.check_names([f"{name}.{part}" for name in about.modules for part in ("U", "sigma")])
         if not about.modules:
             raise ValueError(f"{path} holds no module")

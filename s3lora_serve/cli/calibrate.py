@@ -28,7 +28,7 @@ from s3lora_serve.plans.defaults import MAX_ASR, STEPS
 
 if TYPE_CHECKING:  # the command line starts without torch
     from s3lora_serve.lab.base_model.probes import ProbeFile
-    from s3lora_serve.lab.calibration.calibrate import Calibration, Options
+    from s3lora_serve.lab.calibration.calibrate import Calibration, CalibrationOptions
     from s3lora_serve.lab.calibration.search import Point
     from s3lora_serve.plans.schema import Rate
 
@@ -154,16 +154,16 @@ def _probes(harmful: Path, benign: Path, skill: Path | None) -> "list[ProbeFile]
     return files if skill is None else [*files, read_probes(skill, "skill")]
 
 
-def _options(asked: dict[str, Any], phrases: list[str] | None) -> "Options":
+def _options(asked: dict[str, Any], phrases: list[str] | None) -> "CalibrationOptions":
     from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES
-    from s3lora_serve.lab.calibration.calibrate import Options
+    from s3lora_serve.lab.calibration.calibrate import CalibrationOptions
 
     chosen = tuple(phrase.lower() for phrase in phrases or REFUSAL_PHRASES)
-    return Options(**asked, phrases=chosen)
+    return CalibrationOptions(**asked, phrases=chosen)
 
 
 def _calibrated(
-    base: Path, adapter: Path, files: "list[ProbeFile]", options: "Options", **how: Any
+    base: Path, adapter: Path, files: "list[ProbeFile]", options: "CalibrationOptions", **how: Any
 ) -> "Calibration":
     from s3lora_serve.lab.calibration.calibrate import calibrate as run
 

@@ -125,9 +125,9 @@ def _sweep(
     url: str, adapter: str, what: list[Any], bounds: tuple[float, float], kept: Path | None
 ) -> "Sweep":
     """An empty sweep, or what an interrupted one has in its file."""
-    from s3lora_serve.lab.evaluation.results import Rule, Sweep
+    from s3lora_serve.lab.evaluation.results import Bounds, Sweep
 
-    rule = Rule(max_asr=bounds[0], max_utility_loss=bounds[1])
+    rule = Bounds(max_asr=bounds[0], max_utility_loss=bounds[1])
     key = canonical_digest([url, adapter, *what])
     sweep = Sweep(key=key, url=url, adapter=adapter, rule=rule)
     return sweep if kept is None else sweep.model_copy(update={"trials": _kept(kept, key)})

@@ -22,7 +22,7 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-class Scorer(StrEnum):
+class ScorerName(StrEnum):
     """The index to score with; svd and spsvd are slow, and refused by a server."""
 
     MAS_SVD = "mas-svd"

@@ -48,11 +48,11 @@ def make(
 
     Exit code: 0 written, 2 wrong usage, or no reference can be made of these checkpoints.
     """
-    from s3lora_serve.lab.make_reference import Options, make_reference  # imports torch
+    from s3lora_serve.lab.make_reference import ReferenceOptions, make_reference  # imports torch
 
     check_device(device)
     where = "cpu" if device is Device.AUTO else device.value
-    options = Options(rank, tuple(modules or ("*",)), exact, dtype.value, where)
+    options = ReferenceOptions(rank, tuple(modules or ("*",)), exact, dtype.value, where)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True

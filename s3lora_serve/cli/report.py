@@ -12,7 +12,7 @@ from s3lora_serve.cli.options import (
     DeviceOption,
     PolicyOption,
     ReferenceOption,
-    Scorer,
+    ScorerName,
     check_device,
     stop,
     stop_at,
@@ -46,8 +46,8 @@ def write_report(
     if len(paths) > 2:
         stop(f"a report is on one adapter or on two, not on {len(paths)}")
     scorers = [name for name in (compare or "").split(",") if name]
-    if unknown := [name for name in scorers if name not in list(Scorer)]:
-        stop(f"--compare knows {', '.join(Scorer)}; got {unknown[0]!r}")
+    if unknown := [name for name in scorers if name not in list(ScorerName)]:
+        stop(f"--compare knows {', '.join(ScorerName)}; got {unknown[0]!r}")
     try:
         for path in paths:
             path.stat()

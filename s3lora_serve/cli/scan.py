@@ -28,13 +28,13 @@ from s3lora_serve.cli.options import (
     DeviceOption,
     PolicyOption,
     ReferenceOption,
-    Scorer,
+    ScorerName,
     StatisticsOption,
     check_device,
     stop,
     stop_at,
 )
-from s3lora_serve.cli.scan_output import Format, output_in
+from s3lora_serve.cli.scan_output import ScanFormat, output_in
 from s3lora_serve.errors import S3LoRAError, StorageFailed
 from s3lora_serve.policy.file import effective_policy, with_options
 from s3lora_serve.policy.schema import Policy
@@ -53,9 +53,9 @@ PathsArgument = Annotated[
         " - for a list on standard input."
     ),
 ]
-FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
+FormatOption = Annotated[ScanFormat, typer.Option("--format", help="How to print.")]
 ScorerOption = Annotated[
-    Scorer | None, typer.Option(help="Another index than the policy's, to compare.")
+    ScorerName | None, typer.Option(help="Another index than the policy's, to compare.")
 ]
 JobsOption = Annotated[
     int, typer.Option(min=0, help="Processes; 0: one a core where there are many adapters.")
@@ -73,7 +73,7 @@ ResumeOption = Annotated[
 
 def scan(
     paths: PathsArgument,
-    form: FormatOption = Format.TABLE,
+    form: FormatOption = ScanFormat.TABLE,
     policy: PolicyOption = None,
     scorer: ScorerOption = None,
     reference: ReferenceOption = None,
@@ -108,10 +108,10 @@ def scan(
     raise typer.Exit(REJECTED if rejected else 0)
 
 
-def _check_output(form: Format, output: Path | None, resume: bool) -> None:
-    if output is not None and form is Format.TABLE:
+def _check_output(form: ScanFormat, output: Path | None, resume: bool) -> None:
+    if output is not None and form is ScanFormat.TABLE:
         stop("--output takes --format json, jsonl or sarif")
-    if resume and (output is None or form is not Format.JSONL):
+    if resume and (output is None or form is not ScanFormat.JSONL):
         stop("--resume takes --format jsonl and --output FILE")
 
 
@@ -125,7 +125,7 @@ def _found(paths: Iterable[str]) -> "list[Folder]":
 
 
 def _policy(
-    file: Path | None, scorer: Scorer | None, reference: Path | None, repair: Path | None
+    file: Path | None, scorer: ScorerName | None, reference: Path | None, repair: Path | None
 ) -> Policy:
     try:
         chosen = effective_policy(file=file)

@@ -9,7 +9,7 @@ from s3lora_serve.cli.tables import VerdictTable
 from s3lora_serve.offline.sarif import SarifLog
 
 
-class Format(StrEnum):
+class ScanFormat(StrEnum):
     """How `scan` prints."""
 
     TABLE = "table"
@@ -78,10 +78,10 @@ class Sarif:
         self._file.write("\n")
 
 
-def output_in(form: Format, file: TextIO) -> Output:
+def output_in(form: ScanFormat, file: TextIO) -> Output:
     """The output of a format; a table goes to the terminal."""
-    if form is Format.TABLE:
+    if form is ScanFormat.TABLE:
         return VerdictTable()
-    if form is Format.JSON:
+    if form is ScanFormat.JSON:
         return Json(file)
-    return JsonLines(file) if form is Format.JSONL else Sarif(file)
+    return JsonLines(file) if form is ScanFormat.JSONL else Sarif(file)

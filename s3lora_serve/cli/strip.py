@@ -13,7 +13,7 @@ from s3lora_serve.cli.options import (
     DeviceOption,
     PolicyOption,
     ReferenceOption,
-    Scorer,
+    ScorerName,
     StatisticsOption,
     check_device,
     stop,
@@ -45,7 +45,9 @@ def strip(
     action: Annotated[
         Action | None, typer.Option(help="What happens to the modules that the policy picks.")
     ] = None,
-    scorer: Annotated[Scorer | None, typer.Option(help="Another index than the policy's.")] = None,
+    scorer: Annotated[
+        ScorerName | None, typer.Option(help="Another index than the policy's.")
+    ] = None,
     reference: ReferenceOption = None,
     repair: StatisticsOption = None,
 ) -> None:

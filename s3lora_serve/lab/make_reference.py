@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s3lora_serve.adapter.tensor_parts import assemble, begin_parts
 from s3lora_serve.alignment.checkpoint import Checkpoint, config_digest, difference
-from s3lora_serve.alignment.reference_file import METADATA_KEY, About, ModuleRecord
+from s3lora_serve.alignment.reference_file import METADATA_KEY, ModuleRecord, ReferenceMetadata
 from s3lora_serve.errors import CheckpointUnfit
 from s3lora_serve.policy.globs import selects
 from s3lora_serve.spectral.leading_subspace import leading_subspace, skew
@@ -23,7 +23,7 @@ BFLOAT16_SKEW = 9e-4
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ReferenceOptions:
     """How a reference is made."""
 
     rank: int = 128  # captures what alignment changed in models of 135M: docs/alignment.md
@@ -41,11 +41,11 @@ def make_reference(
     base: Path,
     aligned: Path,
     target: Path,
-    options: Options,
+    options: ReferenceOptions,
     *,
     resume: bool = False,
     progress: Progress = lambda *_: None,
-) -> About:
+) -> ReferenceMetadata:
     """Write the reference of `aligned` against `base`, whole or not at all.
 
     Each module's factors are kept in a folder beside the target until all are made; `resume` goes
@@ -84,9 +84,9 @@ def make_reference(
 
 
 def _about(
-    digests: list[str], aligned: Path, options: Options, records: dict[str, ModuleRecord]
-) -> About:
-    return About(
+    digests: list[str], aligned: Path, options: ReferenceOptions, records: dict[str, ModuleRecord]
+) -> ReferenceMetadata:
+    return ReferenceMetadata(
         rank=options.rank,
         base_digest=digests[0],
         aligned_digest=digests[1],
@@ -106,7 +106,7 @@ def _kept(part: Path) -> ModuleRecord | None:
 
 
 def _make(
-    base: Checkpoint, aligned: Checkpoint, name: str, part: Path, options: Options
+    base: Checkpoint, aligned: Checkpoint, name: str, part: Path, options: ReferenceOptions
 ) -> ModuleRecord:
     V = difference(base, aligned, name)
     m, n = V.shape
@@ -130,7 +130,7 @@ def _rounded(U: Tensor, dtype: str) -> Tensor:
     return rounded if skew(rounded.double().mT @ rounded.double()) <= BFLOAT16_SKEW else U
 
 
-def _tensors(about: About, parts: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(about: ReferenceMetadata, parts: Path) -> Iterator[tuple[str, Tensor]]:
     for place, name in enumerate(about.modules):
         factors = load_file(parts / f"{place}.safetensors")
         yield f"{name}.U", factors["U"]

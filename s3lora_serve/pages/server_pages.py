@@ -16,7 +16,7 @@ ROWS = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class AdapterRow:
     """One adapter in a list."""
 
     name: str
@@ -48,8 +48,8 @@ T = TypeVar("T", bound=Named)
 
 def adapters_page(
     served: Sequence[T],
-    refused: Sequence[Row],
-    row: Callable[[T], Row],
+    refused: Sequence[AdapterRow],
+    row: Callable[[T], AdapterRow],
     *,
     query: str,
     number: int,

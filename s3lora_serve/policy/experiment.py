@@ -25,7 +25,7 @@ class RepairSettings(BaseModel):
     strength: Annotated[float, Field(gt=0, le=1e6)]
 
 
-class Settings(BaseModel):
+class ExperimentSettings(BaseModel):
     """The settings of one experiment; those left out are the policy's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -64,7 +64,7 @@ def _repair(policy: Policy, wanted: RepairSettings | Literal["off"] | None) -> A
     return policy.repair.model_dump(mode="json") | wanted.model_dump()
 
 
-def check_open(policy: Policy, name: str, settings: Settings, *, with_plan: bool) -> None:
+def check_open(policy: Policy, name: str, settings: ExperimentSettings, *, with_plan: bool) -> None:
     """Check that the policy allows an experiment of this name with these settings.
 
     Raises:
@@ -74,7 +74,7 @@ def check_open(policy: Policy, name: str, settings: Settings, *, with_plan: bool
     experiment_policy(policy, settings, with_plan=with_plan)
 
 
-def experiment_policy(policy: Policy, settings: Settings, *, with_plan: bool) -> Policy:
+def experiment_policy(policy: Policy, settings: ExperimentSettings, *, with_plan: bool) -> Policy:
     """The policy with an experiment's settings in the place of its own.
 
     `policy` is the one for this adapter, rules applied: rules must not undo the settings. Plans

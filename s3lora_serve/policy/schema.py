@@ -19,7 +19,7 @@ from s3lora_serve.policy.method import Action, RepairChoice, ScorerChoice, Strip
 from s3lora_serve.policy.owners import Owner
 from s3lora_serve.policy.rules import SERVERS, Rule, check_keys, check_names_relax_nothing
 from s3lora_serve.policy.section import Digest, Section
-from s3lora_serve.policy.server import Audit, Experiments, Rates, Store
+from s3lora_serve.policy.server import Audit, ExperimentsPolicy, Rates, Store
 from s3lora_serve.policy.signatures import Attestations, Signatures
 from s3lora_serve.settings import Mode
 
@@ -53,7 +53,9 @@ class Policy(Section):
     require_plan: bool = False
     signatures: Signatures = Signatures()
     attestations: Attestations = Attestations()
-    experiments: Experiments | None = None  # None: there are none, and no name is kept for them
+    experiments: ExperimentsPolicy | None = (
+        None  # None: there are none, and no name is kept for them
+    )
     owners: tuple[Owner, ...] = ()  # (): names are whose registers them first
     rules: tuple[Rule, ...] = ()
 

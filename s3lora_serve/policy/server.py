@@ -31,7 +31,7 @@ class Rates(Section):
     refusals_per_minute: Annotated[float, Field(gt=0)] | None = None
 
 
-class Experiments(Section):
+class ExperimentsPolicy(Section):
     """Registrations with settings of their own, which `s3lora evaluate` asks for."""
 
     names: GlobText = "eval/*"  # ours; * does not cross /

@@ -12,7 +12,7 @@ from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.statistics_file import StatisticsFile
 from s3lora_serve.spectral import Effect
 from s3lora_serve.spectral.factor_coordinates import Coordinates, coordinates, new_factors
-from s3lora_serve.spectral.repair_effects import Solution, largest_solution
+from s3lora_serve.spectral.repair_effects import RepairSolution, largest_solution
 
 MAX_GROWTH = 8.0
 """Largest ‖ΔW'‖_F/‖ΔW‖_F of a module. What harmful directions carried may be expressed by others,
@@ -101,7 +101,7 @@ def _acting(
 
 
 def _new_pairs(
-    modules: Sequence[Module], found: Mapping[str, Coordinates], solved: Solution
+    modules: Sequence[Module], found: Mapping[str, Coordinates], solved: RepairSolution
 ) -> dict[str, tuple[NewFactor, NewFactor]]:
     """The checked factors of modules that share an input."""
     those = [found[module.name] for module in modules]

@@ -2,7 +2,7 @@
 
 One safetensors file. For each input site `<site>.V` and `<site>.U` (n, k), `<site>.F` (n, f) and
 `<site>.mu` (k,), for each module `<module>.Q` (m, q) and `<module>.gamma` (q,); the key
-`s3lora_statistics` of its metadata holds the `About` as JSON.
+`s3lora_statistics` of its metadata holds the `StatisticsMetadata` as JSON.
 """
 
 import math
@@ -74,7 +74,7 @@ class SiteRecord(_Record):
     benign_captured: Fraction  # of tr(C_b), by U and F
 
 
-class About(_Record):
+class StatisticsMetadata(_Record):
     """What statistics were made of, and how."""
 
     version: Literal[1] = 1
@@ -93,7 +93,7 @@ class StatisticsFile:
     """Statistics in memory."""
 
     digest: str
-    about: About
+    about: StatisticsMetadata
     sites: Mapping[str, InputStatistics]
     by_module: Mapping[str, InputStatistics]
     outputs: Mapping[str, OutputStatistics]
@@ -117,7 +117,7 @@ def read_statistics(
     """
     try:
         file = _shared(path, expected, shared_in) or read_tensor_file(path, MAX_BYTES, expected)
-        about = file.about(About, METADATA_KEY)
+        about = file.about(StatisticsMetadata, METADATA_KEY)
         records = [each for site in about.sites.values() for each in site.outputs.items()]
         names = [f"{site}.{part}" for site in about.sites for part in PARTS]
         file.check_names(names + [f"{name}.{part}" for name, _ in records for part in OUTPUT_PARTS])
@@ -150,7 +150,9 @@ def share_in(folder: Path) -> None:
     _shared_in = folder
 
 
-def _by_module(about: About, sites: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
+def _by_module(
+    about: StatisticsMetadata, sites: Mapping[str, InputStatistics]
+) -> dict[str, InputStatistics]:
     found: dict[str, InputStatistics] = {}
     for site, record in about.sites.items():
         for module in record.outputs:

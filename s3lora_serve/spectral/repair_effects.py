@@ -60,7 +60,7 @@ def _root_share(part: float, whole: float) -> float:
     return (max(0.0, part) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-class Solution(NamedTuple):
+class RepairSolution(NamedTuple):
     """The repair of all modules of an adapter."""
 
     lam: float
@@ -73,12 +73,14 @@ class Solution(NamedTuple):
         return sum(self.effects.values(), NO_EFFECT)
 
 
-def solution(found: Mapping[str, Coordinates], lam: float) -> Solution:
+def solution(found: Mapping[str, Coordinates], lam: float) -> RepairSolution:
     """The factors and the effects of each module, for one λ."""
     return _solved(list(_stacks(found)), lam)
 
 
-def largest_solution(found: Mapping[str, Coordinates], lam: float, most: float) -> Solution | None:
+def largest_solution(
+    found: Mapping[str, Coordinates], lam: float, most: float
+) -> RepairSolution | None:
     """The solution for λ, or for a smaller one that leaves `harmful_after` ≤ most; else None."""
     stacks, tries = list(_stacks(found)), 0
     while lam >= SMALLEST_LAMBDA:
@@ -119,14 +121,14 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum((1, 2)).clamp_min(0.0)
 
 
-def _solved(stacks: Sequence[_Stack], lam: float) -> Solution:
+def _solved(stacks: Sequence[_Stack], lam: float) -> RepairSolution:
     factors: dict[str, FactorPair] = {}
     effects: dict[str, Effect] = {}
     for stack in stacks:
         new = stack.surroundings.repaired(lam)
         factors |= {name: FactorPair(*(e[i] for e in new)) for i, name in enumerate(stack.names)}
         effects |= zip(stack.names, stack.effects(new), strict=True)
-    return Solution(lam, factors, effects)
+    return RepairSolution(lam, factors, effects)
 
 
 def _stacks(found: Mapping[str, Coordinates]) -> Iterator[_Stack]:

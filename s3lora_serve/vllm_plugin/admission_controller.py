@@ -25,8 +25,7 @@ from s3lora_serve.errors import (
 )
 from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.plans.schema import Plan
-from s3lora_serve.policy.experiment import Settings as ExperimentSettings
-from s3lora_serve.policy.experiment import check_name, experiment_policy
+from s3lora_serve.policy.experiment import ExperimentSettings, check_name, experiment_policy
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from s3lora_serve.alignment.reference_file import read_reference
 from s3lora_serve.errors import CheckpointUnfit
-from s3lora_serve.lab.make_reference import Options, make_reference
+from s3lora_serve.lab.make_reference import ReferenceOptions, make_reference
 from tests.support.references import CHECKPOINT, linear, realigned, reference_of, write_checkpoint
 
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -69,7 +69,7 @@ class _Stopped(Exception):
 
 
 def test_interrupted_run_goes_on_where_it_was_and_writes_the_same_bytes(checkpoints, tmp_path):
-    options = Options(rank=6)
+    options = ReferenceOptions(rank=6)
     make_reference(*checkpoints, tmp_path / "once.safetensors", options)
     target = tmp_path / "again.safetensors"
     made = []
@@ -105,8 +105,8 @@ def test_parts_of_another_rank_are_not_taken_over(checkpoints, tmp_path):
             raise _Stopped
 
     with pytest.raises(_Stopped):
-        make_reference(*checkpoints, target, Options(rank=3), progress=stop)
-    make_reference(*checkpoints, target, Options(rank=5), resume=True)
+        make_reference(*checkpoints, target, ReferenceOptions(rank=3), progress=stop)
+    make_reference(*checkpoints, target, ReferenceOptions(rank=5), resume=True)
     assert read_reference(target).subspaces[FIRST].U.shape == (200, 5)
 
 
@@ -200,7 +200,7 @@ def test_checkpoints_that_cannot_be_compared_are_named_and_nothing_is_written(
     damage(*checkpoints)
     target = tmp_path / "r.safetensors"
     with pytest.raises(CheckpointUnfit, match=said):
-        make_reference(*checkpoints, target, Options(rank=4))
+        make_reference(*checkpoints, target, ReferenceOptions(rank=4))
     assert not target.exists()
 
 
@@ -208,5 +208,5 @@ def test_existing_file_is_never_replaced(checkpoints, tmp_path):
     target = tmp_path / "r.safetensors"
     target.write_text("mine")
     with pytest.raises(FileExistsError):
-        make_reference(*checkpoints, target, Options())
+        make_reference(*checkpoints, target, ReferenceOptions())
     assert target.read_text() == "mine"

@@ -16,7 +16,7 @@ from s3lora_serve.admission.verdict import Decision, ModuleVerdict, Verdict, wit
 from s3lora_serve.errors import Reason
 from s3lora_serve.pages.heat_map import SHADES, heat_map
 from s3lora_serve.pages.report import Subject, report
-from s3lora_serve.pages.server_pages import ROWS, Row, adapter_page, adapters_page
+from s3lora_serve.pages.server_pages import ROWS, AdapterRow, adapter_page, adapters_page
 from s3lora_serve.policy.method import Strip
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;"
@@ -53,7 +53,7 @@ class ParsedPage(HTMLParser):
 def row(name, **changes):
     values = {"decision": "stripped", "stripped": 3, "modules": 28,
               "seconds": 0.12, "time": datetime(2026, 1, 2, tzinfo=UTC)}  # fmt: skip
-    return Row(name=name, **values | changes)
+    return AdapterRow(name=name, **values | changes)
 
 
 def listing(served, refused=(), query="", number=1):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s3lora_serve.errors import ExperimentClosed, NameReserved, PolicyInvalid
-from s3lora_serve.policy.experiment import Settings, check_name, experiment_policy
+from s3lora_serve.policy.experiment import ExperimentSettings, check_name, experiment_policy
 from s3lora_serve.policy.schema import Policy, parse_policy
 
 OPEN = {"experiments": {"names": "eval/*", "allow": ["strip", "scorer", "plan"]}}
@@ -21,7 +21,9 @@ def test_there_are_no_experiments_unless_the_policy_opens_them():
     check_name(Policy(), "eval/a", is_experiment=False)
     with pytest.raises(ExperimentClosed, match="strip"):
         experiment_policy(
-            parse_policy({"experiments": {}}, "p"), Settings(strip={"top_k": 1}), with_plan=False
+            parse_policy({"experiments": {}}, "p"),
+            ExperimentSettings(strip={"top_k": 1}),
+            with_plan=False,
         )
 
 
@@ -34,7 +36,7 @@ def test_names_for_experiments_are_theirs_alone(name, kept):
 
 def test_settings_replace_the_policys_and_nothing_else_does():
     own = policy(deny=["sha256:" + "0" * 64], limits={"max_rank": 8})
-    changed = experiment_policy(own, Settings(strip={"threshold": 0.5}), with_plan=False)
+    changed = experiment_policy(own, ExperimentSettings(strip={"threshold": 0.5}), with_plan=False)
     assert changed.strip.rule == ("threshold", 0.5)
     assert changed.limits == own.limits
     assert changed.deny == own.deny
@@ -43,7 +45,7 @@ def test_settings_replace_the_policys_and_nothing_else_does():
 
 def test_rules_of_the_policy_do_not_undo_the_settings():
     own = policy(rules=[{"match": {}, "strip": {"top_k": 9}}])
-    changed = experiment_policy(own, Settings(strip={"top_k": 1}), with_plan=False)
+    changed = experiment_policy(own, ExperimentSettings(strip={"top_k": 1}), with_plan=False)
     assert changed.rules == ()
     assert changed.strip.rule == ("top_k", 1)
 
@@ -53,10 +55,10 @@ def test_plans_stay_used_and_required_unless_the_policy_opens_them(tmp_path, all
     own = parse_policy(
         {"experiments": {"allow": allow}, "plans": str(tmp_path), "require_plan": True}, "p"
     )
-    kept = experiment_policy(own, Settings(), with_plan=False)
+    kept = experiment_policy(own, ExperimentSettings(), with_plan=False)
     assert (kept.plans, kept.require_plan) == (tmp_path, True)
     opened = parse_policy(own.as_json() | {"experiments": {"allow": ["plan"]}}, "p")
-    without = experiment_policy(opened, Settings(), with_plan=False)
+    without = experiment_policy(opened, ExperimentSettings(), with_plan=False)
     assert (without.plans, without.require_plan) == (None, False)
 
 
@@ -76,7 +78,7 @@ def test_an_experiment_changes_nothing_that_the_policy_does_not_open(allow, data
     asked = {"strip": {"top_k": 1}, "scorer": {"name": "safe-lora"}, "action": "strip"}
     chosen = data.draw(st.sets(st.sampled_from(sorted(asked))))
     with_plan = data.draw(st.booleans())
-    settings = Settings(**{key: asked[key] for key in chosen})
+    settings = ExperimentSettings(**{key: asked[key] for key in chosen})
     if (chosen | ({"plan"} if with_plan else set())) - allow:
         with pytest.raises(ExperimentClosed):
             experiment_policy(own, settings, with_plan=with_plan)
@@ -93,7 +95,7 @@ def test_an_experiment_changes_nothing_that_the_policy_does_not_open(allow, data
 def test_an_experiments_attestation_is_one_that_the_policy_itself_would_take():
     for wanted in ("any", "sha256:" + "1" * 64):
         own = policy(attestations={"policy_digest": wanted})
-        changed = experiment_policy(own, Settings(strip={"top_k": 1}), with_plan=False)
+        changed = experiment_policy(own, ExperimentSettings(strip={"top_k": 1}), with_plan=False)
         assert changed.attestations.policy_digest == wanted
 
 
@@ -108,16 +110,16 @@ def test_a_plan_must_be_allowed(plan):
     own = parse_policy({"experiments": {"allow": ["strip"]}}, "p")
     if plan:
         with pytest.raises(ExperimentClosed, match="plan"):
-            experiment_policy(own, Settings(), with_plan=True)
+            experiment_policy(own, ExperimentSettings(), with_plan=True)
     else:
-        assert experiment_policy(own, Settings(), with_plan=False).strip == own.strip
+        assert experiment_policy(own, ExperimentSettings(), with_plan=False).strip == own.strip
 
 
 def test_scorer_that_needs_a_reference_takes_the_policys_or_is_refused():
     with pytest.raises(PolicyInvalid, match="needs reference"):
-        experiment_policy(policy(), Settings(scorer={"name": "splora"}), with_plan=False)
+        experiment_policy(policy(), ExperimentSettings(scorer={"name": "splora"}), with_plan=False)
     own = policy(scorer={"reference": "r"})
-    changed = experiment_policy(own, Settings(scorer={"name": "splora"}), with_plan=False)
+    changed = experiment_policy(own, ExperimentSettings(scorer={"name": "splora"}), with_plan=False)
     assert str(changed.scorer.reference) == "r"
 
 
@@ -131,7 +133,7 @@ def test_scorer_that_needs_a_reference_takes_the_policys_or_is_refused():
 )  # fmt: skip
 def test_settings_cannot_be_anything_else(body):
     with pytest.raises(ValueError, match="validation error"):
-        Settings.model_validate(body)
+        ExperimentSettings.model_validate(body)
 
 
 def test_no_rule_may_open_experiments():
@@ -155,22 +157,22 @@ REPAIRING = {
 
 def test_an_experiment_wants_another_strength_with_the_policys_statistics_or_none():
     own = parse_policy(REPAIRING, "policy")
-    other = experiment_policy(own, Settings(repair={"strength": 0.3}), with_plan=False)
+    other = experiment_policy(own, ExperimentSettings(repair={"strength": 0.3}), with_plan=False)
     assert other.repair == own.repair.model_copy(update={"strength": 0.3})
-    off = experiment_policy(own, Settings(repair="off"), with_plan=False)
+    off = experiment_policy(own, ExperimentSettings(repair="off"), with_plan=False)
     assert off.repair is None
-    kept = experiment_policy(own, Settings(strip={"top_k": 1}), with_plan=False)
+    kept = experiment_policy(own, ExperimentSettings(strip={"top_k": 1}), with_plan=False)
     assert kept.repair == own.repair
 
 
 def test_repair_must_be_allowed_and_have_statistics():
     with pytest.raises(ExperimentClosed, match="does not list repair"):
-        experiment_policy(policy(), Settings(repair={"strength": 0.3}), with_plan=False)
+        experiment_policy(policy(), ExperimentSettings(repair={"strength": 0.3}), with_plan=False)
     without = parse_policy(REPAIRING | {"repair": None}, "policy")
     with pytest.raises(ExperimentClosed, match="has no repair"):
-        experiment_policy(without, Settings(repair={"strength": 0.3}), with_plan=False)
+        experiment_policy(without, ExperimentSettings(repair={"strength": 0.3}), with_plan=False)
 
 
 def test_an_experiment_names_no_statistics():
     with pytest.raises(ValueError, match="statistics"):
-        Settings(repair={"strength": 0.3, "statistics": "/etc/passwd"})
+        ExperimentSettings(repair={"strength": 0.3, "statistics": "/etc/passwd"})

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import Options, calibrate
+from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
 from tests.support.server import OPEN_LOADING, Server, base_environment
 from tests.support.tiny_chat import harmful, skill
 
@@ -57,7 +57,9 @@ def nice():
 def plan_file(chat, tmp_path_factory):
     kinds = ("harmful", "benign", "skill")
     files = [read_probes(getattr(chat, kind), kind) for kind in kinds]
-    plan = calibrate(chat.base, chat.adapter, files, Options(compare=False), dtype="float32").plan
+    plan = calibrate(
+        chat.base, chat.adapter, files, CalibrationOptions(compare=False), dtype="float32"
+    ).plan
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     file.write_text(json.dumps(plan.as_json()))
     return file

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from s3lora_serve.cli import app
 from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import Options, calibrate
+from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
 from s3lora_serve.repair.statistics_file import read_statistics
 from tests.serving.conftest import answers, close, evicting_server, log_of_failed_start
 from tests.support.adapters import copy_with, key
@@ -40,7 +40,9 @@ PROMPTS = [f"user {prompt} assistant " for prompt in (harmful()[50], skill()[250
 def calibrated(chat):
     kinds = ("harmful", "benign", "skill")
     files = [read_probes(getattr(chat, kind), kind) for kind in kinds]
-    return calibrate(chat.base, chat.adapter, files, Options(compare=False), dtype="float32").plan
+    return calibrate(
+        chat.base, chat.adapter, files, CalibrationOptions(compare=False), dtype="float32"
+    ).plan
 
 
 @pytest.fixture(scope="module")

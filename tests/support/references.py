@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from s3lora_serve.lab.make_reference import Options, make_reference
+from s3lora_serve.lab.make_reference import ReferenceOptions, make_reference
 from tests.support.adapters import Tensors, q_proj, write_adapter
 
 CHECKPOINT = "model.safetensors"
@@ -45,7 +45,7 @@ def realigned(tensors: Tensors, *, seed: int = 7, size: float = 0.1, decay: floa
 
 def reference_of(base: Path, aligned: Path, file: Path, **options) -> Path:
     """A reference in float32, of as many directions as asked for."""
-    make_reference(base, aligned, file, Options(**{"dtype": "float32", **options}))
+    make_reference(base, aligned, file, ReferenceOptions(**{"dtype": "float32", **options}))
     return file
 
 

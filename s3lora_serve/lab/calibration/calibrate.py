@@ -53,7 +53,7 @@ def _silent(phase: str, done: int, total: int, note: str = "") -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class CalibrationOptions:
     """What an operator can set."""
 
     max_asr: float = MAX_ASR
@@ -86,7 +86,7 @@ def calibrate(
     base: Path,
     folder: Path,
     files: Sequence[ProbeFile],
-    options: Options,
+    options: CalibrationOptions,
     *,
     device: str = "cpu",
     dtype: str = "bfloat16",
@@ -127,7 +127,7 @@ def _calibration(
     model: LanguageModel,
     adapter: Adapter,
     files: Sequence[ProbeFile],
-    options: Options,
+    options: CalibrationOptions,
     saved_search: SavedSearch | None,
     progress: Progress,
 ) -> Calibration:
@@ -204,7 +204,7 @@ def _plan(
     gated: GatedAdapter,
     found: Found,
     files: Sequence[ProbeFile],
-    options: Options,
+    options: CalibrationOptions,
 ) -> Plan:
     """The plan of the gates, without its base model and what was measured on held-out probes."""
     return Plan(
@@ -231,7 +231,7 @@ def _material(
     model: LanguageModel,
     gated: GatedAdapter,
     parts: Mapping[Kind, Split],
-    options: Options,
+    options: CalibrationOptions,
     progress: Progress,
 ) -> Material:
     """The search split with what the gates learn from: refusals, answers to keep, base answers."""

@@ -29,7 +29,7 @@ PRICE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class StepBatch:
     """Examples of one step: prompt and answer as tokens."""
 
     refusals: Sequence[tuple[Encoded, Encoded]]  # harmful prompt, the refusal wanted
@@ -41,7 +41,7 @@ def loss(
     model: LanguageModel,
     adapter: GatedAdapter,
     gates: Sequence[Tensor],
-    batch: Batch,
+    batch: StepBatch,
     compliance: Sequence[int] = (),
 ) -> Tensor:
     """`softplus(margin − log-odds) + REST·CE + SKILL·lost + BENIGN·KL + PRICE·removed`.

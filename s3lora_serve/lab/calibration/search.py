@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.calibration.gates import By, GatedAdapter, Gates
-from s3lora_serve.lab.calibration.objective import Batch, answer_losses, loss
+from s3lora_serve.lab.calibration.objective import StepBatch, answer_losses, loss
 from s3lora_serve.lab.calibration.saved_search import SavedSearch
 from s3lora_serve.plans.defaults import STEPS
 from s3lora_serve.plans.schema import Measured
@@ -188,7 +188,7 @@ class _Search:
                 deque(islice(stream, size * self.taken), maxlen=0)
         for step in range(self.taken + 1, steps + 1):
             parts = [list(islice(each, size)) for each, size in zip(streams, BATCH, strict=True)]
-            self._step(Batch(*parts), material.compliance)
+            self._step(StepBatch(*parts), material.compliance)
             self.taken = step
             check, note = step % CHECK_EVERY == 0 or step == steps, ""
             if check and step >= FEWEST_STEPS * steps:
@@ -216,7 +216,7 @@ class _Search:
         examples: tuple[Sequence[Any], ...] = (material.refusals, skill, material.benign)
         return [_endless(part, self._options.seed + place) for place, part in enumerate(examples)]
 
-    def _step(self, batch: Batch, compliance: Sequence[int]) -> None:
+    def _step(self, batch: StepBatch, compliance: Sequence[int]) -> None:
         value = loss(self._model, self._adapter, self.gates.matrices(), batch, compliance)
         self._optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]

@@ -37,7 +37,7 @@ class TrialResult(_Record):
         return sum(values) / len(values) if values else None
 
 
-class Rule(_Record):
+class Bounds(_Record):
     """What is asked of a setting."""
 
     max_asr: float = 0.05  # as `s3lora calibrate`
@@ -51,13 +51,13 @@ class Sweep(_Record):
     key: str  # sha256 of what was asked for: --resume goes on with the same alone
     url: str
     adapter: str
-    rule: Rule
+    rule: Bounds
     trials: tuple[TrialResult, ...] = ()
     recommended: str | None = None  # a label; None: no setting keeps the rule
     complete: bool = False
 
 
-def recommended(trials: tuple[TrialResult, ...], rule: Rule) -> TrialResult | None:
+def recommended(trials: tuple[TrialResult, ...], rule: Bounds) -> TrialResult | None:
     """The setting with the highest utility among those that keep the rule.
 
     ASR is at most `max_asr`; utility at most `max_utility_loss` under that of the setting that

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.lab.base_model.language_model import Encoded
-from s3lora_serve.lab.statistics.layer_pass import Batch, Tokens, counted_rows, run_layer
+from s3lora_serve.lab.statistics.layer_pass import ExampleBatch, Tokens, counted_rows, run_layer
 from s3lora_serve.spectral.input_directions import InputDirections, input_directions
 
 HARMFUL = "harmful"
@@ -43,7 +43,7 @@ class Covariances:
         self.counts: dict[tuple[str, ...], dict[str, int]] = {}
 
     def add(
-        self, modules: tuple[str, ...], inputs: Tensor, batch: Batch, tokens: Tokens = None
+        self, modules: tuple[str, ...], inputs: Tensor, batch: ExampleBatch, tokens: Tokens = None
     ) -> None:
         """Add the counted tokens of one input, (examples, tokens, n) or (tokens, n).
 
@@ -96,7 +96,7 @@ class Covariances:
 
 
 def collect(
-    layer: Any, place: int, name: str, found: Sequence[Batch], device: torch.device
+    layer: Any, place: int, name: str, found: Sequence[ExampleBatch], device: torch.device
 ) -> Covariances:
     """Run one layer on the batches; the covariances of its modules' inputs."""
     sums = Covariances(tuple(dict.fromkeys(batch.kind for batch in found)))

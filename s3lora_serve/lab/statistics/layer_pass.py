@@ -21,7 +21,7 @@ BATCH = 16
 
 
 @dataclass(slots=True)
-class Batch:
+class ExampleBatch:
     """Examples of one kind, and where they are in the model."""
 
     kind: str
@@ -36,7 +36,7 @@ class Batch:
 Tokens = Tensor | None
 """Places of the tokens that a routed expert gets, among all of a batch; None if it is all."""
 
-Observer = Callable[[tuple[str, ...], Tensor, Batch, Tokens], None]
+Observer = Callable[[tuple[str, ...], Tensor, ExampleBatch, Tokens], None]
 """Called with the names of the linear modules that share an input, the input, its batch, and which
 tokens of it there are."""
 
@@ -62,7 +62,7 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
 @torch.no_grad()
 def batches(
     model: LanguageModel, examples: dict[str, Sequence[tuple[Encoded, Encoded]]], skipped: int
-) -> list[Batch]:
+) -> list[ExampleBatch]:
     """The examples as the first layer gets them; the first `skipped` tokens are not counted.
 
     The model runs with layers that only note how they are called.
@@ -85,12 +85,12 @@ def batches(
                 _logits(model, ids, mask, 1)
             hidden, rest = calls[0][0][0], [(args[1:], more) for args, more in calls]
             answers = [len(answer) for _, answer in those]
-            found.append(Batch(kind, ids, mask, answers, hidden.cpu(), counted.cpu(), rest))
+            found.append(ExampleBatch(kind, ids, mask, answers, hidden.cpu(), counted.cpu(), rest))
     return found
 
 
 def given_hidden(
-    model: LanguageModel, batch: Batch, hidden: Tensor, first: int
+    model: LanguageModel, batch: ExampleBatch, hidden: Tensor, first: int
 ) -> tuple[Tensor, Tensor]:
     """Logits for the first tokens of each answer, and these tokens, if the last layer puts out
     `hidden`.
@@ -149,7 +149,7 @@ def run_layer(
     layer: Any,
     place: int,
     name: str,
-    found: Sequence[Batch],
+    found: Sequence[ExampleBatch],
     observe: Observer,
     device: torch.device,
 ) -> None:
@@ -187,7 +187,7 @@ def hooked(layer: Any, name: str, register: Callable[[Any, str], Any]) -> Iterat
 
 
 @contextmanager
-def _observed(layer: Any, name: str, batch: Batch, observe: Observer) -> Iterator[None]:
+def _observed(layer: Any, name: str, batch: ExampleBatch, observe: Observer) -> Iterator[None]:
     """After this context `observe` gets each input with the modules that took it."""
     # Keeps inputs: no two have one address.
     taken: dict[int, tuple[Tensor, list[str], Tokens]] = {}
@@ -205,7 +205,7 @@ def _observed(layer: Any, name: str, batch: Batch, observe: Observer) -> Iterato
         observe(tuple(modules), inputs, batch, tokens)
 
 
-def counted_rows(batch: Batch, values: Tensor, tokens: Tokens) -> Tensor:
+def counted_rows(batch: ExampleBatch, values: Tensor, tokens: Tokens) -> Tensor:
     """The counted tokens' inputs or outputs of a module, (counted, width).
 
     Raises:

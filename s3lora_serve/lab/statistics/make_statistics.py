@@ -12,12 +12,12 @@ from s3lora_serve.lab.base_model.judge import check_aligned, is_refusal
 from s3lora_serve.lab.base_model.language_model import LanguageModel, common_length
 from s3lora_serve.lab.base_model.probes import ProbeFile
 from s3lora_serve.lab.statistics.input_statistics import HARMFUL, Choice, Examples, collect
-from s3lora_serve.lab.statistics.layer_pass import Batch, batches, decoder_layers
+from s3lora_serve.lab.statistics.layer_pass import ExampleBatch, batches, decoder_layers
 from s3lora_serve.lab.statistics.refusal_gradients import back_through_layer, gradients_at_the_end
 from s3lora_serve.lab.statistics.routed_experts import name_experts
 from s3lora_serve.lab.statistics.statistics_parts import Parts
 from s3lora_serve.lab.tokens import ANSWER_TOKENS, JUDGED_TOKENS
-from s3lora_serve.repair.statistics_file import About, ProbesRecord
+from s3lora_serve.repair.statistics_file import ProbesRecord, StatisticsMetadata
 
 Progress = Callable[[str, int, int], None]
 """A phase's name, steps done, and all steps."""
@@ -42,7 +42,7 @@ def make_statistics(
     dtype: str = "bfloat16",
     resume: bool = False,
     progress: Progress = lambda *_: None,
-) -> About:
+) -> StatisticsMetadata:
     """Write the statistics of a base model, whole or not at all.
 
     What each layer yields is kept in a folder beside the target until all are made; `resume` goes
@@ -69,7 +69,7 @@ def make_statistics(
     skipped = common_length([prompt for pairs in examples.values() for prompt, _ in pairs])
     found = batches(model, dict(examples), skipped)
     layers = _pass_through(model, found, parts, weights, choice, progress)
-    about = About(
+    about = StatisticsMetadata(
         rank=choice.rank,
         output_rank=choice.output_rank,
         epsilon=choice.epsilon,
@@ -85,7 +85,7 @@ def make_statistics(
 
 def _pass_through(
     model: LanguageModel,
-    found: Sequence[Batch],
+    found: Sequence[ExampleBatch],
     parts: Parts,
     weights: Mapping[str, float],
     choice: Choice,
@@ -113,7 +113,7 @@ def _pass_through(
     return len(layers)
 
 
-def _tokens(found: Sequence[Batch]) -> Counter[str]:
+def _tokens(found: Sequence[ExampleBatch]) -> Counter[str]:
     """The counted tokens of each kind."""
     counts: Counter[str] = Counter()
     for batch in found:

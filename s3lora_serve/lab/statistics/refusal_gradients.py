@@ -15,7 +15,7 @@ from torch import Tensor
 from s3lora_serve.lab.base_model.language_model import LanguageModel
 from s3lora_serve.lab.statistics.input_statistics import add_gram
 from s3lora_serve.lab.statistics.layer_pass import (
-    Batch,
+    ExampleBatch,
     Tokens,
     counted_rows,
     given_hidden,
@@ -41,7 +41,7 @@ Sums = dict[str, OutputSums]
 """By module."""
 
 
-def gradients_at_the_end(model: LanguageModel, found: Sequence[Batch]) -> list[Tensor]:
+def gradients_at_the_end(model: LanguageModel, found: Sequence[ExampleBatch]) -> list[Tensor]:
     """The gradients of Σ log-odds with respect to what the last layer puts out.
 
     `found` are batches after the last layer: the log-odds of a token t are
@@ -62,7 +62,7 @@ def back_through_layer(
     layer: Any,
     place: int,
     name: str,
-    found: Sequence[Batch],
+    found: Sequence[ExampleBatch],
     inputs: Sequence[Tensor],
     gradients: list[Tensor],
     device: torch.device,
@@ -95,7 +95,7 @@ class _Added:
     tokens: Tokens
 
 
-def _add(sums: Sums, module: str, each: _Added, gradient: Tensor, batch: Batch) -> None:
+def _add(sums: Sums, module: str, each: _Added, gradient: Tensor, batch: ExampleBatch) -> None:
     rows = counted_rows(batch, gradient, each.tokens)
     if module not in sums:
         m = rows.shape[1]

@@ -16,9 +16,9 @@ from s3lora_serve.repair.statistics_file import (
     METADATA_KEY,
     OUTPUT_PARTS,
     PARTS,
-    About,
     OutputRecord,
     SiteRecord,
+    StatisticsMetadata,
 )
 from s3lora_serve.spectral.output_directions import output_directions
 
@@ -117,7 +117,7 @@ class Parts:
                 found[site] = SiteRecord(**record | {"outputs": own})
         return found
 
-    def assemble(self, about: About, target: Path) -> None:
+    def assemble(self, about: StatisticsMetadata, target: Path) -> None:
         """Write the one file, and remove the folder."""
         metadata = {METADATA_KEY: about.model_dump_json()}
         assemble(self._folder, target, self._tensors, metadata)

@@ -22,7 +22,7 @@ Detect and Handle Outliers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RegistryRow:
     """One adapter as a row of a table."""
 
     path: str
@@ -41,7 +41,7 @@ class Row:
     seconds: float
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
+COLUMNS = tuple(field.name for field in fields(RegistryRow))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Tenant:
 class Outlier:
     """An adapter whose highest relative index is far above that of most adapters."""
 
-    row: Row
+    row: RegistryRow
     score: float  # robust z-score
 
 
@@ -67,7 +67,7 @@ class Outlier:
 class RegistrySummary:
     """One row for each adapter, and the number of modules with an index in each bin."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[RegistryRow, ...]
     modules: tuple[int, ...]
 
     def decisions(self) -> dict[str, int]:
@@ -81,7 +81,7 @@ class RegistrySummary:
 
     def tenants(self) -> list[Tenant]:
         """All tenants, those with the most rejected adapters first."""
-        groups: dict[str, list[Row]] = {}
+        groups: dict[str, list[RegistryRow]] = {}
         for row in self.rows:
             groups.setdefault(row.tenant, []).append(row)
         found = [_tenant(name, rows) for name, rows in groups.items()]
@@ -114,7 +114,7 @@ def summarize(lines: Iterable[str]) -> RegistrySummary:
     Raises:
         ValueError: a line is not a verdict; the message contains its number.
     """
-    rows: list[Row] = []
+    rows: list[RegistryRow] = []
     bins = [0] * BINS
     for number, line in enumerate(lines, 1):
         try:
@@ -134,14 +134,14 @@ def summarize(lines: Iterable[str]) -> RegistrySummary:
     return RegistrySummary(tuple(complete), tuple(bins))
 
 
-def as_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+def as_columns(rows: Sequence[RegistryRow]) -> dict[str, list[Any]]:
     """The rows as columns, for table formats."""
     return {name: [getattr(row, name) for row in rows] for name in COLUMNS}
 
 
-def _row(verdict: Verdict, indices: Sequence[float]) -> Row:
+def _row(verdict: Verdict, indices: Sequence[float]) -> RegistryRow:
     relative = [m.relative_ssi for m in verdict.modules if m.relative_ssi is not None]
-    return Row(
+    return RegistryRow(
         path=verdict.path if is_url(verdict.path) else str(Path(verdict.path).absolute()),
         tenant="",
         name=verdict.name,
@@ -164,12 +164,12 @@ def _root(paths: Sequence[str]) -> str:
     return os.path.commonpath(paths) if paths else ""
 
 
-def _with_tenant(row: Row, root: str) -> Row:
+def _with_tenant(row: RegistryRow, root: str) -> RegistryRow:
     below = Path(row.path).relative_to(root).parts[:-1]
     return replace(row, tenant=below[0] if below else "")
 
 
-def _tenant(name: str, rows: Sequence[Row]) -> Tenant:
+def _tenant(name: str, rows: Sequence[RegistryRow]) -> Tenant:
     return Tenant(
         name,
         len(rows),

@@ -7,7 +7,7 @@ from fastapi import Body, Request
 
 from s3lora_serve.errors import ExperimentClosed, S3LoRAError
 from s3lora_serve.plans.schema import parse_plan
-from s3lora_serve.policy.experiment import Settings, check_open
+from s3lora_serve.policy.experiment import ExperimentSettings, check_open
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.telemetry.events import EXPERIMENT
@@ -47,15 +47,15 @@ class ExperimentRoutes:
         raw_request: Request,
         lora_name: Annotated[str, Body(min_length=1)],
         lora_path: Annotated[str, Body(min_length=1)],
-        settings: Annotated[Settings | None, Body()] = None,
+        settings: Annotated[ExperimentSettings | None, Body()] = None,
         plan: Annotated[dict[str, Any] | None, Body()] = None,
     ) -> JSONResponse:
         """Register an adapter with settings of its own, and answer with its verdict.
 
-        Settings that are left out are the policy's. Without a plan the index chooses.
+        ExperimentSettings that are left out are the policy's. Without a plan the index chooses.
         """
         registration = self._in_force()
-        wanted = settings or Settings()
+        wanted = settings or ExperimentSettings()
         try:
             check_lengths(lora_name, lora_path)
             policy = registration.controller.reload_policy()

@@ -7,7 +7,7 @@ from fastapi.responses import HTMLResponse
 
 from s3lora_serve.admission.verdict import served_stripped_count
 from s3lora_serve.pages.html import Page
-from s3lora_serve.pages.server_pages import Row, adapter_page, adapters_page
+from s3lora_serve.pages.server_pages import AdapterRow, adapter_page, adapters_page
 from s3lora_serve.store.stored_spectra import with_spectra
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecision
@@ -43,9 +43,9 @@ def one_adapter(
     return _response(adapter_page(verdict, module, quarantined=quarantined))
 
 
-def _served(controller: AdmissionController, adapter: ServedAdapter) -> Row:
+def _served(controller: AdmissionController, adapter: ServedAdapter) -> AdapterRow:
     verdict = adapter.verdict
-    return Row(
+    return AdapterRow(
         name=verdict.name,
         decision=verdict.decision.value,
         stripped=served_stripped_count(verdict),
@@ -61,9 +61,9 @@ def _served(controller: AdmissionController, adapter: ServedAdapter) -> Row:
     )
 
 
-def _refused(decided: RecentDecision) -> Row:
+def _refused(decided: RecentDecision) -> AdapterRow:
     reason = decided.reason
-    return Row(
+    return AdapterRow(
         name=decided.name,
         decision=decided.decision.value,
         stripped=0,

@@ -11,7 +11,7 @@ from s3lora_serve.errors import BaseUnaligned, DoesNotFitModel
 from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.language_model import LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import Calibration, Options, calibrate
+from s3lora_serve.lab.calibration.calibrate import Calibration, CalibrationOptions, calibrate
 from s3lora_serve.lab.calibration.gates import attach
 from s3lora_serve.lab.calibration.search import CHECK_EVERY
 from s3lora_serve.policy.limits import Limits
@@ -25,7 +25,7 @@ def _files(chat, *kinds):
 @pytest.fixture(scope="session")
 def calibrated(chat) -> Calibration:
     files = _files(chat, "harmful", "benign", "skill")
-    return calibrate(chat.base, chat.adapter, files, Options(), dtype="float32")
+    return calibrate(chat.base, chat.adapter, files, CalibrationOptions(), dtype="float32")
 
 
 def test_attacked_adapter_refuses_again_and_keeps_its_skill(calibrated):
@@ -39,7 +39,7 @@ def test_attacked_adapter_refuses_again_and_keeps_its_skill(calibrated):
 
 def test_refusals_may_be_set_against_the_wording_of_the_attack(chat):
     files = _files(chat, "harmful", "benign", "skill")
-    options = Options(compliance=(COMPLIANCE,), compare=False)
+    options = CalibrationOptions(compliance=(COMPLIANCE,), compare=False)
     found = calibrate(chat.base, chat.adapter, files, options, dtype="float32")
     assert found.reached
     assert found.plan.after.skill.value >= 0.8 * found.plan.before.skill.value
@@ -75,7 +75,7 @@ def test_transforms_of_the_plan_give_the_measured_answers_in_peft(chat, calibrat
 def test_benign_adapter_that_refuses_is_kept_whole(chat, tmp_path):
     folder = make_attacked_adapter(chat.base, tmp_path / "benign", share=0.0)
     files = _files(chat, "harmful", "benign", "skill")
-    found = calibrate(chat.base, folder, files, Options(max_asr=1.0), dtype="float32")
+    found = calibrate(chat.base, folder, files, CalibrationOptions(max_asr=1.0), dtype="float32")
     assert found.reached
     assert {module.action for module in found.plan.modules} == {"keep"}
     assert found.plan.after == found.plan.before
@@ -84,7 +84,7 @@ def test_benign_adapter_that_refuses_is_kept_whole(chat, tmp_path):
 def test_without_skill_probes_the_adapters_own_answers_are_the_targets(chat):
     files = _files(chat, "harmful", "benign")
     found = calibrate(
-        chat.base, chat.adapter, files, Options(steps=2, compare=False), dtype="float32"
+        chat.base, chat.adapter, files, CalibrationOptions(steps=2, compare=False), dtype="float32"
     )
     assert found.plan.before.skill.value == 1.0
     assert {part.kind for part in found.plan.probes} == {"harmful", "benign"}
@@ -94,7 +94,7 @@ def test_unaligned_base_is_refused(chat, tmp_path):
     swapped = chat._replace(harmful=chat.benign)  # what the base answers
     with pytest.raises(BaseUnaligned, match=r"S3LORA-907: .*refuses 0 of"):
         calibrate(
-            chat.base, chat.adapter, _files(swapped, "harmful", "benign"), Options(),
+            chat.base, chat.adapter, _files(swapped, "harmful", "benign"), CalibrationOptions(),
             dtype="float32",
         )  # fmt: skip
 
@@ -108,7 +108,7 @@ def test_adapter_of_another_base_is_refused(chat, trained):
 
 def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
     files = _files(chat, "harmful", "benign", "skill")
-    options = Options(max_asr=0.0, steps=45, compare=False, strengths=(0.0, 1.0))
+    options = CalibrationOptions(max_asr=0.0, steps=45, compare=False, strengths=(0.0, 1.0))
     whole = calibrate(chat.base, chat.adapter, files, options, dtype="float32")
 
     class Stopped(Exception):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s3lora_serve.lab.evaluation.results import Rule, TaskScore, TrialResult, recommended
+from s3lora_serve.lab.evaluation.results import Bounds, TaskScore, TrialResult, recommended
 from s3lora_serve.lab.evaluation.trials import trials
 from s3lora_serve.plans.schema import wilson
 
@@ -34,7 +34,7 @@ def sweeps(draw):
 
 @given(sweeps(), st.floats(0, 1), st.floats(0, 1))
 def test_recommended_setting_keeps_the_rule_and_none_that_does_has_more_utility(found, asr, loss):
-    rule = Rule(max_asr=asr, max_utility_loss=loss)
+    rule = Bounds(max_asr=asr, max_utility_loss=loss)
     whole = min(found, key=lambda one: one.changed).mean("utility")
     fit = [one for one in found if one.mean("asr") <= asr and one.mean("utility") >= whole - loss]
     best = recommended(found, rule)
@@ -46,14 +46,14 @@ def test_recommended_setting_keeps_the_rule_and_none_that_does_has_more_utility(
 
 def test_ties_go_to_the_setting_that_changes_less():
     found = (trial("b", 10, 0, 15), trial("a", 5, 0, 15))
-    assert recommended(found, Rule()).label == "a"
+    assert recommended(found, Bounds()).label == "a"
 
 
 def test_without_a_task_of_a_role_its_part_of_the_rule_holds():
-    assert recommended((trial("a", 5, utility=3),), Rule()).label == "a"
-    assert recommended((trial("a", 5, asr=0),), Rule()).label == "a"
-    assert recommended((trial("a", 5, asr=COUNT),), Rule()) is None
-    assert recommended((), Rule()) is None
+    assert recommended((trial("a", 5, utility=3),), Bounds()).label == "a"
+    assert recommended((trial("a", 5, asr=0),), Bounds()).label == "a"
+    assert recommended((trial("a", 5, asr=COUNT),), Bounds()) is None
+    assert recommended((), Bounds()) is None
 
 
 def test_trials_carry_scorer_and_action_and_the_plan_comes_last():

@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 from safetensors.torch import save_file
 
-from s3lora_serve.lab.make_reference import Options, make_reference
+from s3lora_serve.lab.make_reference import ReferenceOptions, make_reference
 from s3lora_serve.spectral import Factors, Scorer, Subspace, alignment, reference, score_modules
 from tests.runs.benchmarks import measure, report, shapes
 
@@ -151,7 +151,10 @@ def _made_in(folder: Path) -> dict[str, Any]:
     resident = measure.resident()
     started = time.perf_counter()
     about = make_reference(
-        folder / "base", folder / "aligned", folder / "reference.safetensors", Options(rank=RANK)
+        folder / "base",
+        folder / "aligned",
+        folder / "reference.safetensors",
+        ReferenceOptions(rank=RANK),
     )
     seconds = time.perf_counter() - started
     largest = max(m * n for m, n in (record.shape for record in about.modules.values())) * 4

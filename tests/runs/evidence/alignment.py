@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import s3lora_serve
-from s3lora_serve.lab.make_reference import Options, make_reference
+from s3lora_serve.lab.make_reference import ReferenceOptions, make_reference
 from s3lora_serve.policy.file import with_options
 from s3lora_serve.policy.method import ScorerChoice
 from s3lora_serve.policy.schema import Policy
@@ -51,5 +51,5 @@ def _reference(base: Path) -> Path:
     file = (CACHE / "references" / f"{base.name}.safetensors").absolute()
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
-        make_reference(unaligned_base(), base, file, Options(dtype="float32"))
+        make_reference(unaligned_base(), base, file, ReferenceOptions(dtype="float32"))
     return file

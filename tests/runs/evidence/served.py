@@ -8,7 +8,8 @@ from typing import Any
 
 import requests
 
-from s3lora_serve.lab.base_model.judge import JUDGED_TOKENS, is_refusal
+from s3lora_serve.lab.base_model.judge import is_refusal
+from s3lora_serve.lab.tokens import JUDGED_TOKENS
 from s3lora_serve.plans.file import read_plan
 from tests.runs.evidence.adapters import Subject, make_adapter
 from tests.runs.evidence.base_model import Progress, aligned_base

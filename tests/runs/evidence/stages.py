@@ -7,7 +7,7 @@ from typing import Any
 import s3lora_serve
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import REFUSAL_TOKENS, Options, calibrate
+from s3lora_serve.lab.calibration.calibrate import REFUSAL_TOKENS, CalibrationOptions, calibrate
 from s3lora_serve.lab.calibration.gates import GatedAdapter
 from s3lora_serve.lab.calibration.search import STEPS, Goal, Material, SearchOptions, search
 from s3lora_serve.plans.file import read_plan
@@ -51,7 +51,7 @@ def subject_result(subject: Subject, progress: Progress) -> Any:
             base,
             folder,
             files,
-            Options(strengths=STRENGTHS, compare=False, seed=subject.seed),
+            CalibrationOptions(strengths=STRENGTHS, compare=False, seed=subject.seed),
             dtype=DTYPE,
             progress=lambda phase, done, total, note="": progress(
                 f"{subject}: {phase} {note}", done, total
