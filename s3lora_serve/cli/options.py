@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn, TypeAlias
 import typer
 
 from s3lora_serve.errors import BaseUnaligned, S3LoRAError
+from s3lora_serve.scorer_names import COMPARED
 
 REJECTED, USAGE = 1, 2
 """Exit codes; 0 is the third. docs/reference.md lists them."""
@@ -22,14 +23,8 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-class ScorerName(StrEnum):
-    """The index to score with; svd and spsvd are slow, and refused by a server."""
-
-    MAS_SVD = "mas-svd"
-    SVD = "svd"
-    SPSVD = "spsvd"
-    SAFE_LORA = "safe-lora"
-    SPLORA = "splora"
+ScorerName = StrEnum("ScorerName", {name: name for name in COMPARED})  # type: ignore[misc]
+"""The index to score with; svd and spsvd are slow, and refused by a server."""
 
 
 class Format(StrEnum):

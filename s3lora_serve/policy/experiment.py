@@ -7,13 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from s3lora_serve.errors import ExperimentClosed, NameReserved
 from s3lora_serve.policy.method import Action, Normalization, Strip
 from s3lora_serve.policy.schema import Policy, parse_policy
+from s3lora_serve.scorer_names import MAS_SVD, ServingScorer
 
 
 class ScorerSettings(BaseModel):
     """The scorer of an experiment; its reference, if it needs one, is the policy's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: Literal["mas-svd", "safe-lora", "splora"] = "mas-svd"
+    name: ServingScorer = MAS_SVD
     rank: Annotated[int, Field(ge=1)] | None = None
     normalization: Normalization = "two_sided"
 

@@ -7,11 +7,10 @@ import yaml
 
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file_digests import with_file_digests
-from s3lora_serve.policy.method import ALIGNMENT, ScorerChoice
 from s3lora_serve.policy.schema import Policy, parse_policy
+from s3lora_serve.scorer_names import SERVING
 from s3lora_serve.settings import Settings, load_settings
 
-SERVING = {ScorerChoice().name, *ALIGNMENT}
 """Scorers that are fast enough for a server."""
 
 MAX_POLICY_BYTES = 2**20
@@ -76,7 +75,7 @@ def serving_policy(settings: Settings | None = None, text: bytes | None = None) 
     """
     policy = effective_policy(settings, text=text)
     used = {policy.scorer.name, *(each.scorer.name for each in policy.variants())}
-    if slow := sorted(used - SERVING):
+    if slow := sorted(used - set(SERVING)):
         raise PolicyInvalid(
             f"scorer.name is {slow[0]!r}, which is for offline use: serve one of"
             f" {', '.join(sorted(SERVING))}"

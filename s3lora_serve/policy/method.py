@@ -6,18 +6,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from s3lora_serve.policy.section import Digest, Fraction, Section
+from s3lora_serve.scorer_names import ALIGNMENT, MAS_SVD, AnyScorer
 
 Normalization = Literal["two_sided", "row", "column", "equilibrated"]
 Action = Literal["strip", "project"]
-
-ALIGNMENT = ("safe-lora", "splora")
-"""Scorers that compare modules with what alignment changed in the base model."""
 
 
 class ScorerChoice(Section):
     """The index, with all parameters that influence it."""
 
-    name: Literal["mas-svd", "svd", "spsvd", "dense", "safe-lora", "splora"] = "mas-svd"
+    name: AnyScorer = MAS_SVD
     rank: Annotated[int, Field(ge=1)] | None = None  # M; None: min(r, m, n)
     normalization: Normalization = "two_sided"
     reference: Path | None = None  # an alignment reference, for safe-lora and splora

@@ -21,6 +21,7 @@ from s3lora_serve.policy.rules import SERVERS, Rule, check_keys, check_names_rel
 from s3lora_serve.policy.section import Digest, Section
 from s3lora_serve.policy.server import Audit, ExperimentsPolicy, Rates, Store
 from s3lora_serve.policy.signatures import Attestations, Signatures
+from s3lora_serve.scorer_names import SAFE_LORA, SPLORA
 from s3lora_serve.settings import Mode
 
 _NOT_DECIDING = SERVERS | {"signatures", "attestations"}
@@ -67,12 +68,12 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _action_and_threshold_suit_the_scorer(self) -> Self:
-        if self.action == "project" and self.scorer.name != "safe-lora":
+        if self.action == "project" and self.scorer.name != SAFE_LORA:
             raise ValueError(f"action: project needs scorer.name safe-lora, not {self.scorer.name}")
         if self.action == "project" and self.repair is not None:
             raise ValueError("action: project changes B, repair changes A: choose one of them")
         bound = self.strip.threshold
-        if bound is not None and self.scorer.name != "splora" and not 0 <= bound <= 1:
+        if bound is not None and self.scorer.name != SPLORA and not 0 <= bound <= 1:
             raise ValueError(f"strip.threshold is {bound:g}, outside of [0, 1]")
         return self
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from s3lora_serve.spectral.rotations import frame_blocks
 
-SAFE_LORA, SPLORA = "safe-lora", "splora"
-
 FEWEST_SAMPLES = 8
 """Other modules of one shape from which mean and quartiles are taken; with fewer, rotations are."""
 

@@ -9,24 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s3lora_serve.scorer_names import ALIGNMENT, MAS_SVD, OFFLINE, SAFE_LORA, SERVING
 from s3lora_serve.spectral import alignment, baselines, fallback, precision, reference
-from s3lora_serve.spectral.alignment import SAFE_LORA, SPLORA, Subspace
+from s3lora_serve.spectral.alignment import Subspace
 from s3lora_serve.spectral.low_rank import with_magnitudes
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
 
-SERVING = ("mas-svd", SAFE_LORA, SPLORA)
-"""Scorers fast enough for serving."""
-
-OFFLINE: dict[str, Callable[..., Spectrum]] = {
+_OFFLINE: dict[str, Callable[..., Spectrum]] = {
     "svd": baselines.svd,
     "spsvd": baselines.spsvd,
     "dense": reference.mas_svd,
 }
-"""Slow scorers for comparison. A server refuses them."""
-
-
-ALIGNMENT = (SAFE_LORA, SPLORA)
-"""Scorers that need a reference; a low score is stripped first."""
+"""Slow scorers for comparison, by name."""
 
 
 class Factors(NamedTuple):
@@ -42,7 +36,7 @@ class Factors(NamedTuple):
 class Scorer:
     """All settings that influence a score. Scores are comparable only if these are equal."""
 
-    name: str = "mas-svd"
+    name: str = MAS_SVD
     rank: int | None = None  # M; None keeps min(r, m, n). Spec of MAS-SVD, step 3
     normalization: str = "two_sided"  # Spec of MAS-SVD, step 2
 
@@ -173,7 +167,7 @@ def _spectra(
 
 def _offline(module: Factors, count: int, scorer: Scorer) -> Tensor:
     """The spectrum of one module from a scorer in OFFLINE."""
-    spectrum = OFFLINE[scorer.name](
+    spectrum = _OFFLINE[scorer.name](
         module.B[None],
         module.A[None],
         torch.tensor([module.scaling], dtype=torch.float64),

@@ -4,49 +4,27 @@ Nothing here raises, but `activate` at start. An exception would stop the engine
 or leave the ranks of a tensor-parallel engine out of step.
 """
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from s3lora_serve.admission.verdict import Verdict
-from s3lora_serve.errors import (
-    AdapterRejected,
-    GateFailed,
-    Reason,
-    RefusedByVLLM,
-    StoreDamaged,
-)
-from s3lora_serve.store.stored_copy import StoredCopy, open_stored_copy
-from s3lora_serve.vllm_plugin import compat, patches
+from s3lora_serve.errors import Reason, RefusedByVLLM
+from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.bounded_map import remember
-from s3lora_serve.vllm_plugin.engine.enforcement import enforce
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import adapter_without_effect, add_to_slot
 from s3lora_serve.vllm_plugin.engine.loaded_keys import LoadedKeys
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.operator_files_fit import check_operator_files_fit
-from s3lora_serve.vllm_plugin.engine.preload import Preloader
 from s3lora_serve.vllm_plugin.engine.quarantine import quarantine
 from s3lora_serve.vllm_plugin.engine.registered_paths import RegisteredPaths
-from s3lora_serve.vllm_plugin.engine.worker_admission import WorkerAdmission
-from s3lora_serve.vllm_plugin.threads import GiveWay
+from s3lora_serve.vllm_plugin.engine.stored_loads import StoredLoads
 
 logger = compat.logger
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """The result of loading a stored copy."""
-
-    stored: StoredCopy | None
-    result: Any  # vLLM's LoRAModel, or the AdapterRejected that says why there is none
-    seconds: float
 
 
 class AdapterLoader:
@@ -57,8 +35,7 @@ class AdapterLoader:
         self.model = WorkerModel()  # the latest
         self.registered_paths = RegisteredPaths()
         self._models: WeakKeyDictionary[Any, WorkerModel] = WeakKeyDictionary()  # by its manager
-        self._preloader = Preloader(lambda n: controller.events.metrics.set_preloads(n))
-        self._worker_admission = WorkerAdmission(controller)
+        self.stored_loads = StoredLoads(controller)
         self._registering = False
         self._refusals: OrderedDict[int, Reason] = OrderedDict()  # by adapter id
         self._loaded = LoadedKeys()
@@ -95,7 +72,8 @@ class AdapterLoader:
     def load(self, manager: Any, request: Any, original: Callable[..., Any]) -> Any:
         """Load an adapter; replaces vLLM's `_load_adapter`. A refused one has no effect."""
         adapter_id = request.lora_int_id
-        load = self._preloaded(self._models.get(manager, self.model), request, original)
+        model = self._models.get(manager, self.model)
+        load = self.stored_loads.take(model, request, original)
         verdict = load.stored.verdict if load.stored else None
         if load.stored is None or isinstance(load.result, Exception):
             return self._without_effect(request, Reason.of(load.result), verdict)
@@ -111,51 +89,6 @@ class AdapterLoader:
         self._loaded.note(adapter_id, stored.path.name, manager.list_adapters)
         return load.result
 
-    def preload(
-        self, name: str, path: str, adapter_id: int, *, folder: Path, beside_requests: bool
-    ) -> str:
-        """Start reading a stored copy, so that it can be added without delay.
-
-        It is read beside the engine's steps, and gives way to them if there are requests: other
-        tenants' tokens do not wait. Returns the name of the file that is created in `folder` once
-        it has been read.
-        """
-        model, request = self.model, compat.request_for(name, path, adapter_id)
-
-        def work() -> _Load:
-            give_way = GiveWay(needed=beside_requests)  # in the thread whose time it counts
-            return self._load(model, request, patches.load_adapter, give_way)
-
-        return self._preloader.start(_key(request), work, folder)
-
-    def forget_preload(self, path: str, adapter_id: int) -> None:
-        """Drop what was preloaded from a stored copy for an id."""
-        self._preloader.forget((adapter_id, path))
-
-    def _preloaded(self, model: WorkerModel, request: Any, original: Callable[..., Any]) -> _Load:
-        """The load that was preloaded, else one made now."""
-        preloaded: _Load | None = self._preloader.take(_key(request))
-        return preloaded or self._load(model, request, original)
-
-    def _load(
-        self,
-        model: WorkerModel,
-        request: Any,
-        original: Callable[..., Any],
-        give_way: Callable[[], None] = lambda: None,
-    ) -> _Load:
-        """Open the stored copy and have vLLM load it. Raises nothing."""
-        started, stored, result = time.perf_counter(), None, None
-        try:
-            stored = open_stored_copy(self._path_to_load(model, request))
-            result = enforce(model, request, original, stored, give_way)
-        except AdapterRejected as refusal:
-            result = refusal
-        except Exception as error:
-            logger.exception("s3lora: adapter %r", request.lora_name)
-            result = GateFailed(f"{type(error).__name__}: {error}")
-        return _Load(stored, result, time.perf_counter() - started)
-
     def add(self, manager: Any, request: Any, original: Callable[..., bool]) -> bool:
         """Add an adapter to the engine, never half; replaces `add_adapter`.
 
@@ -163,7 +96,7 @@ class AdapterLoader:
         modules would keep the weights of the slot's previous adapter.
         """
         loaded = self._loaded.get(request.lora_int_id)
-        path = self._stored_path(request)
+        path = self.stored_loads.stored_path(request)
         if loaded and path and (loaded != path.name or self.controller.store.is_quarantined(path)):
             # The id was another adapter's, or another rank could not load it: no rank serves it.
             manager.remove_adapter(request.lora_int_id)
@@ -191,26 +124,6 @@ class AdapterLoader:
         """The store key of the copy that this worker loaded under an id."""
         return self._loaded.get(adapter_id)
 
-    def trial(self, name: str, path: str, adapter_id: int) -> Reason | None:
-        """Why this worker would not serve a stored copy; None if it would."""
-        request = compat.request_for(name, path, adapter_id)
-        result = self._preloaded(self.model, request, patches.load_adapter).result
-        return Reason.of(result) if isinstance(result, AdapterRejected) else None
-
-    def _stored_path(self, request: Any) -> Path | None:
-        """The stored copy that a request means, if it is known."""
-        return self.controller.store.find(request.lora_path) or self._worker_admission.get(request)
-
-    def _path_to_load(self, model: WorkerModel, request: Any) -> Path:
-        """The stored copy that the request names, else one that is admitted here."""
-        path = self.controller.store.find(request.lora_path)
-        if path is None:
-            path = None if request.load_inplace else self._worker_admission.get(request)
-            path = path or self._worker_admission.admit(request, model)
-        if self.controller.store.is_quarantined(path):
-            raise StoreDamaged(f"{path} could not be loaded, here or on another rank")
-        return path
-
     def _without_effect(self, request: Any, reason: Reason, verdict: Verdict | None) -> Any:
         """An adapter without effect that replaces a refused one; quarantined unless registering."""
         remember(self._refusals, request.lora_int_id, reason)
@@ -219,10 +132,6 @@ class AdapterLoader:
         # A registration asks for the refusal, answers its client and removes the adapter.
         registered = self._registering and self.controller.store.find(request.lora_path) is not None
         if not (registered and mode == "enforce"):
-            stored, path = self._stored_path(request), self.registered_paths.of(request)
+            stored, path = self.stored_loads.stored_path(request), self.registered_paths.of(request)
             quarantine(self.controller, request, stored, reason, verdict, path)
         return adapter_without_effect(request)
-
-
-def _key(request: Any) -> tuple[int, str]:
-    return request.lora_int_id, request.lora_path

@@ -51,18 +51,20 @@ class WorkerMethods:
         copy = (name, path, adapter_id)
         if origin is not None:
             self.registered(*copy, origin)
-        return self._loader.preload(*copy, folder=Path(folder), beside_requests=beside_requests)
+        return self._loader.stored_loads.preload(
+            self._loader.model, *copy, folder=Path(folder), beside_requests=beside_requests
+        )
 
     def forget(self, path: str, adapter_id: int) -> None:
         """Drop what was preloaded: nobody will add it."""
-        self._loader.forget_preload(path, adapter_id)
+        self._loader.stored_loads.forget(path, adapter_id)
 
     def loaded(self, path: str, adapter_id: int) -> tuple[str | None, tuple[str, str] | None]:
         """The store key of the copy loaded under an id, and why it is without effect, if it is.
 
         What was preloaded for it is dropped if the engine had it already.
         """
-        self._loader.forget_preload(path, adapter_id)
+        self._loader.stored_loads.forget(path, adapter_id)
         return self._loader.loaded_key(adapter_id), _plain(self._loader.refusal(adapter_id))
 
     def refresh(self) -> None:
@@ -76,7 +78,7 @@ class WorkerMethods:
 
     def trial(self, name: str, path: str, adapter_id: int) -> tuple[str, str] | None:
         """Code and message of why this worker would not serve a stored copy; None if it would."""
-        return _plain(self._loader.trial(name, path, adapter_id))
+        return _plain(self._loader.stored_loads.trial(self._loader.model, name, path, adapter_id))
 
 
 def _plain(reason: Reason | None) -> tuple[str, str] | None:
