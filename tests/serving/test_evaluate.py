@@ -187,14 +187,20 @@ def test_refusals_are_judged_by_log_odds_or_by_a_model(server, chat, probes, tmp
     assert trial["scores"][0]["rate"]["value"] >= 0.9
 
 
+def _default_interrupt():
+    """Restore the default for SIGINT: in the background of a shell, children ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_interrupted_sweep_leaves_nothing_registered_and_goes_on_later(
     server, chat, probes, tmp_path
 ):
     output = tmp_path / "sweep.json"
     arguments = (server, chat, probes, output, "--tau", "0,1,2,3")
     process = subprocess.Popen(
-        command(*arguments), env=base_environment(), stderr=subprocess.PIPE, text=True
-    )
+        command(*arguments), env=base_environment(), stderr=subprocess.PIPE, text=True,
+        preexec_fn=_default_interrupt,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (output.exists() and registered(server)):
         assert process.poll() is None, process.stderr.read()

@@ -25,7 +25,7 @@ from tests.support.tiny_chat import harmful, skill
 pytestmark = pytest.mark.serving
 
 POLICY = """
-repair: {{statistics: {statistics}, strength: 0.1, max_effect: 1.0}}
+repair: {{statistics: {statistics}, strength: 0.03, max_effect: 1.0}}
 strip: {{top_k: 0}}
 attestations: {{keys: [{scanner}]}}
 rules:
