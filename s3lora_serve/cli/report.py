@@ -65,7 +65,7 @@ def write_report(
 
 
 def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Subject:
-    from s3lora_serve.admission.pipeline import admit  # imports torch, which takes seconds
+    from s3lora_serve.admission.admit import admit  # imports torch, which takes seconds
 
     name = path.absolute().name
     admission = admit(path, name, policy, device=device)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from s3lora_serve.adapter.local_folder import opened_folder
 from s3lora_serve.adapter.private_copy import PrivateCopy
 from s3lora_serve.adapter.remote_storage import RemoteFolder, folder_name
+from s3lora_serve.admission.admit import Admission, admit
 from s3lora_serve.admission.partial import Circumstances
-from s3lora_serve.admission.pipeline import Admission, admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.policy.signatures import Attestations

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from s3lora_serve.adapter.remote_storage import RemoteFolder, folder_name, is_url
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.policy.file import effective_policy
 from s3lora_serve.policy.file_digests import with_file_digests

@@ -16,8 +16,8 @@ import torch
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.adapter.safetensors_format import Entry, write_header
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.partial import Circumstances
-from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.offline.provenance import PROVENANCE_NAME, statement
 from s3lora_serve.plans.schema import Plan

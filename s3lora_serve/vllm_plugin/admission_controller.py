@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from s3lora_serve.adapter.local_folder import LocalFolder
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.partial import Circumstances
-from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.repairing import check_statistics
 from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
 
 from s3lora_serve import scan_adapter, strip_adapter
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.errors import ModuleTwice, ShapesDoNotFit, Unscorable
 from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.policy.schema import Policy

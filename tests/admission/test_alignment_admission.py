@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s3lora_serve import Policy
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.decision import decide
-from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.alignment.reference_file import read_reference
 from s3lora_serve.errors import PolicyInvalid

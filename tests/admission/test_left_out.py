@@ -1,8 +1,8 @@
 """What the served model does not take of an adapter decides nothing, and the verdict names it."""
 
 from s3lora_serve import Policy
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.partial import Circumstances
-from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import NothingPlaced
 from s3lora_serve.policy.method import Strip

@@ -7,8 +7,8 @@ import torch
 
 from s3lora_serve import Policy
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.partial import Circumstances
-from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.verdict import Verdict, differs
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import Strip

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 import s3lora_serve
 from s3lora_serve.adapter.private_copy import OWN_FOLDER, WEIGHTS_NAME
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.partial import Circumstances
-from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.admission.repairing import check_statistics, preload_statistics
 from s3lora_serve.admission.verdict import Verdict, differs
 from s3lora_serve.cli import app

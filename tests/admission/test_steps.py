@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.partial import Begun, Circumstances, Copied, Decided, Placed, Read
-from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.errors import NothingPlaced
 from s3lora_serve.policy.schema import Policy
 from tests.support.adapters import copy_with, diverged

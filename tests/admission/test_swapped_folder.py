@@ -10,7 +10,7 @@ import pytest
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.adapter.local_folder import LocalFolder
 from s3lora_serve.adapter.private_copy import PrivateFolder
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from tests.support.adapters import CONFIG, WEIGHTS, copy_with
 from tests.support.signing import key_pair, sign
 

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.alignment.reference_file import METADATA_KEY, read_reference
 from s3lora_serve.errors import (
     GateFailed,

@@ -17,7 +17,7 @@ from tests.store.test_adapter_store import store_adapter, stored_names
 SERVER = """
 import sys
 from pathlib import Path
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.launcher.server_files import ServerFiles
 from s3lora_serve.settings import Settings

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from s3lora_serve import Policy, scan_adapter
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.cli import app
 from s3lora_serve.pages.report import Subject, report
 from s3lora_serve.policy.method import Strip

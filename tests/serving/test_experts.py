@@ -49,7 +49,7 @@ print("FOUND", json.dumps(found))
 
 def slot_buffers(model, folder, **environment):
     """Digests of the buffers of the experts in slot 1, and the log."""
-    more = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # `buffers` is sent to the worker
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # `buffers` is a function of this process
     own = more | ONE_CORE | environment
     return run_program("-c", PROGRAM, model, folder, ONE_PROCESS, **own)
 

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.remote_storage import RemoteFolder
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.partial import Circumstances
-from s3lora_serve.admission.pipeline import admit
 from s3lora_serve.signatures.records import Vouchers
 from s3lora_serve.signatures.trust import check_trusted, key_id
 from tests.support.adapters import CONFIG, WEIGHTS

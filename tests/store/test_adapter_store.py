@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, WEIGHTS_NAME
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.errors import GateFailed, StoreDamaged, StoreFull
 from s3lora_serve.policy.limits import Limits
@@ -265,7 +265,7 @@ def test_a_copy_served_under_two_names_is_evicted_once_neither_serves_it(store, 
 OTHER_PROCESS = """
 import sys, time
 from pathlib import Path
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.policy.method import Strip
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store.adapter_store import AdapterStore
@@ -310,7 +310,7 @@ def test_processes_that_store_the_same_copy_at_once_all_find_it_complete(store, 
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.errors import AdapterRejected
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store.adapter_store import AdapterStore

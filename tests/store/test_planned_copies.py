@@ -7,7 +7,7 @@ import pytest
 from s3lora_serve import Policy
 from s3lora_serve.adapter.changed_weights import ChangedWeights
 from s3lora_serve.adapter.private_copy import CONFIG_NAME, OWN_FOLDER, WEIGHTS_NAME
-from s3lora_serve.admission.pipeline import admit
+from s3lora_serve.admission.admit import admit
 from s3lora_serve.errors import StoreDamaged
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.store.adapter_store import AdapterStore

@@ -8,13 +8,13 @@ from s3lora_serve.policy.limits import Limits
 from s3lora_serve.store.stored_copy import StoredCopy
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.engine.loaded_adapter import remove_effect, strip_modules
-from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
-from s3lora_serve.vllm_plugin.engine.model_fit import (
+from s3lora_serve.vllm_plugin.engine.loaded_checks import (
     check_loaded,
     load_copy,
     remove_left_out,
     remove_unscorable,
 )
+from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.rank_alpha_matching import check_patterns
 
 ADMITTED_LIMITS = Limits(max_scaling=None, max_rank=2**31, max_bytes=2**62)
