@@ -24,7 +24,7 @@ load: $(READY)  ## hot loads and unloads under traffic on a real server: about t
 load-fleet: $(READY)  ## two thousand adapters, changing policies, a killed worker: an hour and a quarter; MINUTES=4 ADAPTERS=200 for a short one
 	$(BIN)/python -m tests.runs.load.fleet
 
-architectures: $(READY)  ## tiny models of many architectures, guarded beside stock vLLM: a quarter of an hour; NAMES="Llama Qwen3"
+architectures: $(READY)  ## tiny models of many architectures, guarded beside stock vLLM: ten minutes; NAMES="Llama Qwen3"
 	$(BIN)/python -m tests.runs.architectures $(NAMES)
 
 compat: $(READY)  ## the doors on every vLLM that is claimed to work: some ten minutes and 4 GB each; VERSIONS="0.30 0.31"
