@@ -10,13 +10,13 @@ demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what i
 	$(BIN)/python -m deploy.demo
 
 test: $(READY)  ## all tests that CI runs, in two processes that share the engines
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-fast: $(READY)  ## everything that needs no vLLM engine
 	$(BIN)/python -m pytest -m "not serving"
 
 test-all: $(READY)  ## those too that take longer than CI allows
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
 
 load: $(READY)  ## hot loads and unloads under traffic on a real server: about ten minutes
 	$(BIN)/python -m tests.runs.load

@@ -89,8 +89,3 @@ def chat(tmp_path_factory) -> Chat:
 def statistics(chat, tmp_path_factory) -> Path:
     """Input statistics of the tiny chat model."""
     return chat_statistics(chat, tmp_path_factory.mktemp("statistics") / "chat.safetensors")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines first: a module that starts one takes a minute, and should not begin last."""
-    items.sort(key=lambda item: item.get_closest_marker("serving") is None)

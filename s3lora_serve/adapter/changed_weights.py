@@ -100,8 +100,7 @@ def _new_bytes(entry: Entry, file: memoryview, new: list[NewFactor]) -> memoryvi
     data = bytearray(own)
     whole = torch.frombuffer(data, dtype=first.tensor.dtype).reshape(entry.shape)
     for each in new:
-        if each.module.expert is not None:
-            each.module.expert.of(each.side, whole).copy_(each.tensor)
+        each.module.part(each.side, whole).copy_(each.tensor)
     return memoryview(data)
 
 

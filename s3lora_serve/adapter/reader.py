@@ -59,6 +59,10 @@ class Module:
         """(m, n) of ΔW."""
         return self.B.shape[0], self.A.shape[1]
 
+    def part(self, side: str, whole: Tensor) -> Tensor:
+        """A view of what is this module's of a tensor of the file, or of one in its shape."""
+        return whole if self.expert is None else self.expert.of(side, whole)
+
     @property
     def is_expert(self) -> bool:
         """Whether it is of one of a layer's experts. vLLM takes all of them or none."""

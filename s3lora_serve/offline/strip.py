@@ -128,7 +128,7 @@ def _without_experts(
             new[key] = memoryview(bytearray(own))
         # As bytes, which are 0 for 0 in every dtype.
         B = torch.frombuffer(new[key], dtype=torch.uint8).reshape(*entry.shape, -1)
-        (B if module.expert is None else module.expert.of("B", B)).zero_()
+        module.part("B", B).zero_()
     return new
 
 

@@ -163,7 +163,9 @@ class ModelModules:
             RefusedByVLLM: vLLM cannot map a name.
         """
         try:
-            return {key: compat.parse_fine_tuned_lora_name(key, self.mapper)[0] for key in keys}
+            # A layer's experts in one tensor share its keys.
+            own = dict.fromkeys(keys)
+            return {key: compat.parse_fine_tuned_lora_name(key, self.mapper)[0] for key in own}
         except ValueError as error:
             raise RefusedByVLLM(f"vLLM says: {error}") from None
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from safetensors import safe_open
 
 from tests.fuzz.changed_adapters import ZERO, Drawn, changed_adapters
-from tests.runs.architectures.models import ARCHITECTURES
+from tests.runs.architectures.models import named
+from tests.runs.architectures.served import ENGINE
 from tests.support.adapters import CONFIG, WEIGHTS
 from tests.support.programs import print_result
-from tests.support.server import ONE_PROCESS
+from tests.support.slots import slot_buffers
 
 Slot = dict[str, torch.Tensor]
 
@@ -34,12 +35,7 @@ class BothWays:
         own = vars(PEFTHelper)["_match_pattern"]
         from vllm import LLM
 
-        settings_ = {
-            "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "enable_lora": True,
-            "max_lora_rank": 16, "max_num_seqs": 2, "max_loras": 1, "max_cpu_loras": 4,
-            "distributed_executor_backend": ONE_PROCESS,
-        }  # fmt: skip
-        self.engine = LLM(str(model), **settings_ | engine).llm_engine
+        self.engine = LLM(str(model), **ENGINE | {"max_cpu_loras": 4} | engine).llm_engine
         self._matching = {True: vars(PEFTHelper)["_match_pattern"], False: own}
         [self._worker] = self.engine.collective_rpc(lambda worker: worker)
         self._ids = count(1)
@@ -82,14 +78,8 @@ class BothWays:
             self._clear()
 
     def _slot(self) -> Slot:
-        found = {}
-        for name, layer in self._manager._adapter_manager.modules.items():
-            for side, stacked in vars(layer).items():
-                if side.endswith("_stacked") and isinstance(stacked, tuple):
-                    for part, buffers in enumerate(stacked):
-                        if buffers[0].any():
-                            found[f"{name} {side} {part}"] = buffers[0].clone()
-        return found
+        adapters = self._manager._adapter_manager
+        return {name: buffer.clone() for name, buffer in slot_buffers(adapters, 0)}
 
     def _clear(self) -> None:
         """An empty slot, whatever happened: vLLM leaves half-filled ones."""
@@ -127,9 +117,9 @@ def check(both: BothWays, drawn: Drawn, seen: dict[str, int]) -> None:
         assert all(torch.equal(tensor, stock[name]) for name, tensor in slot.items())
 
 
-def main(name: str, examples: int, seed: int) -> None:
+def main(name: str, examples: int, start: int) -> None:
     """Draw examples for an adapter of the architecture of this name."""
-    architecture = next(each for each in ARCHITECTURES if each.name == name)
+    architecture = named(name)
     seen: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         adapter = architecture.make_adapter(Path(folder) / "adapter")
@@ -138,6 +128,7 @@ def main(name: str, examples: int, seed: int) -> None:
         config = (adapter / CONFIG).read_text()
         both = BothWays(architecture.make_model(Path(folder) / "model"), **architecture.engine)
 
+        @seed(start)
         @settings(
             max_examples=examples, deadline=None, database=None,
             phases=[Phase.generate, Phase.shrink],
@@ -147,9 +138,7 @@ def main(name: str, examples: int, seed: int) -> None:
         def compare(drawn: Drawn) -> None:
             check(both, drawn, seen)
 
-        from hypothesis import seed as seeded
-
-        seeded(seed)(compare)()
+        compare()
     print_result(seen)
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.runs.architectures.comparison import compare
-from tests.runs.architectures.models import ARCHITECTURES
+from tests.runs.architectures.models import named
 from tests.runs.architectures.report import holds
 
 pytestmark = pytest.mark.serving
@@ -23,7 +23,7 @@ BFLOAT16 = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_adapter_is_served_as_by_stock_and_stripped_as_by_hand(name, tmp_path):
-    architecture = next(each for each in ARCHITECTURES if each.name == name)
+    architecture = named(name)
     in_bfloat16 = architecture.engine.get("dtype") == "bfloat16"
     if in_bfloat16 and subprocess.run([sys.executable, "-c", BFLOAT16]).returncode < 0:
         pytest.skip("this machine stops programs that compute in bfloat16")

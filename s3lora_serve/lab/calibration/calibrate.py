@@ -1,7 +1,7 @@
 """Calibration of one adapter: probes in, plan and frontier out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -116,15 +116,15 @@ def calibrate(
     what = adapter.copy.digest, adapter.config.digest, [file.digest for file in files], options
     saved_search = SavedSearch(saved, repr(what), resume) if saved else None
     model = LanguageModel.load(base, device, dtype)
-    found = _calibration(model, adapter, files, options, saved_search, progress)
+    found = _calibration(model, base, adapter, files, options, saved_search, progress)
     if saved_search is not None:
         saved_search.remove()
-    plan = found.plan.model_copy(update={"base_model": str(base)})
-    return replace(found, plan=plan)
+    return found
 
 
 def _calibration(
     model: LanguageModel,
+    base: Path,
     adapter: Adapter,
     files: Sequence[ProbeFile],
     options: CalibrationOptions,
@@ -158,9 +158,7 @@ def _calibration(
         )
     gated.set(found.gates)
     after = measuring("held_out", "after, held out")
-    plan = _plan(adapter, gated, found, files, options).model_copy(
-        update={"before": before, "after": after}
-    )
+    plan = _plan(base, adapter, gated, found, files, options, (before, after))
     return Calibration(plan, goal.is_met(found.point.measured), found.frontier, found.by_module)
 
 
@@ -200,18 +198,23 @@ class _Measuring:
 
 
 def _plan(
+    base: Path,
     adapter: Adapter,
     gated: GatedAdapter,
     found: Found,
     files: Sequence[ProbeFile],
     options: CalibrationOptions,
+    held_out: tuple[Measured, Measured],
 ) -> Plan:
-    """The plan of the gates, without its base model and what was measured on held-out probes."""
+    """The plan of the gates; `held_out` is what was measured before and after them."""
+    before, after = held_out
     return Plan(
         adapter_digest=adapter.copy.digest,
         config_digest=adapter.config.digest,
-        base_model="",
+        base_model=str(base),
         modules=_module_plans(adapter, gated, found),
+        before=before,
+        after=after,
         probes=tuple(
             Probes(kind=file.kind, digest=file.digest, count=len(file.probes)) for file in files
         ),

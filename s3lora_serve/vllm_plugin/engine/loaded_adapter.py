@@ -27,8 +27,7 @@ def strip_modules(lora: Any, served: Mapping[str, str], modules: Iterable[Module
             if name not in own:
                 weights.lora_b = weights.lora_b.clone()
                 own.add(name)
-            B = weights.lora_b
-            (B if module.expert is None else module.expert.of("B", B)).zero_()
+            module.part("B", weights.lora_b).zero_()
 
 
 def remove_full_modules(lora: Any) -> None:

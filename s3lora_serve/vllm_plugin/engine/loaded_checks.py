@@ -54,9 +54,7 @@ def check_loaded(
                 f"vLLM would scale {module.name} by {loaded.scaling:g}, it was scored with"
                 f" {module.scaling:g} (this version may not know rank_pattern and alpha_pattern)"
             )
-        A, B = loaded.lora_a, loaded.lora_b
-        if module.expert is not None:
-            A, B = module.expert.of("A", A), module.expert.of("B", B)
+        A, B = module.part("A", loaded.lora_a), module.part("B", loaded.lora_b)
         if not (_same(A, module.A) and _same(B, module.B)):
             raise DoesNotFitModel(f"vLLM loaded other factors for {module.name} than were scored")
         if not (_within(A, 1.0) and _within(B, module.scaling)):

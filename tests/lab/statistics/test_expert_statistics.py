@@ -94,13 +94,19 @@ def test_gate_and_up_of_all_experts_share_one_input_site(found):
     assert sites[0] != sites[1]
 
 
-def test_named_experts_put_out_what_transformers_experts_do(base):
+def named_as_transformers(base):
+    """The model with named experts, which put out what transformers' own do."""
     model = LanguageModel.load(base, dtype="float32").model
     ids = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids).logits
         name_experts(model, Checkpoint.open(base).shapes)
         assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    return model
+
+
+def test_named_experts_put_out_what_transformers_experts_do(base):
+    named_as_transformers(base)
 
 
 class Routed:
@@ -233,12 +239,7 @@ def stacked_base(chat, tmp_path_factory):
 
 
 def test_experts_in_one_tensor_put_out_what_transformers_experts_do(stacked_base):
-    model = LanguageModel.load(stacked_base, dtype="float32").model
-    ids = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(ids).logits
-        name_experts(model, Checkpoint.open(stacked_base).shapes)
-        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    model = named_as_transformers(stacked_base)
     names = {m.name for m in model.modules() if isinstance(m, ExpertProjection)}
     assert len(names) == 2 * 4 * 2
     assert "model.layers.1.mlp.experts.3.gate_up_proj" in names

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.runs.architectures.models import Architecture
-from tests.runs.architectures.served import served
+from tests.runs.architectures.served import KEEPS, served
 from tests.support.adapters import Tensors, copy_with, key
 
 CLOSE = 1e-4
 STRIPS = {"strip": {"top_k": 3}, "on_uninformative": "admit"}
-KEEPS = {"strip": {"top_k": 0}, "on_uninformative": "admit"}
 
 
 def compare(architecture: Architecture, folder: Path) -> dict[str, Any]:

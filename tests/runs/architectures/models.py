@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, made by transformers, and adapters made by PEFT."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,16 @@ _HYBRID = {
 }
 _ON_STACKED = {"target_parameters": STACKED, "target_modules": ["q_proj", "v_proj"]}
 
+_LLAVA = Architecture(
+    "LLaVA, with its tower",
+    _llava,
+    engine={"limit_mm_per_prompt": {"image": 1}, "enable_tower_connector_lora": True},
+    processor=_llava_processor,
+    asks="image",
+    checkpoint_name=_with_vision_model,
+    adapter_name=_with_vision_model,
+)
+
 ARCHITECTURES = (
     Architecture("Llama", _of("LlamaForCausalLM", "LlamaConfig")),
     Architecture("Qwen2", _of("Qwen2ForCausalLM", "Qwen2Config")),
@@ -183,23 +193,8 @@ ARCHITECTURES = (
     Architecture("Gemma 3", _of("Gemma3ForCausalLM", "Gemma3TextConfig")),
     Architecture("Phi-3", _of("Phi3ForCausalLM", "Phi3Config")),
     Architecture("GPT-2", _gpt2, {"fan_in_fan_out": True}),
-    Architecture(
-        "LLaVA, with its tower",
-        _llava,
-        engine={"limit_mm_per_prompt": {"image": 1}, "enable_tower_connector_lora": True},
-        processor=_llava_processor,
-        asks="image",
-        checkpoint_name=_with_vision_model,
-        adapter_name=_with_vision_model,
-    ),
-    Architecture(
-        "LLaVA, its tower named as transformers 5 does",
-        _llava,
-        engine={"limit_mm_per_prompt": {"image": 1}, "enable_tower_connector_lora": True},
-        processor=_llava_processor,
-        asks="image",
-        checkpoint_name=_with_vision_model,
-    ),
+    _LLAVA,
+    replace(_LLAVA, name="LLaVA, its tower named as transformers 5 does", adapter_name=None),
     Architecture(
         "Qwen3, embeddings",
         _of("Qwen3Model", "Qwen3Config"),
@@ -228,3 +223,8 @@ ARCHITECTURES = (
         asks="slots",
     ),
 )
+
+
+def named(name: str) -> Architecture:
+    """The architecture of this name."""
+    return next(each for each in ARCHITECTURES if each.name == name)

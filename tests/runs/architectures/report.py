@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tests.support.marked import with_table
+
 HEADER = """# Architectures
 
 Written by `make architectures` (`results.json` holds the data), with {versions}. Each row is a tiny
@@ -38,14 +40,12 @@ def markdown(results: Mapping[str, Mapping[str, Any]], versions: str) -> str:
 
 def in_readme(readme: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The README with its table of architectures as the results have it."""
-    before, _, rest = readme.partition(MARK)
-    _, _, after = rest.partition(MARK)
     groups: dict[str, list[str]] = {}
     for name, found in results.items():
         groups.setdefault(_group(found), []).append(name.replace(", ", " "))
-    lines = ["", "| as stock vLLM | architectures |", "|---|---|"]
+    lines = ["| as stock vLLM | architectures |", "|---|---|"]
     lines += [f"| {group} | {', '.join(names)} |" for group, names in groups.items()]
-    return before + MARK + "\n".join([*lines, ""]) + MARK + after
+    return with_table(readme, MARK, lines)
 
 
 def holds(found: Mapping[str, Any]) -> bool:

@@ -16,10 +16,19 @@ from PIL import Image
 
 from tests.support.programs import print_result, run_program
 from tests.support.server import ONE_CORE, ONE_PROCESS
+from tests.support.slots import slot_buffers
 
 PROMPT = "Q: What is the capital of France? A:"
 STOCK = {"VLLM_PLUGINS": ""}
-KEEP_ALL = '{"strip": {"top_k": 0}, "on_uninformative": "admit"}'
+KEEPS = {"strip": {"top_k": 0}, "on_uninformative": "admit"}
+KEEP_ALL = json.dumps(KEEPS)
+
+ENGINE = {
+    "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "enable_lora": True,
+    "max_lora_rank": 16, "max_num_seqs": 4, "max_loras": 1,
+    "distributed_executor_backend": ONE_PROCESS,
+}  # fmt: skip
+"""A small engine with one slot, for adapters one after the other."""
 
 Answer = list[float]
 """An answer's tokens and their log-probabilities; or an embedding; or class scores."""
@@ -64,19 +73,9 @@ def main(job: dict[str, Any]) -> None:
 
     if job["skipped"]:
         _skip(tuple(job["skipped"]))
-    settings = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 128,
-        "enable_lora": True,
-        "max_lora_rank": 16,
-        "max_num_seqs": 4,
-        "max_loras": 1,
-        "distributed_executor_backend": ONE_PROCESS,
-    }
     guarded = os.environ.get("VLLM_PLUGINS") != ""
     try:
-        llm = LLM(job["model"], **settings | job["engine"])
+        llm = LLM(job["model"], **ENGINE | job["engine"])
         found: dict[str, Any] = {"base": _answer(llm, job["asks"], None)}
     except Exception as error:  # noqa: BLE001
         print_result({"failed": f"{type(error).__name__}: {error}"})
@@ -115,16 +114,10 @@ def _slot(worker: Any, adapter_id: int) -> dict[str, str]:
     manager = worker.model_runner.lora_manager._adapter_manager
     manager.activate_adapter(adapter_id)
     slot = manager.lora_index_to_id.index(adapter_id)
-    found = {}
-    for name, layer in manager.modules.items():
-        for side, stacked in vars(layer).items():
-            # Of experts, `lora_a_stacked` is a list of views of the others.
-            if side.endswith("_stacked") and isinstance(stacked, tuple):
-                for part, buffers in enumerate(stacked):
-                    if buffers[slot].any():
-                        data = buffers[slot].float().numpy().tobytes()
-                        found[f"{name} {side} {part}"] = hashlib.sha256(data).hexdigest()
-    return found
+    return {
+        name: hashlib.sha256(buffer.float().numpy().tobytes()).hexdigest()
+        for name, buffer in slot_buffers(manager, slot)
+    }
 
 
 def _answer(llm: Any, asks: str, request: Any) -> Answer:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tests.support.marked import with_table
+
 HEADER = """# vLLM versions
 
 Written by `make compat` (`results.json` holds the data). Each version has an environment of its
@@ -32,13 +34,11 @@ def markdown(results: Mapping[str, Mapping[str, Any]], tests: tuple[str, ...]) -
 
 def in_readme(readme: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The README with its table of supported versions as the results have it."""
-    before, _, rest = readme.partition(MARK)
-    _, _, after = rest.partition(MARK)
-    lines = ["", "| vLLM | tests |", "|---|---|"]
+    lines = ["| vLLM | tests |", "|---|---|"]
     for found in results.values():
         ran = f"{found.get('passed')} passed, {found['failed']} failed"
         lines.append(f"| {found['vllm']} | {found.get('source', ran)} |")
-    return before + MARK + "\n".join([*lines, ""]) + MARK + after
+    return with_table(readme, MARK, lines)
 
 
 def _row(found: Mapping[str, Any]) -> str:
