@@ -10,8 +10,6 @@ from typing import ClassVar
 
 from s3lora_serve.printable import printable
 
-_MARK = re.compile(r"(?P<code>S3LORA-\d{3}): (?P<message>.*)", re.DOTALL)
-
 
 class S3LoRAError(Exception):
     """Base of every error with a code; its text is `S3LORA-NNN: what was wrong. What to do.`."""
@@ -523,12 +521,6 @@ class Reason:
     @classmethod
     def of(cls, error: S3LoRAError) -> "Reason":
         return error.reason if isinstance(error, Refused) else cls(error.code, error.message)
-
-    @classmethod
-    def in_text(cls, text: str) -> "Reason | None":
-        """The `S3LORA-NNN: …` in what vLLM made of an error, of which it keeps the text alone."""
-        found = _MARK.search(text)
-        return cls(found["code"], found["message"].strip()) if found else None
 
     @property
     def passes(self) -> bool:

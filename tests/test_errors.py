@@ -31,12 +31,9 @@ def test_a_refusal_has_the_reason_that_it_was_raised_for():
     assert Reason.of(pickle.loads(pickle.dumps(Refused(reason)))) == reason  # noqa: S301 - our own
 
 
-def test_a_reason_is_found_in_the_text_that_vllm_keeps_of_an_error():
-    reason = Reason.of(QueueFull("12 loads wait"))
-    text = f"Call to add_lora method failed: Worker failed with error '{reason}"
-    assert Reason.in_text(text) == reason
-    assert Reason.in_text(text).is_postponed
-    assert Reason.in_text("something else") is None
+def test_a_load_that_was_turned_away_is_postponed():
+    assert Reason.of(QueueFull("12 loads wait")).is_postponed
+    assert not Reason.of(NotFinite("module q_proj holds NaN")).is_postponed
 
 
 @pytest.mark.parametrize(

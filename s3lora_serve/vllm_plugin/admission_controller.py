@@ -1,20 +1,17 @@
-"""The admission controller of one process: policy, store and telemetry, and decisions made by them.
+"""Decisions of one process: by its policy, on stored copies that it may load.
 
-The API server, `LLM.generate` and the workers each have one.
+The API server, `LLM.generate` and the workers each have an admission controller.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from s3lora_serve.adapter.local_folder import LocalFolder
 from s3lora_serve.admission.admit import admit
 from s3lora_serve.admission.partial import Circumstances
-from s3lora_serve.admission.repairing import check_statistics
-from s3lora_serve.admission.scoring import check_reference
 from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
 from s3lora_serve.errors import (
     AdapterRejected,
@@ -23,20 +20,13 @@ from s3lora_serve.errors import (
     S3LoRAError,
     StoreDamaged,
 )
-from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.plans.schema import Plan
 from s3lora_serve.policy.experiment import ExperimentSettings, check_name, experiment_policy
 from s3lora_serve.policy.lengths import check_lengths
-from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.policy.text import check_text
-from s3lora_serve.repair.statistics_file import share_in
-from s3lora_serve.settings import Settings
-from s3lora_serve.signatures.trust import check_trusted
-from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.store.stored_copy import open_stored_copy, own_folder
-from s3lora_serve.telemetry.events import AdmissionEvents
-from s3lora_serve.vllm_plugin import compat
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
 from s3lora_serve.vllm_plugin.model_modules import ModelModules
 
 
@@ -51,31 +41,8 @@ class Experiment:
 class AdmissionController:
     """Decides on adapters in one process and stores the copies that may be loaded."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Read the policy.
-
-        Raises:
-            PolicyInvalid, SettingInvalid: it is not valid, or its folder of plans is not to be
-                trusted, or its alignment reference cannot be used.
-        """
-        self.settings = settings
-        self.store = AdapterStore(settings.state_dir)
-        share_in(self.store.root / "statistics")
-        self._policy = ReloadablePolicy(settings, _check_files)
-        # Called after a changed policy is in force, in the thread that has reloaded it.
-        self.policy_changed: Callable[[], object] = lambda: None
-
-    @property
-    def policy(self) -> Policy:
-        """The policy in force."""
-        return self._policy.current
-
-    @cached_property
-    def events(self) -> AdmissionEvents:
-        """Created on first use: a process that registers metrics shows them, even at 0."""
-        return AdmissionEvents(
-            self.policy, self.settings.device, compat.logger, compat.installed_version()
-        )
+    def __init__(self, process: GuardedProcess) -> None:
+        self._process = process
 
     def learn_model(self, ranks: Iterable[Mapping[str, Any]]) -> ModelModules:
         """The model's LoRA modules, from each worker's `s3lora_model` answer.
@@ -83,22 +50,10 @@ class AdmissionController:
         Metrics get their closed label sets from the same answers.
         """
         answers = list(ranks)
-        self.events.metrics.set_model_modules(
+        self._process.events.metrics.set_model_modules(
             {tuple(place) for rank in answers for place in rank["places"]}
         )
         return ModelModules.of_workers(answers)
-
-    def reload_policy(self) -> Policy:
-        """The policy in force after a look at its file; an invalid file changes nothing."""
-        before = self.policy
-        try:
-            policy = self._policy.reload()
-        except PolicyInvalid as error:
-            self.events.policy_kept(str(error), self.policy)
-            return self.policy
-        if policy is not before:
-            self.policy_changed()
-        return policy
 
     def admit(
         self,
@@ -126,15 +81,15 @@ class AdmissionController:
         """
         check_lengths(name, str(folder))
         check_text(name, str(folder))
-        policy = self.reload_policy()
-        self.events.require_audit(policy)
-        with LocalFolder(folder) as opened, self.store.new_private_folder() as private:
+        policy = self._process.reload_policy()
+        self._process.events.require_audit(policy)
+        with LocalFolder(folder) as opened, self._process.store.new_private_folder() as private:
             policy = _policy_for(policy, name, opened.real_path, base_model, experiment)
             verdict = admit(
                 opened,
                 name,
                 policy,
-                device=self.settings.device,
+                device=self._process.settings.device,
                 into=private.make,
                 circumstances=Circumstances(
                     base_model=base_model,
@@ -145,7 +100,7 @@ class AdmissionController:
             ).verdict
             if is_refused(verdict) and not store_refused:
                 return verdict, None
-            return verdict, self.store.add(private, verdict, policy.store.max_bytes)
+            return verdict, self._process.store.add(private, verdict, policy.store.max_bytes)
 
     def recheck(
         self,
@@ -161,7 +116,7 @@ class AdmissionController:
         It is made on the adapter's own bytes, which the store keeps beside transformed ones. An
         experiment keeps its settings, as far as the policy in force allows them.
         """
-        policy = self.reload_policy()
+        policy = self._process.reload_policy()
         try:
             real = os.path.realpath(before.path)
             policy = _policy_for(policy, before.name, real, base_model, experiment)
@@ -173,7 +128,7 @@ class AdmissionController:
             own,
             before.name,
             policy,
-            device=self.settings.device,
+            device=self._process.settings.device,
             circumstances=Circumstances(
                 base_model=base_model,
                 left_out_of_model=modules.left_out,
@@ -207,14 +162,6 @@ def _policy_for(
         return policy
     own = policy.for_adapter(name, real_path, base_model)
     return experiment_policy(own, experiment.settings, with_plan=experiment.plan is not None)
-
-
-def _check_files(policy: Policy) -> None:
-    """Check the files that a policy names: plans, reference, statistics, keys of its signers."""
-    check_plans(policy)
-    check_reference(policy)
-    check_statistics(policy)
-    check_trusted(policy)
 
 
 def _rejected_now(before: Verdict, policy: Policy, obstacle: S3LoRAError) -> Verdict:

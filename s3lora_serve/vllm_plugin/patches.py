@@ -1,11 +1,10 @@
 """Replacements of vLLM's methods; contract.py has checked that the methods exist."""
 
 import functools
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
 from s3lora_serve.errors import AdapterRejected, Reason, TooLong
 from s3lora_serve.policy.lengths import check_lengths
@@ -25,8 +24,6 @@ from s3lora_serve.vllm_plugin.compat import (
     kv_cache_utils,
 )
 from s3lora_serve.vllm_plugin.contract import broken
-
-T = TypeVar("T")
 
 
 def wrap_load_adapter(wrapper: Callable[[Any, LoRARequest, Callable[..., Any]], Any]) -> None:
@@ -60,18 +57,6 @@ def _wrapped_add(original: Callable[..., bool], wrapper: Callable[..., bool]) ->
         return wrapper(self, lora_request, original)
 
     return add_adapter
-
-
-def around_registration(context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Enter `context()` while a worker serves a registration call, outside the engine's loop."""
-    original = LoRAModelRunnerMixin.add_lora
-
-    def add_lora(self: Any, lora_request: LoRARequest) -> bool:
-        with context():
-            added: bool = original(self, lora_request)
-            return added
-
-    LoRAModelRunnerMixin.add_lora = add_lora
 
 
 def after_remove_lora(listener: Callable[[int], None]) -> None:
@@ -199,28 +184,33 @@ def wrap_model_list(origin: Callable[[str], str | None]) -> None:
     OpenAIServingModels.show_available_models = show_available_models
 
 
-def wrap_doors(door: ContextVar[str]) -> None:
-    """Set `door` to the entry by which an adapter arrives; answer refusals with 400 or 429."""
+def wrap_doors(registering: Callable[[str], AbstractContextManager[Any]]) -> None:
+    """Have adapters arrive within `registering(door)`; answer refusals with 400 or 429.
+
+    The context gives the registration, whose `refusal` says what became of it: vLLM's answer has
+    only the text of an error.
+    """
     owner = OpenAIServingModels
     load, static, resolve = owner.load_lora_adapter, owner.init_static_loras, owner.resolve_lora
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: Any = None) -> Any:
-        if too_long := _too_long(request.lora_name, request.lora_path):
-            return too_long
-        # "experiment" is set by the gate's own route, "static" by vLLM's start.
-        with setting(door, "http" if door.get() == "engine" else door.get()):
+        with registering("http") as registration:
+            registration.refusal = too_long(request.lora_name, request.lora_path)
+            if registration.refusal is not None:
+                return rejected(registration.refusal)
             result = await load(self, request, base_model_name)
-        refusal = None if isinstance(result, str) else Reason.in_text(result.error.message)
-        return result if refusal is None else rejected(refusal)
+            if registration.refusal is None or isinstance(result, str):
+                return result
+            return rejected(registration.refusal)
 
     async def init_static_loras(self: Any) -> None:
-        with setting(door, "static"):
+        with registering("static"):
             await static(self)
 
     async def resolve_lora(self: Any, lora_name: str) -> Any:
-        if too_long := _too_long(lora_name):
-            return too_long
-        with setting(door, "resolver"):
+        if (refusal := too_long(lora_name)) is not None:
+            return rejected(refusal)
+        with registering("resolver"):
             return await resolve(self, lora_name)
 
     owner.load_lora_adapter = load_lora_adapter
@@ -228,12 +218,12 @@ def wrap_doors(door: ContextVar[str]) -> None:
     owner.resolve_lora = resolve_lora
 
 
-def _too_long(name: str, path: str = "") -> Any:
-    """The answer to a name or path that vLLM must not keep or log; None if it may."""
+def too_long(name: str, path: str = "") -> Reason | None:
+    """Why vLLM must not keep or log a name or path; None if it may."""
     try:
         check_lengths(name, path)
     except TooLong as refusal:
-        return rejected(Reason.of(refusal))
+        return Reason.of(refusal)
     return None
 
 
@@ -243,16 +233,6 @@ def rejected(refusal: Reason) -> Any:
     if refusal.is_postponed:
         status, kind = HTTPStatus.TOO_MANY_REQUESTS, "LoadPostponed"
     return create_error_response(message=str(refusal), err_type=kind, status_code=status)
-
-
-@contextmanager
-def setting(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Within this context the variable has the value."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
 
 
 def replace_match_pattern(first_value: Callable[[dict[str, Any], str], Any]) -> None:

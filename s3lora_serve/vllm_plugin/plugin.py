@@ -21,6 +21,6 @@ def register() -> None:
 def endpoint() -> Any:
     """The HTTP routes (`vllm.endpoint_plugins`); created in the API server only."""
     from s3lora_serve.vllm_plugin.api.routes import GateRoutes
-    from s3lora_serve.vllm_plugin.hook import registration
+    from s3lora_serve.vllm_plugin.hook import registrations
 
-    return GateRoutes(registration)
+    return GateRoutes(registrations)

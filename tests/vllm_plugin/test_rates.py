@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from s3lora_serve.errors import RateExceeded
 from s3lora_serve.policy.server import Rates
+from s3lora_serve.vllm_plugin.api.client import Client, Requester, client
 from s3lora_serve.vllm_plugin.api.rates import TenantRates, tenant_of
-from s3lora_serve.vllm_plugin.api.requester import Requester, keys_tell_apart, requester
 from tests.support.clock import Clock
 
 
@@ -86,7 +86,6 @@ def test_no_minute_has_more_than_twice_the_rate(pauses, per_minute):
 def test_a_tenant_is_a_key_if_there_are_several_and_else_the_first_part_of_a_name(
     asks, several, tenant
 ):
-    tokens = requester.set(asks), keys_tell_apart.set(several)
+    token = client.set(asks and Client(asks, has_own_key=several))
     assert tenant_of("acme/support/v2") == tenant
-    requester.reset(tokens[0])
-    keys_tell_apart.reset(tokens[1])
+    client.reset(token)

@@ -18,6 +18,7 @@ from s3lora_serve.vllm_plugin.api import rendering
 from s3lora_serve.vllm_plugin.api.rendering import verdict_json
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads
+from s3lora_serve.vllm_plugin.pinned_copies import PinnedCopy
 
 MODULES = 224
 """Modules of an adapter on all seven projections of a model with 32 layers."""
@@ -50,11 +51,12 @@ def spectrum(first, rank):
 def served():
     metrics = SimpleNamespace(serve=lambda _verdict: None, withdraw=lambda _name: None)
     events = SimpleNamespace(metrics=metrics)
-    return ServedAdapters(SimpleNamespace(events=events), WorkThreads("audit", 1))
+    store = SimpleNamespace(is_quarantined=lambda _path: False)
+    return ServedAdapters(SimpleNamespace(events=events, store=store), WorkThreads("audit", 1))
 
 
 def serve(served, verdict, path):
-    served.add(None, ServedAdapter(1, Path(path), verdict.path, verdict))
+    served.add(None, ServedAdapter(PinnedCopy(1, Path(path)), verdict.path, verdict))
 
 
 def bytes_for(served, count, rank, *, path):
@@ -136,18 +138,17 @@ def client(served, tmp_path, monkeypatch):
     from s3lora_serve.vllm_plugin.api.routes import GateRoutes
 
     policy = SimpleNamespace(mode="enforce", digest="sha256:0")
-    store = SimpleNamespace(is_quarantined=lambda _path: False)
     for number in range(120):
         serve(served, verdict(f"acme/{number}", seed=number, modules=14), tmp_path / str(number))
 
     async def recheck(_engine):
         return [(one, one.verdict) for one in served.all()]
 
-    registration = SimpleNamespace(
-        served=served, controller=SimpleNamespace(policy=policy, store=store), recheck=recheck,
-        recent_decisions=SimpleNamespace(refusals=list),
+    registrations = SimpleNamespace(
+        served=served, policy=policy, recheck=recheck,
+        reports=SimpleNamespace(recent=SimpleNamespace(refusals=list)),
     )  # fmt: skip
-    routes, app = GateRoutes(lambda: registration), FastAPI()
+    routes, app = GateRoutes(lambda: registrations), FastAPI()
     app.add_api_route("/s3lora/", routes.page)
     app.add_api_route("/s3lora/adapters", routes.adapters)
     app.add_api_route("/s3lora/adapters/{name:path}", routes.adapter)

@@ -9,13 +9,13 @@ from s3lora_serve.admission.verdict import Verdict, unread_verdict, with_rejecti
 from s3lora_serve.errors import AdapterRejected, DeadlinePassed, Reason
 from s3lora_serve.policy.text import check_text
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
-from s3lora_serve.vllm_plugin.api.attempt import Attempt, door, experiment
+from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.rates import TenantRates
-from s3lora_serve.vllm_plugin.api.requester import asked_with
+from s3lora_serve.vllm_plugin.api.registration import Attempt, Registration
 from s3lora_serve.vllm_plugin.api.tasks import Tasks
 from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
 from s3lora_serve.vllm_plugin.model_modules import ModelModules
 
 MAX_DOWNLOADS = 8
@@ -25,8 +25,11 @@ MAX_DOWNLOADS = 8
 class Admissions:
     """Has adapters decided on, whoever asks and whatever becomes of them."""
 
-    def __init__(self, controller: AdmissionController, tasks: Tasks) -> None:
+    def __init__(
+        self, process: GuardedProcess, controller: AdmissionController, tasks: Tasks
+    ) -> None:
         self.rates = TenantRates()
+        self._process = process
         self._controller = controller
         self._tasks = tasks
         self._modules: asyncio.Task[ModelModules] | None = None
@@ -35,10 +38,10 @@ class Admissions:
 
     async def begin(
         self,
+        registration: Registration,
         engine: Any,
         request: Any,
         original: Callable[..., Awaitable[bool]],
-        tenant: str,
     ) -> Attempt:
         """What precedes a place in a queue: the rates, the model's modules, a hub id's download.
 
@@ -46,11 +49,11 @@ class Admissions:
             DeadlinePassed: the download took longer than limits.download_seconds.
             LoadPostponed: the tenant asks for too much, or too many downloads wait.
         """
-        if door.get() != "static":
-            self.rates.count_load(tenant, self._controller.policy.rates)
+        if registration.door != "static":
+            self.rates.count_load(registration.tenant, self._process.policy.rates)
         modules = await self.model(engine)
-        downloaded = await self._downloaded(request, tenant)
-        return Attempt(engine, request, original, modules, tenant, downloaded)
+        downloaded = await self._downloaded(request, registration.tenant)
+        return Attempt(registration, engine, request, original, modules, downloaded)
 
     async def model(self, engine: Any) -> ModelModules:
         """The model's modules: the workers are asked once."""
@@ -63,7 +66,7 @@ class Admissions:
 
     async def _downloaded(self, request: Any, tenant: str) -> Path | None:
         """The folder of a hub id; None for a path of this machine, and if the policy has roots."""
-        limits = self._controller.policy.limits
+        limits = self._process.policy.limits
         if limits.roots or not compat.is_hub_id(request) or compat.local_folder(request):
             return None
         async with self._downloads.queue.place(tenant):
@@ -85,16 +88,11 @@ class Admissions:
         """
         try:
             check_text(attempt.request.lora_name, attempt.request.lora_path)
-            # Over HTTP somebody asks, also where no middleware notes who: owners' keys are checked.
-            in_process = asked_with() is None and door.get() in ("static", "engine")
-            asks = None if in_process else asked_with() or ""
-            return await threads.run(self._decide, attempt, experiment.get(), asks)
+            return await threads.run(self._decide, attempt)
         except AdapterRejected as refusal:
             return self.unread(attempt.request, refusal), None
 
-    def _decide(
-        self, attempt: Attempt, settings: Experiment | None, asks: str | None
-    ) -> tuple[Verdict, Path | None]:
+    def _decide(self, attempt: Attempt) -> tuple[Verdict, Path | None]:
         """Runs on a thread: finding the folder may take as long as reading it."""
         folder = attempt.downloaded or compat.local_folder(attempt.request)
         if folder is None:
@@ -105,17 +103,17 @@ class Admissions:
             compat.base_model(attempt.engine.vllm_config),
             attempt.modules,
             store_refused=False,
-            experiment=settings,
-            asked_with=asks,
+            experiment=attempt.registration.experiment,
+            asked_with=attempt.registration.asked_with,
         )
 
     def unread(self, request: Any, refusal: AdapterRejected) -> Verdict:
         """The verdict on an adapter that is refused before it is read."""
-        unread = unread_verdict(request.lora_name, request.lora_path, self._controller.policy)
+        unread = unread_verdict(request.lora_name, request.lora_path, self._process.policy)
         return with_rejection(unread, Reason.of(refusal))
 
     async def send_policy(self, engine: Any) -> None:
         """Have the workers reload the policy once this process has a changed one."""
-        if self._workers_policy != (digest := self._controller.policy.digest):
+        if self._workers_policy != (digest := self._process.policy.digest):
             self._workers_policy = digest
             await call_workers(engine, "s3lora_refresh")

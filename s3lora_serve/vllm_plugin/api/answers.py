@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from fastapi import Request, responses
 
 from s3lora_serve.errors import LoadPostponed, Reason, S3LoRAError
-from s3lora_serve.vllm_plugin.api.requester import note_retry
+from s3lora_serve.vllm_plugin.api.client import note_retry
 
 T = TypeVar("T")
 

@@ -2,40 +2,31 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from s3lora_serve.errors import AdapterRejected, GateFailed, Reason
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.preload_reports import reported
-from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, while_alive
-
-FIRST_REPLACEMENT_ID = 2**30
-"""Ids from here on are for replaced adapters. vLLM counts its own from 1, in 32 bits."""
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
+from s3lora_serve.vllm_plugin.pinned_copies import PinnedCopy, ReplacementIds
 
 
 class EngineLoad:
     """Has the engine load stored copies. Every step has a deadline or is one call to the engine."""
 
-    def __init__(self, controller: AdmissionController) -> None:
-        self._controller = controller
-        self._ids = count(FIRST_REPLACEMENT_ID)
+    def __init__(self, process: GuardedProcess) -> None:
+        self._process = process
+        self._ids = ReplacementIds()
         # Two adapters in one step of the engine would delay its tokens by both.
         self._turn = asyncio.Lock()
 
-    def choose_id(self, request: Any, path: Path, before: ServedAdapter | None) -> bool:
-        """Give a request its path and id; whether the engine has this adapter already.
-
-        An adapter that replaces other content gets a new id: running requests finish with the
-        adapter they began with.
-        """
+    def choose_id(self, request: Any, path: Path, before: PinnedCopy | None) -> bool:
+        """Give a request its path and id; whether the engine has this adapter already."""
         unchanged = bool(request.load_inplace and before is not None and before.path == path)
         if request.load_inplace:
-            same_id = before.adapter_id if before is not None and unchanged else None
-            request.lora_int_id = same_id or next(self._ids)
+            request.lora_int_id = self._ids.of(path, before)
         request.lora_path = str(path)
         # Loaded once: with load_inplace vLLM would read and activate it again at every step.
         request.load_inplace = False
@@ -68,16 +59,20 @@ class EngineLoad:
                 return False, Reason.of(refusal)
             return added, await self._refusal(engine, request, path.name)
 
-    async def drop(self, engine: Any, adapter_id: int, path: Path, *, unchanged: bool) -> None:
+    def unpin(self, path: Path) -> None:
+        """Let go of a stored copy that is not to be loaded."""
+        self._process.store.unpin(path)
+
+    async def drop(self, engine: Any, copy: PinnedCopy, *, unchanged: bool) -> None:
         """Undo a load: unpin the copy, and leave nothing of it in any worker."""
-        self._controller.store.unpin(path)
+        self.unpin(copy.path)
         if not unchanged:
-            await call_workers(engine, "s3lora_forget", (str(path), adapter_id))
-            await while_alive(engine, engine.remove_lora(adapter_id))
+            await call_workers(engine, "s3lora_forget", (str(copy.path), copy.adapter_id))
+            await while_alive(engine, engine.remove_lora(copy.adapter_id))
 
     async def trial(self, engine: Any, name: str, path: Path) -> Reason | None:
         """Why a worker would not serve a stored copy; it is read there, and not added."""
-        copy = (name, str(path), next(self._ids))
+        copy = (name, str(path), self._ids.new())
         try:
             await self._preload(engine, copy)
             answers = await call_workers(engine, "s3lora_trial", copy)
@@ -99,10 +94,10 @@ class EngineLoad:
             DeadlinePassed: one did not within limits.load_seconds.
             GateFailed: the engine ended before.
         """
-        folder = self._controller.store.process_folder()
+        folder = self._process.store.process_folder()
         arguments = (*copy, origin, str(folder), compat.has_requests(engine))
         names = await call_workers(engine, "s3lora_preload", arguments)
-        seconds = self._controller.policy.limits.load_seconds
+        seconds = self._process.policy.limits.load_seconds
         await while_alive(engine, reported(folder, names, seconds))
 
     async def _refusal(self, engine: Any, request: Any, key: str) -> Reason | None:

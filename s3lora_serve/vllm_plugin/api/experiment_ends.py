@@ -9,7 +9,7 @@ from s3lora_serve.errors import ExperimentClosed, Reason, S3LoRAError
 from s3lora_serve.policy.experiment import check_open
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
+from s3lora_serve.vllm_plugin.api.registrations import Registrations
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 
 RETRY_SECONDS = 1.0
@@ -27,27 +27,27 @@ class ExperimentEnds:
         self._look = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def watch(self, registration: AdapterRegistration, models: Any) -> None:
+    def watch(self, registrations: Registrations, models: Any) -> None:
         """Look at the experiments that are registered now, and at each until it ends.
 
         `models` is vLLM's registry of served models.
         """
         loop = asyncio.get_running_loop()
-        registration.controller.policy_changed = lambda: loop.call_soon_threadsafe(self._look.set)
+        registrations.on_policy_change(lambda: loop.call_soon_threadsafe(self._look.set))
         self._look.set()
         if self._task is None or self._task.done():
-            self._task = loop.create_task(self._run(registration, models))
+            self._task = loop.create_task(self._run(registrations, models))
 
-    async def _run(self, registration: AdapterRegistration, models: Any) -> None:
+    async def _run(self, registrations: Registrations, models: Any) -> None:
         allowed: dict[int, Policy] = {}  # by adapter id: the policy that was found to allow it
         while True:
             self._look.clear()
-            policy = registration.controller.policy
-            for one in _experiments(registration):
+            policy = registrations.policy
+            for one in _experiments(registrations):
                 if reason := await _reason_to_end(policy, one, allowed):
-                    await _end(registration, models, one, reason)
+                    await _end(registrations, models, one, reason)
             left = {
-                one.adapter_id: _seconds_left(policy, one) for one in _experiments(registration)
+                one.adapter_id: _seconds_left(policy, one) for one in _experiments(registrations)
             }
             if not left:
                 return
@@ -58,8 +58,8 @@ class ExperimentEnds:
                 await asyncio.wait_for(self._look.wait(), wait)
 
 
-def _experiments(registration: AdapterRegistration) -> list[ServedAdapter]:
-    return [one for one in registration.served.all() if one.experiment is not None]
+def _experiments(registrations: Registrations) -> list[ServedAdapter]:
+    return [one for one in registrations.served.all() if one.experiment is not None]
 
 
 async def _reason_to_end(
@@ -89,11 +89,11 @@ def _seconds_left(policy: Policy, one: ServedAdapter) -> float | None:
 
 
 async def _end(
-    registration: AdapterRegistration, models: Any, one: ServedAdapter, reason: Reason
+    registrations: Registrations, models: Any, one: ServedAdapter, reason: Reason
 ) -> None:
     """Unload an experiment, and report it; one that was ended or replaced meanwhile is left."""
     name = one.verdict.name
-    if registration.served.get(name) is not one:
+    if registrations.served.get(name) is not one:
         return
     try:
         result = await models.unload_lora_adapter(compat.unload_request_model()(lora_name=name))
@@ -101,5 +101,4 @@ async def _end(
         compat.logger.exception("s3lora: experiment %r was not unloaded", name)
         return
     if isinstance(result, str):
-        events = registration.controller.events
-        await asyncio.to_thread(events.experiment_ended, one.verdict, reason)
+        await registrations.reports.experiment_ended(one.verdict, reason)

@@ -13,26 +13,25 @@ from s3lora_serve.policy.schema import Policy
 from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
-from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.answers import JSONResponse, not_found, refused
-from s3lora_serve.vllm_plugin.api.attempt import door, experiment
 from s3lora_serve.vllm_plugin.api.experiment_ends import ExperimentEnds
+from s3lora_serve.vllm_plugin.api.registration import registering
+from s3lora_serve.vllm_plugin.api.registrations import Registrations
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
-from s3lora_serve.vllm_plugin.patches import setting
 
 
 class ExperimentRoutes:
     """`/s3lora/experiments`: what may be set, registration, and its end."""
 
-    def __init__(self, in_force: Callable[[], AdapterRegistration]) -> None:
+    def __init__(self, in_force: Callable[[], Registrations]) -> None:
         self._in_force = in_force
         self._ends = ExperimentEnds()
 
     async def show(self) -> JSONResponse:
         """The names kept for experiments, what they may set, and those that are registered."""
-        registration = self._in_force()
-        kept = registration.controller.reload_policy().experiments
-        served = [one.verdict.name for one in registration.served.all() if one.experiment]
+        registrations = self._in_force()
+        kept = registrations.reload_policy().experiments
+        served = [one.verdict.name for one in registrations.served.all() if one.experiment]
         return JSONResponse(
             {
                 "names": kept.names if kept else None,
@@ -54,11 +53,11 @@ class ExperimentRoutes:
 
         ExperimentSettings that are left out are the policy's. Without a plan the index chooses.
         """
-        registration = self._in_force()
+        registrations = self._in_force()
         wanted = settings or ExperimentSettings()
         try:
             check_lengths(lora_name, lora_path)
-            policy = registration.controller.reload_policy()
+            policy = registrations.reload_policy()
             check_open(policy, lora_name, wanted, with_plan=plan is not None)
             parsed = None if plan is None else parse_plan(plan, "the experiment's plan")
         except ExperimentClosed as closed:
@@ -68,19 +67,19 @@ class ExperimentRoutes:
         load = compat.load_request_model()(lora_name=lora_name, lora_path=lora_path)
         models = compat.served_models(raw_request)
         try:
-            with setting(experiment, Experiment(wanted, parsed)), setting(door, EXPERIMENT):
+            with registering(EXPERIMENT, Experiment(wanted, parsed)) as registration:
                 result = await models.load_lora_adapter(load)
         finally:
-            self._ends.watch(registration, models)
+            self._ends.watch(registrations, models)
         if not isinstance(result, str):
             return JSONResponse(result.model_dump(), result.error.code)
-        found = registration.served.get(lora_name)
-        return JSONResponse(found.verdict.as_json(spectra=False) if found else {})
+        verdict = registration.verdict
+        return JSONResponse(verdict.as_json(spectra=False) if verdict else {})
 
     async def end(self, raw_request: Request, name: str) -> JSONResponse:
         """Unload an experiment; adapters that are none are left alone."""
-        registration = self._in_force()
-        found = registration.served.get(name)
+        registrations = self._in_force()
+        found = registrations.served.get(name)
         if found is None or found.experiment is None:
             return not_found(f"no experiment {name!r} is registered")
         unload = compat.unload_request_model()(lora_name=name)

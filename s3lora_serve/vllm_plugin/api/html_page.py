@@ -8,42 +8,39 @@ from fastapi.responses import HTMLResponse
 from s3lora_serve.admission.verdict import served_stripped_count
 from s3lora_serve.pages.html import Page
 from s3lora_serve.pages.server_pages import AdapterRow, adapter_page, adapters_page
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store.stored_spectra import with_spectra
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecision
-from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
+from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 
 
 def overview(
-    controller: AdmissionController,
-    served: Sequence[ServedAdapter],
+    policy: Policy,
+    served: ServedAdapters,
     refused: Sequence[RecentDecision],
     query: str,
     number: int,
 ) -> HTMLResponse:
     """The served adapters, latest first, and the recently refused ones."""
     page = adapters_page(
-        served[::-1],
+        served.all()[::-1],
         [_refused(decided) for decided in refused],
-        partial(_served, controller),
+        partial(_served, served),
         query=query,
         number=number,
-        mode=controller.policy.mode,
-        policy_digest=controller.policy.digest,
+        mode=policy.mode,
+        policy_digest=policy.digest,
     )
     return _response(page)
 
 
-def one_adapter(
-    controller: AdmissionController, adapter: ServedAdapter, module: str | None
-) -> HTMLResponse:
+def one_adapter(served: ServedAdapters, adapter: ServedAdapter, module: str | None) -> HTMLResponse:
     """The page of one served adapter."""
-    quarantined = controller.store.is_quarantined(adapter.path)
     verdict = with_spectra(adapter.verdict, adapter.path)
-    return _response(adapter_page(verdict, module, quarantined=quarantined))
+    return _response(adapter_page(verdict, module, quarantined=served.is_quarantined(adapter)))
 
 
-def _served(controller: AdmissionController, adapter: ServedAdapter) -> AdapterRow:
+def _served(served: ServedAdapters, adapter: ServedAdapter) -> AdapterRow:
     verdict = adapter.verdict
     return AdapterRow(
         name=verdict.name,
@@ -52,7 +49,7 @@ def _served(controller: AdmissionController, adapter: ServedAdapter) -> AdapterR
         modules=len(verdict.modules),
         seconds=verdict.seconds.total,
         time=adapter.time,
-        quarantined=controller.store.is_quarantined(adapter.path),
+        quarantined=served.is_quarantined(adapter),
         selected_by=verdict.selected_by,
         transformed=len(verdict.transformed) if verdict.mode == "enforce" else 0,
         projected=len(verdict.projected) if verdict.mode == "enforce" else 0,

@@ -9,9 +9,9 @@ from s3lora_serve.errors import AdapterRejected
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.admissions import Admissions
-from s3lora_serve.vllm_plugin.api.attempt import Attempt
 from s3lora_serve.vllm_plugin.api.engine_load import EngineLoad
 from s3lora_serve.vllm_plugin.api.rates import tenant_of
+from s3lora_serve.vllm_plugin.api.registration import Attempt, Registration
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.tasks import Tasks
 from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads
@@ -40,15 +40,15 @@ class Inspections:
             LoRAAdapterNotFoundError: the folder does not exist.
             LoadPostponed: too many loads and scans are asked for.
         """
-        tenant = tenant_of(name)
+        registration = Registration("scan", tenant_of(name))
         request = compat.request_for(name, path, 1)
         try:
-            attempt = await self._admissions.begin(engine, request, engine.add_lora, tenant)
+            attempt = await self._admissions.begin(registration, engine, request, engine.add_lora)
         except AdapterRejected as refusal:
             return self._admissions.unread(request, refusal)
-        await self._threads.queue.enter(tenant)
+        await self._threads.queue.enter(registration.tenant)
         work = self._tasks.start(self._try(attempt))
-        work.add_done_callback(lambda _: self._threads.queue.leave(tenant))
+        work.add_done_callback(lambda _: self._threads.queue.leave(registration.tenant))
         return await asyncio.shield(work)
 
     async def _try(self, attempt: Attempt) -> Verdict:
@@ -60,7 +60,7 @@ class Inspections:
             await self._admissions.send_policy(attempt.engine)
             reason = await self._engine_load.trial(attempt.engine, verdict.name, stored)
         finally:
-            self._controller.store.unpin(stored)
+            self._engine_load.unpin(stored)
         return with_rejection(verdict, reason) if reason else verdict
 
     async def recheck(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from s3lora_serve.errors import RateExceeded
 from s3lora_serve.policy.server import Rates
-from s3lora_serve.vllm_plugin.api.requester import keys_tell_apart, requester
+from s3lora_serve.vllm_plugin.api.client import client
 from s3lora_serve.vllm_plugin.bounded_map import remember
 
 Clock = Callable[[], float]
@@ -19,9 +19,9 @@ def tenant_of(name: str) -> str:
 
     Without a slash in the name, the whole name is the tenant's.
     """
-    asks = requester.get()
-    if asks is not None and asks.key is not None and keys_tell_apart.get():
-        return f"key {asks.key}"
+    asks = client.get()
+    if asks is not None and asks.has_own_key and asks.requester.key is not None:
+        return f"key {asks.requester.key}"
     return name.partition("/")[0]
 
 

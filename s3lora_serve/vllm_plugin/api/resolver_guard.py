@@ -13,7 +13,7 @@ from typing import Any
 from s3lora_serve.adapter.folder_below import check_name, config_below
 from s3lora_serve.errors import DeadlinePassed
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
 
 MAX_LOOKUPS = 2
 """Lookups at the same time, in a pool of their own: storage that hangs holds up only this door."""
@@ -22,8 +22,8 @@ MAX_LOOKUPS = 2
 class ResolverGuard:
     """Guards the resolvers of one API server."""
 
-    def __init__(self, controller: AdmissionController) -> None:
-        self._controller = controller
+    def __init__(self, process: GuardedProcess) -> None:
+        self._process = process
         self._threads = ThreadPoolExecutor(MAX_LOOKUPS, "s3lora-resolver")
         self._warned: str | None = None  # digest of the policy that the log was warned about
 
@@ -58,7 +58,7 @@ class ResolverGuard:
         self, resolver: Any, base_model: str, name: str, original: Callable[..., Awaitable[Any]]
     ) -> Any:
         """What the hub resolver finds; it is not asked while the policy has limits.roots."""
-        policy = await self._in_thread(self._controller.reload_policy)
+        policy = await self._in_thread(self._process.reload_policy)
         if not policy.limits.roots:
             return await original(resolver, base_model, name)
         if self._warned != policy.digest:
@@ -69,7 +69,7 @@ class ResolverGuard:
         return None
 
     async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
-        seconds = self._controller.policy.limits.seconds
+        seconds = self._process.policy.limits.seconds
         done = asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
         try:
             return await asyncio.wait_for(done, seconds)

@@ -7,14 +7,13 @@ from typing import Annotated, Any
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, Response
 
-from s3lora_serve.admission.verdict import Verdict, differs
+from s3lora_serve.admission.verdict import Decision, Verdict, differs
 from s3lora_serve.errors import LoadPostponed, TooLong
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store.stored_spectra import with_spectra
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
-from s3lora_serve.vllm_plugin.api.adapter_registration import AdapterRegistration
 from s3lora_serve.vllm_plugin.api.answers import (
     GateOff,
     JSONResponse,
@@ -25,10 +24,12 @@ from s3lora_serve.vllm_plugin.api.answers import (
     turned_away,
 )
 from s3lora_serve.vllm_plugin.api.api_key import ApiKeyGate
+from s3lora_serve.vllm_plugin.api.client import ClientNote
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes, described
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
+from s3lora_serve.vllm_plugin.api.registration import Registration, registering
+from s3lora_serve.vllm_plugin.api.registrations import Registrations
 from s3lora_serve.vllm_plugin.api.rendering import Rendering, dumps, verdict_json
-from s3lora_serve.vllm_plugin.api.requester import RequesterNote
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
 
@@ -43,21 +44,21 @@ class GateRoutes:
     name = "s3lora"
     required_tasks = None
 
-    def __init__(self, registration: Callable[[], AdapterRegistration | None]) -> None:
-        """Take what returns the registration of this process, None while the mode is off."""
-        self._registration = registration
-        self._in_force = in_force(registration)
+    def __init__(self, registrations: Callable[[], Registrations | None]) -> None:
+        """Take what returns the registrations of this process, None while the mode is off."""
+        self._registrations = registrations
+        self._in_force = in_force(registrations)
         self._engine: Any | None = None
         self._rendering = Rendering()
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the gate's routes; those that read folders only if run-time loading is enabled."""
-        if (registration := self._registration()) is not None:
-            registration.warm_up()
+        if (registrations := self._registrations()) is not None:
+            registrations.warm_up()
         app.add_exception_handler(GateOff, gate_off)
         keys = compat.api_keys(app.state.args)
         app.add_middleware(ApiKeyGate, keys=keys)
-        app.add_middleware(RequesterNote, keys=keys)
+        app.add_middleware(ClientNote, keys=keys)
         html = {"response_class": HTMLResponse}
         _add(app, "GET", "/s3lora/status", self.status, openapi.STATUS)
         _add(app, "GET", "/s3lora/", self.page, openapi.PAGE, **html)
@@ -105,20 +106,22 @@ class GateRoutes:
         page: Annotated[int, Query(ge=1)] = 1,
     ) -> Response:
         """For people: the adapters, or one adapter with its heat map and a module's spectrum."""
-        registration = self._in_force()
-        controller, served = registration.controller, registration.served
+        registrations = self._in_force()
+        served = registrations.served
         if adapter is None:
-            refused = registration.recent_decisions.refusals()
-            return await self._rendering.run(overview, controller, served.all(), refused, q, page)
+            refused = registrations.reports.recent.refusals()
+            return await self._rendering.run(
+                overview, registrations.policy, served, refused, q, page
+            )
         found = served.get(adapter)
         if found is None:
             return not_found(f"no adapter {adapter!r} is served")
-        return await self._rendering.run(one_adapter, controller, found, module)
+        return await self._rendering.run(one_adapter, served, found, module)
 
     async def policy(self) -> JSONResponse:
         """The policy in force, and its digest."""
-        registration = self._in_force()
-        policy = registration.controller.policy
+        registrations = self._in_force()
+        policy = registrations.policy
         return JSONResponse({"digest": policy.digest, "policy": policy.as_json()})
 
     async def adapters(
@@ -127,28 +130,28 @@ class GateRoutes:
         limit: Annotated[int, Query(ge=1, le=1000)] = PAGE,
     ) -> Response:
         """Verdicts on the served adapters in the order of registration, without spectra."""
-        registration = self._in_force()
-        served = registration.served.all()
+        registrations = self._in_force()
+        served = registrations.served.all()
         page = [one.verdict for one in served[offset : offset + limit]]
         fields = {"offset": offset, "total": len(served)}
         return self._rendering.stream(fields, partial(verdict_json, spectra=False), page)
 
     async def adapter(self, name: str) -> Response:
         """The verdict on one served adapter."""
-        registration = self._in_force()
-        found = registration.served.get(name)
+        registrations = self._in_force()
+        found = registrations.served.get(name)
         if found is None:
             return not_found(f"no adapter {name!r} is served")
         return await self._rendering.json(_whole_verdict, found)
 
     async def recheck(self) -> Response:
         """Which served adapters would be decided otherwise under the policy in force now."""
-        registration = self._in_force()
+        registrations = self._in_force()
         try:
-            pairs = await registration.recheck(self._engine)
+            pairs = await registrations.recheck(self._engine)
         except LoadPostponed as postponed:
             return turned_away(postponed)
-        policy = registration.controller.policy
+        policy = registrations.policy
         return self._rendering.stream(
             {"policy_digest": policy.digest}, partial(_rechecked, policy), pairs
         )
@@ -159,10 +162,10 @@ class GateRoutes:
         lora_path: Annotated[str, Body(min_length=1)],
     ) -> Response:
         """The verdict that registering an adapter would get; nothing is registered."""
-        registration = self._in_force()
+        registrations = self._in_force()
         try:
             check_lengths(lora_name, lora_path)
-            verdict = await registration.dry_run(self._engine, lora_name, lora_path)
+            verdict = await registrations.dry_run(self._engine, lora_name, lora_path)
         except compat.LoRAAdapterNotFoundError as error:
             return not_found(str(error))
         except TooLong as error:
@@ -176,14 +179,11 @@ class GateRoutes:
 
         async def load_lora_adapter(request: request_model, raw_request: Request) -> Response:  # type: ignore[valid-type]
             """Load an adapter through the gate."""
-            result = await compat.served_models(raw_request).load_lora_adapter(request)
+            with registering("http") as registration:
+                result = await compat.served_models(raw_request).load_lora_adapter(request)
             if isinstance(result, str):
-                return Response(result, headers=_decision(self._registration(), request.lora_name))  # type: ignore[attr-defined]
-            error = result.error
-            ours = error.type == "AdapterRejected"
-            return JSONResponse(
-                result.model_dump(), error.code, {DECISION_HEADER: "rejected"} if ours else None
-            )
+                return Response(result, headers=_decision(registration))
+            return JSONResponse(result.model_dump(), result.error.code, _decision(registration))
 
         return load_lora_adapter
 
@@ -211,6 +211,9 @@ def _rechecked(policy: Policy, found: tuple[ServedAdapter, Verdict]) -> str:
     return '{},"before":{},"after":{}}}'.format(fields[:-1], *texts)
 
 
-def _decision(registration: AdapterRegistration | None, name: str) -> dict[str, str] | None:
-    decided = registration.recent_decisions.last(name) if registration else None
-    return {DECISION_HEADER: decided.decision.value} if decided else None
+def _decision(registration: Registration) -> dict[str, str] | None:
+    """The header of a load's answer. Nothing was decided on one that is to be tried again."""
+    decided = registration.verdict.decision if registration.verdict else None
+    if registration.refusal is not None:
+        decided = None if registration.refusal.is_postponed else Decision.REJECTED
+    return {DECISION_HEADER: decided.value} if decided else None

@@ -14,10 +14,12 @@ from weakref import WeakValueDictionary
 from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 from s3lora_serve.telemetry.audit_event import Copy
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController, Experiment
-from s3lora_serve.vllm_plugin.api.requester import requester
+from s3lora_serve.vllm_plugin.admission_controller import Experiment
+from s3lora_serve.vllm_plugin.api.client import asked_by
 from s3lora_serve.vllm_plugin.api.work_threads import WorkThreads
 from s3lora_serve.vllm_plugin.api.worker_calls import while_alive
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
+from s3lora_serve.vllm_plugin.pinned_copies import PinnedCopy
 
 POLL_SECONDS = 1.0
 """Interval between checks for running requests of an adapter that is to be unloaded. A request that
@@ -35,8 +37,7 @@ class SharedModules:
 class ServedAdapter:
     """One registered adapter."""
 
-    adapter_id: int  # vLLM's lora_int_id
-    path: Path  # of the stored copy
+    copy: PinnedCopy
     origin: str  # the path that it was registered with
     verdict: Verdict
     experiment: Experiment | None = None  # the settings of its own, if it has any
@@ -49,13 +50,23 @@ class ServedAdapter:
         """The name that requests use."""
         return self.verdict.name
 
+    @property
+    def path(self) -> Path:
+        """The stored copy's."""
+        return self.copy.path
+
+    @property
+    def adapter_id(self) -> int:
+        """The id that the engine knows it by."""
+        return self.copy.adapter_id
+
 
 class ServedAdapters:
     """The registered adapters by name, as vLLM's registry has them."""
 
-    def __init__(self, controller: AdmissionController, audit: WorkThreads) -> None:
+    def __init__(self, process: GuardedProcess, audit: WorkThreads) -> None:
         """Serve nothing yet; `audit` is the thread that writes the audit log."""
-        self._controller = controller
+        self._process = process
         self._audit = audit
         self._adapters: OrderedDict[str, ServedAdapter] = OrderedDict()
         self._modules: WeakValueDictionary[Path, SharedModules] = WeakValueDictionary()
@@ -69,6 +80,10 @@ class ServedAdapters:
         """The path that the adapter of this name was registered with."""
         adapter = self._adapters.get(name)
         return adapter.origin if adapter else None
+
+    def is_quarantined(self, adapter: ServedAdapter) -> bool:
+        """Whether a worker has found that the adapter's copy must not be served."""
+        return self._process.store.is_quarantined(adapter.path)
 
     def all(self) -> list[ServedAdapter]:
         """All served adapters, in the order of registration."""
@@ -86,11 +101,11 @@ class ServedAdapters:
         before = self._adapters.pop(name, None)
         self._adapters[name] = adapter
         if adapter.experiment is None:
-            self._controller.events.metrics.serve(adapter.verdict)
+            self._process.events.metrics.serve(adapter.verdict)
         if before is not None:
             if before.path != adapter.path:
                 now = Copy(adapter.verdict.digest, adapter.path.name)
-                self._report(self._controller.events.replaced, before, now)
+                self._report(self._process.events.replaced, before, now)
             self._unload(engine, before)
 
     def _shared(self, adapter: ServedAdapter) -> SharedModules:
@@ -105,14 +120,14 @@ class ServedAdapters:
         """Stop serving an adapter: remove it from metrics and engine, and unpin its copy."""
         adapter = self._adapters.pop(name, None)
         if adapter is not None:
-            self._controller.events.metrics.withdraw(name)
-            self._report(self._controller.events.unloaded, adapter)
+            self._process.events.metrics.withdraw(name)
+            self._report(self._process.events.unloaded, adapter)
             self._unload(engine, adapter)
 
     def _report(self, report: Callable[..., None], adapter: ServedAdapter, *more: Copy) -> None:
         """Report what a request did to an adapter, on the thread of the audit log."""
-        asked_by = requester.get()
-        self._audit.start(partial(report, adapter.verdict, adapter.path, *more, asked_by=asked_by))
+        told = partial(report, adapter.verdict, adapter.path, *more, asked_by=asked_by())
+        self._audit.start(told)
 
     def _unload(self, engine: Any, adapter: ServedAdapter) -> None:
         task = asyncio.get_running_loop().create_task(self._unload_when_idle(engine, adapter))
@@ -131,4 +146,4 @@ class ServedAdapters:
         except Exception as error:  # noqa: BLE001 - the engine has ended, the adapter with it
             compat.logger.warning("s3lora: %r is not removed: %s", adapter.name, error)
         finally:
-            self._controller.store.unpin(adapter.path)
+            self._process.store.unpin(adapter.path)

@@ -9,11 +9,11 @@ from typing import Any
 from s3lora_serve.errors import AdapterRejected, GateFailed, Reason, StoreDamaged
 from s3lora_serve.store.stored_copy import StoredCopy, open_stored_copy
 from s3lora_serve.vllm_plugin import compat, patches
-from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.engine.enforcement import enforce
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
 from s3lora_serve.vllm_plugin.engine.preload import Preloader
 from s3lora_serve.vllm_plugin.engine.worker_admission import WorkerAdmission
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
 from s3lora_serve.vllm_plugin.threads import GiveWay
 
 logger = compat.logger
@@ -31,10 +31,10 @@ class StoredLoad:
 class StoredLoads:
     """Opens stored copies and has vLLM load them. Nothing here raises."""
 
-    def __init__(self, controller: AdmissionController) -> None:
-        self._controller = controller
-        self._worker_admission = WorkerAdmission(controller)
-        self._preloader = Preloader(lambda n: controller.events.metrics.set_preloads(n))
+    def __init__(self, process: GuardedProcess) -> None:
+        self._process = process
+        self._worker_admission = WorkerAdmission(process)
+        self._preloader = Preloader(lambda n: process.events.metrics.set_preloads(n))
 
     def preload(
         self,
@@ -77,7 +77,7 @@ class StoredLoads:
 
     def stored_path(self, request: Any) -> Path | None:
         """The stored copy that a request means, if it is known."""
-        return self._controller.store.find(request.lora_path) or self._worker_admission.get(request)
+        return self._process.store.find(request.lora_path) or self._worker_admission.get(request)
 
     def _load(
         self,
@@ -99,11 +99,11 @@ class StoredLoads:
 
     def _path_to_load(self, model: WorkerModel, request: Any) -> Path:
         """The stored copy that the request names, else one that is admitted here."""
-        path = self._controller.store.find(request.lora_path)
+        path = self._process.store.find(request.lora_path)
         if path is None:
             path = None if request.load_inplace else self._worker_admission.get(request)
             path = path or self._worker_admission.admit(request, model)
-        if self._controller.store.is_quarantined(path):
+        if self._process.store.is_quarantined(path):
             raise StoreDamaged(f"{path} could not be loaded, here or on another rank")
         return path
 

@@ -1,6 +1,5 @@
 """Admission, in a worker, of adapters that no API server registered (`LLM.generate`)."""
 
-from collections import OrderedDict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,23 @@ from s3lora_serve.errors import NotAnAdapter
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
-from s3lora_serve.vllm_plugin.bounded_map import remember
 from s3lora_serve.vllm_plugin.engine.lora_modules import WorkerModel
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
+from s3lora_serve.vllm_plugin.pinned_copies import PinnedCopies
 
 
 class WorkerAdmission:
     """Admits adapters in a worker, and keeps their stored copies by what the request says."""
 
-    def __init__(self, controller: AdmissionController) -> None:
-        self._controller = controller
-        self._paths: OrderedDict[tuple[str, int, str], Path] = OrderedDict()
+    def __init__(self, process: GuardedProcess) -> None:
+        self._process = process
+        self._controller = AdmissionController(process)
+        self._copies = PinnedCopies(process.store)
 
     def get(self, request: Any) -> Path | None:
         """The stored copy of an adapter that was admitted before."""
-        return self._paths.get(_origin(request))
+        copy = self._copies.get(request)
+        return copy.path if copy else None
 
     def admit(self, request: Any, model: WorkerModel) -> Path:
         """Admit an adapter, or admit it anew; the stored copy's path, pinned.
@@ -30,17 +32,11 @@ class WorkerAdmission:
         Raises:
             AdapterRejected: it cannot be stored.
         """
-        path = self._admit(request, model)
-        origin = _origin(request)
-        before = self._paths.get(origin)
-        for old in (before, remember(self._paths, origin, path)):
-            if old is not None:
-                self._controller.store.unpin(old)
-        return path
+        return self._copies.put(request, self._admit(request, model)).path
 
     def _admit(self, request: Any, model: WorkerModel) -> Path:
         check_lengths(request.lora_name, request.lora_path)
-        folder = compat.adapter_folder(request, download=not self._controller.policy.limits.roots)
+        folder = compat.adapter_folder(request, download=not self._process.policy.limits.roots)
         if folder is None:
             raise NotAnAdapter(f"{request.lora_path} does not exist")
         verdict, path = self._controller.admit(
@@ -56,11 +52,7 @@ class WorkerAdmission:
             modules = model.modules.shapes if model.modules.is_whole else {}
             served = (model.base_model, sorted(modules.items()))
             named = (version("s3lora-serve"), request.lora_name, str(folder))
-            path = self._controller.store.agree_on(repr((*named, *served, *obeyed)), path)
+            path = self._process.store.agree_on(repr((*named, *served, *obeyed)), path)
         if compat.is_first_rank():
-            self._controller.events.decided(verdict, "engine", stored=path)
+            self._process.events.decided(verdict, "engine", stored=path)
         return path
-
-
-def _origin(request: Any) -> tuple[str, int, str]:
-    return request.lora_name, request.lora_int_id, request.lora_path

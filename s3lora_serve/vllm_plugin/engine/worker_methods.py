@@ -6,13 +6,18 @@ from typing import Any
 from s3lora_serve.errors import Reason
 from s3lora_serve.vllm_plugin import patches
 from s3lora_serve.vllm_plugin.engine.loader import AdapterLoader
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
 
 
 class WorkerMethods:
     """Answers of one worker, as plain data."""
 
-    def __init__(self, loader: AdapterLoader) -> None:
-        self._loader = loader
+    def __init__(self, process: GuardedProcess, loader: AdapterLoader) -> None:
+        self._process = process
+        self._models = loader.models
+        self._loads = loader.stored_loads
+        self._outcomes = loader.outcomes
+        self._registrations = loader.registrations
 
     def install(self) -> None:
         """Add the methods to vLLM's worker class.
@@ -26,13 +31,13 @@ class WorkerMethods:
 
     def status(self) -> dict[str, Any]:
         """Whether this worker is guarded, and the digest of its policy."""
-        policy, model = self._loader.controller.policy, self._loader.model
+        policy, model = self._process.policy, self._models.latest
         active = model.manager is not None and policy.mode != "off"
         return {"active": active, "policy_digest": policy.digest}
 
     def model(self) -> dict[str, Any]:
         """(layer, projection) and names and shapes of the modules in this worker's part."""
-        model = self._loader.model
+        model = self._models.latest
         return {"places": sorted(model.places), **model.modules.as_plain()}
 
     def preload(
@@ -46,39 +51,41 @@ class WorkerMethods:
     ) -> str:
         """Start reading a stored copy; the name of the file in `folder` that reports the end.
 
-        `origin` is noted as by `registered`; None: the copy is not to be registered.
+        `origin` is the path that it is being registered with, until `loaded` asks what came of it;
+        None: the copy is not to be registered.
         """
         copy = (name, path, adapter_id)
         if origin is not None:
-            self.registered(*copy, origin)
-        return self._loader.stored_loads.preload(
-            self._loader.model, *copy, folder=Path(folder), beside_requests=beside_requests
+            self._registrations.add(adapter_id, name, path, origin, is_under_way=True)
+        return self._loads.preload(
+            self._models.latest, *copy, folder=Path(folder), beside_requests=beside_requests
         )
 
     def forget(self, path: str, adapter_id: int) -> None:
         """Drop what was preloaded: nobody will add it."""
-        self._loader.stored_loads.forget(path, adapter_id)
+        self._loads.forget(path, adapter_id)
 
     def loaded(self, path: str, adapter_id: int) -> tuple[str | None, tuple[str, str] | None]:
         """The store key of the copy loaded under an id, and why it is without effect, if it is.
 
         What was preloaded for it is dropped if the engine had it already.
         """
-        self._loader.stored_loads.forget(path, adapter_id)
-        return self._loader.loaded_key(adapter_id), _plain(self._loader.refusal(adapter_id))
+        self._loads.forget(path, adapter_id)
+        self._registrations.end(adapter_id)
+        return self._outcomes.key(adapter_id), _plain(self._outcomes.refusal(adapter_id))
 
     def refresh(self) -> None:
         """Reload a policy file that has changed."""
-        self._loader.controller.reload_policy()
-        self._loader.report_policy()
+        self._process.reload_policy()
+        self._models.report_policy()
 
     def registered(self, name: str, path: str, adapter_id: int, origin: str) -> None:
         """Keep the path that an adapter was registered with, which log and audit log show."""
-        self._loader.registered_paths.add(adapter_id, name, path, origin)
+        self._registrations.add(adapter_id, name, path, origin, is_under_way=False)
 
     def trial(self, name: str, path: str, adapter_id: int) -> tuple[str, str] | None:
         """Code and message of why this worker would not serve a stored copy; None if it would."""
-        return _plain(self._loader.stored_loads.trial(self._loader.model, name, path, adapter_id))
+        return _plain(self._loads.trial(self._models.latest, name, path, adapter_id))
 
 
 def _plain(reason: Reason | None) -> tuple[str, str] | None:

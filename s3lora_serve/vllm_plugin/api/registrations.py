@@ -1,6 +1,6 @@
-"""Registration in the API server: the verdict is made here, before any worker hears of the adapter.
+"""Registrations in the API server: verdicts are made before any worker hears of the adapter.
 
-It is made off the engine's loop, so that other tenants' tokens do not wait.
+They are made off the engine's loop, so that other tenants' tokens do not wait.
 """
 
 import asyncio
@@ -8,29 +8,24 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from s3lora_serve.admission.repairing import preload_statistics
-from s3lora_serve.admission.verdict import Verdict, is_refused, with_rejection
-from s3lora_serve.errors import (
-    AdapterRejected,
-    AuditFailed,
-    LoadPostponed,
-    RateExceeded,
-)
+from s3lora_serve.admission.verdict import Verdict, with_rejection
+from s3lora_serve.errors import AdapterRejected, LoadPostponed, Reason, S3LoRAError
 from s3lora_serve.policy.lengths import check_lengths
 from s3lora_serve.policy.owners import foreign_unload
+from s3lora_serve.policy.schema import Policy
 from s3lora_serve.spectral import resolve_device, warm_up
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import AdmissionController
 from s3lora_serve.vllm_plugin.api.admissions import Admissions
-from s3lora_serve.vllm_plugin.api.attempt import Attempt, door, experiment
+from s3lora_serve.vllm_plugin.api.client import asked_by
+from s3lora_serve.vllm_plugin.api.decision_reports import DecisionReports
 from s3lora_serve.vllm_plugin.api.engine_load import EngineLoad
 from s3lora_serve.vllm_plugin.api.inspections import Inspections
 from s3lora_serve.vllm_plugin.api.rates import tenant_of
-from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecisions
-from s3lora_serve.vllm_plugin.api.requester import asked_with, note_retry, requester
+from s3lora_serve.vllm_plugin.api.registration import Attempt, Registration, current
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAdapters
 from s3lora_serve.vllm_plugin.api.tasks import Tasks
 from s3lora_serve.vllm_plugin.api.work_threads import (
@@ -39,7 +34,8 @@ from s3lora_serve.vllm_plugin.api.work_threads import (
     start_in_background,
     stop_at_exit,
 )
-from s3lora_serve.vllm_plugin.api.worker_calls import is_first_server
+from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
+from s3lora_serve.vllm_plugin.pinned_copies import PinnedCopy
 
 PAUSE_FACTOR = 4.0
 """Seconds of pause after each second of a load, while requests are under way: loads disturb their
@@ -58,27 +54,41 @@ class _Registered:
     unchanged: bool  # True: the engine had the same content under this name before
 
 
-class AdapterRegistration:
+class Registrations:
     """Registers adapters in one API server process."""
 
-    def __init__(self, controller: AdmissionController) -> None:
-        self.controller = controller
-        self.recent_decisions = RecentDecisions()
-        self._audit = WorkThreads("audit", 1)
-        self.served = ServedAdapters(controller, self._audit)
+    def __init__(self, process: GuardedProcess) -> None:
+        self._process = process
+        audit = WorkThreads("audit", 1)
+        self.served = ServedAdapters(process, audit)
         self._tasks = Tasks()
-        self._admissions = Admissions(controller, self._tasks)
-        self._engine_load = EngineLoad(controller)
+        controller = AdmissionController(process)
+        self._admissions = Admissions(process, controller, self._tasks)
+        self._engine_load = EngineLoad(process)
         self._inspections = Inspections(
             controller, self._admissions, self._engine_load, self._tasks
         )
-        self._loads = WorkThreads("load", load_places(), self._count_waiting)
+        self.reports = DecisionReports(process, self._admissions.rates, audit)
+        self._loads = WorkThreads("load", load_places(), self.reports.waiting)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._process.policy
+
+    def reload_policy(self) -> Policy:
+        """The policy in force after a look at its file."""
+        return self._process.reload_policy()
+
+    def on_policy_change(self, listener: Callable[[], object]) -> None:
+        """Have a listener called, in another thread, when a changed policy is in force."""
+        self._process.policy_changed = listener
 
     def warm_up(self) -> None:
         """Prepare what the first adapter would wait for: statistics and a device's kernels."""
-        if self.controller.policy.repair is not None:
-            start_in_background(partial(preload_statistics, self.controller.policy))
-        device = resolve_device(self.controller.settings.device)
+        if self._process.policy.repair is not None:
+            start_in_background(partial(preload_statistics, self._process.policy))
+        device = resolve_device(self._process.settings.device)
         if device != "cpu":
             start_in_background(partial(warm_up, device, stop_at_exit))
 
@@ -95,18 +105,32 @@ class AdapterRegistration:
             AdapterRejected: the adapter is refused; the engine serves nothing of it.
             LoadPostponed: too many loads are asked for; the adapter was not looked at.
         """
-        check_lengths(request.lora_name, request.lora_path)
-        tenant = tenant_of(request.lora_name)
+        registration = current()
+        registration.refusal = None
         try:
-            attempt = await self._admissions.begin(engine, request, original, tenant)
+            return await self._add(registration, engine, request, original)
+        except S3LoRAError as refusal:
+            registration.refusal = Reason.of(refusal)
+            raise
+
+    async def _add(
+        self,
+        registration: Registration,
+        engine: Any,
+        request: Any,
+        original: Callable[..., Awaitable[bool]],
+    ) -> bool:
+        check_lengths(request.lora_name, request.lora_path)
+        registration.tenant = tenant = tenant_of(request.lora_name)
+        try:
+            attempt = await self._admissions.begin(registration, engine, request, original)
             await self._loads.queue.enter(tenant)
         except AdapterRejected as refusal:
-            await self._record(engine, self._admissions.unread(request, refusal), tenant)
+            unread = self._admissions.unread(request, refusal)
+            await self.reports.decided(registration, engine, unread)
             raise
         except LoadPostponed as postponed:
-            note_retry(postponed.retry_seconds)
-            reason = "rate" if isinstance(postponed, RateExceeded) else "queue"
-            self.controller.events.metrics.postponed_loads.labels(reason).inc()
+            self.reports.postponed(postponed)
             raise
         started = time.monotonic()
         work = self._tasks.start(self._register(attempt))
@@ -117,7 +141,7 @@ class AdapterRegistration:
             registered = await asyncio.shield(work)
         except asyncio.CancelledError:
             attempt.is_abandoned = True
-            self._tasks.start(self._withdraw(engine, work))
+            self._tasks.start(self._withdraw(attempt, work))
             raise
         # Nothing is awaited from here until vLLM has the adapter in its own registry.
         self.served.add(engine, registered.adapter)
@@ -126,7 +150,7 @@ class AdapterRegistration:
     async def dry_run(self, engine: Any, name: str, path: str) -> Verdict:
         """The verdict that registration would give; see `Inspections.dry_run`."""
         verdict = await self._inspections.dry_run(engine, name, path)
-        await self._audit.run(self.controller.events.scanned, verdict, requester.get())
+        await self.reports.scanned(verdict)
         return verdict
 
     async def recheck(self, engine: Any) -> list[tuple[ServedAdapter, Verdict]]:
@@ -144,8 +168,9 @@ class AdapterRegistration:
         served = self.served.get(name)
         if served is None or served.experiment is not None:  # those have names of their own
             return
-        policy = self.controller.reload_policy()
-        foreign = foreign_unload(policy.owners, name, asked_with())
+        policy = self._process.reload_policy()
+        asks = asked_by()
+        foreign = foreign_unload(policy.owners, name, None if asks is None else asks.key or "")
         if foreign and policy.mode == "enforce":
             raise foreign
 
@@ -156,13 +181,14 @@ class AdapterRegistration:
             AdapterRejected: the adapter is refused.
             CancelledError: nobody waits for the answer any more.
         """
-        engine, request, origin = attempt.engine, attempt.request, attempt.request.lora_path
+        registration, engine, request = attempt.registration, attempt.engine, attempt.request
+        origin = request.lora_path
         verdict, path = await self._admissions.admit(attempt, self._loads)
         if path is None:
-            await self._record(engine, verdict, attempt.tenant)
+            await self.reports.decided(registration, engine, verdict)
             raise verdict.refusal
         before = self.served.get(request.lora_name)
-        unchanged = self._engine_load.choose_id(request, path, before)
+        unchanged = self._engine_load.choose_id(request, path, before.copy if before else None)
         try:
             attempt.check_wanted()
             await self._admissions.send_policy(engine)
@@ -171,62 +197,27 @@ class AdapterRegistration:
             )
             verdict = with_rejection(verdict, refusal) if refusal else verdict
             attempt.check_wanted()
-            await self._record_load(engine, verdict, attempt.tenant, path)
+            await self.reports.loaded(registration, engine, verdict, path)
             attempt.check_wanted()
         except BaseException as failure:
             request.lora_path = origin
-            self._report_failure(verdict, path, failure)
-            await self._engine_load.drop(engine, request.lora_int_id, path, unchanged=unchanged)
+            self.reports.load_failed(registration, verdict, path, failure)
+            copy = PinnedCopy(request.lora_int_id, path)
+            await self._engine_load.drop(engine, copy, unchanged=unchanged)
             raise
-        adapter = ServedAdapter(request.lora_int_id, path, origin, verdict, experiment.get())
+        copy = PinnedCopy(request.lora_int_id, path)
+        adapter = ServedAdapter(copy, origin, verdict, registration.experiment)
         return _Registered(adapter, added, unchanged)
 
-    async def _withdraw(self, engine: Any, work: asyncio.Task[_Registered]) -> None:
+    async def _withdraw(self, attempt: Attempt, work: asyncio.Task[_Registered]) -> None:
         """Undo a registration whose client left before vLLM could note it."""
         await asyncio.wait([work])
         if work.cancelled() or work.exception() is not None:
             return
         found, one = work.result(), work.result().adapter
-        self._report_failure(one.verdict, one.path, asyncio.CancelledError())
-        await self._engine_load.drop(engine, one.adapter_id, one.path, unchanged=found.unchanged)
-
-    async def _record_load(self, engine: Any, verdict: Verdict, tenant: str, path: Path) -> None:
-        """Report the decision on an adapter that the engine has loaded.
-
-        Raises:
-            Refused: a worker refuses it.
-            AuditFailed: the policy requires the report, and it cannot be written.
-        """
-        written = await self._record(engine, verdict, tenant, path)
-        if is_refused(verdict):
-            raise verdict.refusal
-        if not written and self.controller.policy.audit.required and verdict.mode == "enforce":
-            raise AuditFailed("the decision could not be written down")
-
-    async def _record(
-        self, engine: Any, verdict: Verdict, tenant: str, stored: Path | None = None
-    ) -> bool:
-        """Report a decision; whether it was written to the audit log."""
-        self.recent_decisions.add(verdict)
-        if is_refused(verdict):
-            self._admissions.rates.count_refusal(tenant, self.controller.policy.rates)
-        # Every API server registers the static adapters; one of them reports each decision.
-        if door.get() == "static" and not is_refused(verdict) and not is_first_server(engine):
-            return True
-        decided = self.controller.events.decided
-        report = partial(decided, stored=stored, asked_by=requester.get())
-        return await self._audit.run(report, verdict, door.get())
-
-    def _report_failure(self, verdict: Verdict, path: Path, failure: BaseException) -> None:
-        """Report a load that failed after admission; a refusal was reported as the decision."""
-        if isinstance(failure, AdapterRejected):
-            return
-        asked_by = requester.get()
-        report = partial(self.controller.events.load_failed, stored=path, asked_by=asked_by)
-        self._audit.start(partial(report, verdict, door.get(), failure))
-
-    def _count_waiting(self, count: int) -> None:
-        self.controller.events.metrics.set_waiting_loads(count)
+        left = asyncio.CancelledError()
+        self.reports.load_failed(attempt.registration, one.verdict, one.path, left)
+        await self._engine_load.drop(attempt.engine, one.copy, unchanged=found.unchanged)
 
 
 def _pause(engine: Any, seconds: float) -> float:

@@ -8,18 +8,18 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from s3lora_serve.vllm_plugin.api.requester import RequesterNote, requester
+from s3lora_serve.vllm_plugin.api.client import ClientNote, asked_by
 
 
 def asked_as(keys, **headers):
     """What a route of a server with these keys knows of a client that sends these headers."""
 
     async def answer(_request):
-        asks = requester.get()
+        asks = asked_by()
         return JSONResponse([asks.key, asks.address])
 
     app = Starlette(routes=[Route("/", answer)])
-    app.add_middleware(RequesterNote, keys=keys)
+    app.add_middleware(ClientNote, keys=keys)
     return TestClient(app, client=("192.0.2.7", 4711)).get("/", headers=headers).json()
 
 
@@ -36,4 +36,4 @@ def test_a_key_that_is_none_of_the_servers_names_nobody(keys):
 
 
 def test_outside_of_a_request_nobody_asks():
-    assert requester.get() is None
+    assert asked_by() is None
