@@ -1,10 +1,11 @@
-"""`make generate`: write the files in deploy/ that are generated from other sources."""
+"""`make generate`: write what is made from other sources: files in deploy/, tables in docs/."""
 
 from pathlib import Path
 
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from deploy import doc_tables
 from deploy.grafana.gate import gate
 
 DEPLOY = Path(__file__).parent
@@ -37,6 +38,6 @@ def prometheus_rule() -> str:
 
 
 if __name__ == "__main__":
-    for path, text in generated().items():
+    for path, text in (generated() | doc_tables.written()).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

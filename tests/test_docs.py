@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy import doc_tables
 from s3lora_serve.errors import LoadPostponed, S3LoRAError, rejections
 from tests.runs.architectures import report as architectures
 from tests.runs.architectures.models import ARCHITECTURES
@@ -53,6 +54,16 @@ def test_the_reference_lists_each_code_as_the_catalogue_has_it():
     others = (*S3LoRAError.__subclasses__(), *LoadPostponed.__subclasses__())
     for error in (*rejections(), *(one for one in others if hasattr(one, "code"))):
         assert f"| {error.code} | {error.__doc__} | {error.remedy} |" in text
+
+
+@pytest.mark.parametrize("path", doc_tables.written(), ids=lambda path: path.name)
+def test_tables_of_documents_are_made_of_what_they_are_about(path):
+    assert path.read_text() == doc_tables.written()[path], "run `make generate`"
+
+
+def test_a_document_without_the_marks_of_a_table_is_an_error():
+    with pytest.raises(ValueError, match="lacks the marks of its table metrics"):
+        doc_tables.between("no marks", "metrics", "| a |")
 
 
 def test_every_make_target_named_in_a_document_exists(document):

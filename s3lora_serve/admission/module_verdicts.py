@@ -1,6 +1,8 @@
 """The part of a verdict on each module: its score, and what the outcome does to it."""
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.admission.decision import Outcome
@@ -53,11 +55,7 @@ def _module_verdict(
         projection=module.projection,
         shape=module.shape,
         rank=module.rank,
-        ssi=score.ssi if score else None,
-        relative_ssi=score.relative_ssi if score else None,
-        spectrum=score.spectrum if score else (),
-        row_norm_mean=score.row_norm_mean if score else None,
-        column_norm_mean=score.column_norm_mean if score else None,
+        **_scored(score),
         stripped=stripped,
         energy_share=energy_share,
         negligible=negligible,
@@ -67,6 +65,15 @@ def _module_verdict(
         repaired=effect is not None,
         residual=effect.residual if effect else None,
         kept=effect.kept if effect else None,
-        alignment=score.alignment if score else None,
-        captured=score.captured if score else None,
     )
+
+
+_OWN = {each.name for each in fields(ModuleVerdict)} - {"name"}
+_SCORED = [each.name for each in fields(ModuleScore) if each.name in _OWN]
+"""What a module's verdict takes over from its score."""
+
+
+def _scored(score: ModuleScore | None) -> dict[str, Any]:
+    if score is None:
+        return dict.fromkeys(_SCORED) | {"spectrum": ()}
+    return {name: getattr(score, name) for name in _SCORED}

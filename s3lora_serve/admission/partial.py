@@ -140,10 +140,10 @@ class Decided(Scored):
 P = TypeVar("P", bound=Begun)
 
 
-def grown(kind: type[P], before: Begun, **more: Any) -> P:
+def grown(partial: type[P], before: Begun, **more: Any) -> P:
     """What was known before a step and what it found, as what is known after it."""
     known = {each.name: getattr(before, each.name) for each in fields(before)}
-    return kind(**known | more)
+    return partial(**known | more)
 
 
 def verdict_of(load: Load, known: Begun, outcome: Outcome) -> Verdict:

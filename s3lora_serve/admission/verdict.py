@@ -1,7 +1,7 @@
 """The verdict: the frozen record of one decision, with the policy and scorer used for it."""
 
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Literal
@@ -277,28 +277,15 @@ def _module_from_json(data: dict[str, Any]) -> ModuleVerdict:
     return ModuleVerdict(**data | {"shape": (m, n), "spectrum": tuple(data["spectrum"])})
 
 
+_MODULE_FIELDS = tuple(each.name for each in fields(ModuleVerdict))
+"""A module's JSON has the fields of `ModuleVerdict`, in their order."""
+
+
 def _module_json(module: ModuleVerdict, spectra: bool) -> dict[str, Any]:
-    spectrum = {"spectrum": list(module.spectrum)} if spectra else {}
-    return {
-        "name": module.name,
-        "layer": module.layer,
-        "projection": module.projection,
-        "shape": list(module.shape),
-        "rank": module.rank,
-        "ssi": module.ssi,
-        "relative_ssi": module.relative_ssi,
-        **spectrum,
-        "row_norm_mean": module.row_norm_mean,
-        "column_norm_mean": module.column_norm_mean,
-        "stripped": module.stripped,
-        "energy_share": module.energy_share,
-        "negligible": module.negligible,
-        "transformed": module.transformed,
-        "removed_share": module.removed_share,
-        "projected": module.projected,
-        "repaired": module.repaired,
-        "residual": module.residual,
-        "kept": module.kept,
-        "alignment": module.alignment,
-        "captured": module.captured,
-    }
+    values = {name: getattr(module, name) for name in _MODULE_FIELDS}
+    values["shape"] = list(module.shape)
+    if spectra:
+        values["spectrum"] = list(module.spectrum)
+    else:
+        del values["spectrum"]
+    return values

@@ -124,8 +124,8 @@ def calibrate(
     with refusals_stop():
         files = _probes(harmful, benign, skill)
         options = _options(asked, refusal_phrase)
-        how = {"saved": _saved(plan), "resume": resume, **where}
-        found = _calibrated(base, adapter, files, options, **how)
+        saved = _saved(plan), resume
+        found = _calibrated(base, adapter, files, options, saved, **where)
         _print(found, form)
         if page:
             _write_page(page, found)
@@ -163,14 +163,21 @@ def _options(asked: dict[str, Any], phrases: list[str] | None) -> "CalibrationOp
 
 
 def _calibrated(
-    base: Path, adapter: Path, files: "list[ProbeFile]", options: "CalibrationOptions", **how: Any
+    base: Path,
+    adapter: Path,
+    files: "list[ProbeFile]",
+    options: "CalibrationOptions",
+    saved: tuple[Path, bool],
+    **how: Any,
 ) -> "Calibration":
     from s3lora_serve.lab.calibration.calibrate import calibrate as run
+    from s3lora_serve.lab.calibration.saved_search import SearchFile
 
     base.stat()
     adapter.stat()
     with phase_bars() as progress:
-        return run(base, adapter, files, options, progress=progress, **how)
+        file = SearchFile(*saved)
+        return run(base, adapter, files, options, saved=file, progress=progress, **how)
 
 
 def _write_page(page: Path, found: "Calibration") -> None:

@@ -6,11 +6,10 @@ from typing import Annotated
 import typer
 import yaml
 
+from s3lora_serve.admission.policy_files import check_policy_files
 from s3lora_serve.cli.options import stop
 from s3lora_serve.errors import S3LoRAError
-from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.policy.file import effective_policy, policy_bytes, says_its_end
-from s3lora_serve.signatures.trust import check_trusted
 
 policy_app = typer.Typer(no_args_is_help=True, help="Work on policy files.")
 
@@ -26,16 +25,7 @@ def policy_check(file: Annotated[Path, typer.Argument(help="YAML or JSON policy.
     """
     try:
         checked = effective_policy(file=file)
-        check_plans(checked)
-        check_trusted(checked)
-        if checked.scorer.reference:
-            from s3lora_serve.admission.scoring import check_reference  # imports torch
-
-            check_reference(checked)
-        if checked.repair:
-            from s3lora_serve.admission.repairing import check_statistics  # imports torch
-
-            check_statistics(checked)
+        check_policy_files(checked)
     except S3LoRAError as error:
         stop(str(error))
     typer.echo(yaml.safe_dump(checked.as_json(), sort_keys=False), nl=False)

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from s3lora_serve.cli.options import Device, Dtype, Format, check_device, stop, stop_at
+from s3lora_serve.cli.options import Device, Dtype, Format, check_device, refusals_stop
+from s3lora_serve.cli.progress import phase_bars
 from s3lora_serve.cli.tables import plain
-from s3lora_serve.errors import S3LoRAError
 
 if TYPE_CHECKING:
     from s3lora_serve.alignment.reference_file import Reference
@@ -53,21 +52,8 @@ def make(
     check_device(device)
     where = "cpu" if device is Device.AUTO else device.value
     options = ReferenceOptions(rank, tuple(modules or ("*",)), exact, dtype.value, where)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bars:
-        tasks = {"digests": bars.add_task("digests"), "modules": bars.add_task("modules")}
-
-        def progress(phase: str, done: int, total: int) -> None:
-            bars.update(tasks[phase], completed=done, total=total)
-
-        try:
-            about = make_reference(base, aligned, output, options, resume=resume, progress=progress)
-        except OSError as error:
-            stop_at(error)
-        except S3LoRAError as error:
-            stop(str(error))
+    with refusals_stop(), phase_bars() as progress:
+        about = make_reference(base, aligned, output, options, resume=resume, progress=progress)
     typer.echo(f"{output}: {len(about.modules)} modules, rank {about.rank}")
 
 
@@ -82,10 +68,8 @@ def show(
     """
     from s3lora_serve.alignment.reference_file import read_reference  # imports torch
 
-    try:
+    with refusals_stop():
         reference = read_reference(file)
-    except S3LoRAError as error:
-        stop(str(error))
     if form is Format.JSON:
         typer.echo(json.dumps(_as_json(reference)))
         return

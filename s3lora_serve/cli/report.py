@@ -14,10 +14,9 @@ from s3lora_serve.cli.options import (
     ReferenceOption,
     ScorerName,
     check_device,
+    refusals_stop,
     stop,
-    stop_at,
 )
-from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.pages.report import Subject, report
 from s3lora_serve.policy.file import effective_policy, with_options
 from s3lora_serve.policy.method import Strip
@@ -48,17 +47,13 @@ def write_report(
     scorers = [name for name in (compare or "").split(",") if name]
     if unknown := [name for name in scorers if name not in list(ScorerName)]:
         stop(f"--compare knows {', '.join(ScorerName)}; got {unknown[0]!r}")
-    try:
+    with refusals_stop():
         for path in paths:
             path.stat()
         chosen = effective_policy(file=policy)
         chosen = with_options(chosen, reference=reference)
         subjects = [_subject(path, chosen, scorers, device.value) for path in paths]
         output.write_text(report(subjects))
-    except OSError as error:
-        stop_at(error)
-    except S3LoRAError as error:
-        stop(str(error))
     typer.echo(f"{output}: {', '.join(one.verdict.decision.value for one in subjects)}")
     if any(one.verdict.decision is Decision.REJECTED for one in subjects):
         raise typer.Exit(REJECTED)

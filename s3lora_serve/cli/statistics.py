@@ -80,14 +80,16 @@ def make(
     check_device(device)
     try:
         from s3lora_serve.lab.base_model.probes import read_probes
-        from s3lora_serve.lab.statistics.make_statistics import make_statistics  # an extra
+        from s3lora_serve.lab.statistics.make_statistics import (  # an extra
+            StatisticsProbes,
+            make_statistics,
+        )
     except ImportError:
         stop("statistics make needs transformers: install s3lora-serve with its extra [calibrate]")
     with refusals_stop(), _memory_stops(), phase_bars() as progress:
         about = make_statistics(
             base,
-            read_probes(harmful, "harmful"),
-            [_benign(each) for each in benign],
+            StatisticsProbes(read_probes(harmful, "harmful"), [_benign(each) for each in benign]),
             output,
             _choice(rank, output_rank, epsilon, dtype),
             device=torch_device(device),

@@ -16,11 +16,9 @@ from s3lora_serve.cli.options import (
     ScorerName,
     StatisticsOption,
     check_device,
-    stop,
-    stop_at,
+    refusals_stop,
 )
 from s3lora_serve.cli.tables import VerdictTable
-from s3lora_serve.errors import S3LoRAError
 from s3lora_serve.policy.file import effective_policy, with_options
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ def strip(
     Exit code: 0 written, 1 rejected or nothing left, 2 wrong usage.
     """
     check_device(device)
-    try:
+    with refusals_stop():
         source.stat()
         chosen = effective_policy(file=policy)
         chosen = with_options(chosen, scorer, reference, action, repair)
@@ -75,10 +73,6 @@ def strip(
             check_statistics(chosen)
         used = _read_plan(plan) if plan else None
         verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value, used)
-    except OSError as error:
-        stop_at(error)
-    except S3LoRAError as error:
-        stop(str(error))
     table = VerdictTable()
     table.add(verdict)
     table.end()

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from s3lora_serve.errors import PlansInvalid, S3LoRAError, SettingInvalid
+from s3lora_serve.admission.policy_files import POLICY_FILES
+from s3lora_serve.errors import S3LoRAError, SettingInvalid
 from s3lora_serve.launcher.check import Check
 from s3lora_serve.launcher.front_end import front_end
 from s3lora_serve.launcher.resolvers import resolvers
-from s3lora_serve.plans.folder import PLAN_NAME, check_plans
 from s3lora_serve.policy.file import serving_policy
 from s3lora_serve.settings import load_settings
-from s3lora_serve.signatures.trust import check_trusted
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.vllm_plugin.vllm_version import installed_vllm, is_supported
 
@@ -31,10 +30,7 @@ def checks(arguments: Sequence[str] = ()) -> Iterator[Check]:
     yield _vllm_release()
     yield from _plugin()
     yield _policy()
-    yield from _plans()
-    yield from _reference()
-    yield from _statistics()
-    yield from _signers()
+    yield from _policy_files()
     yield front_end(arguments)
     yield resolvers()
     yield _state_dir()
@@ -84,85 +80,22 @@ def _policy() -> Check:
     return Check("policy", True, f"{policy.mode}, strip {name} {value:g}, {policy.digest[:19]}…")
 
 
-def _plans() -> Iterator[Check]:
-    """The folder of plans, if the policy is valid and not off; its files are read at admissions."""
-    try:
-        policy = serving_policy()
-        check_plans(policy)
-    except S3LoRAError as error:
-        if isinstance(error, PlansInvalid):
-            yield Check("plans", False, str(error))
-        return
-    if policy.plans is None or policy.mode == "off":
-        return
-    names = [file.name for file in policy.plans.iterdir()]
-    unread = sorted(name for name in names if not PLAN_NAME.fullmatch(name))
-    detail = f"{len(names) - len(unread)} in {policy.plans}"
-    if policy.require_plan:
-        detail += ", and no adapter without one"
-    if unread:
-        detail += f"; {unread[0][:80]!r} is not <sha256 of the weights>.json and is never read"
-    yield Check("plans", not unread, detail, essential=False)
-
-
-def _reference() -> Iterator[Check]:
-    """The alignment reference of a valid policy that has one, and whether others can write it."""
+def _policy_files() -> Iterator[Check]:
+    """The files that a valid policy names, and whether they can be used."""
     try:
         policy = serving_policy()
     except S3LoRAError:
         return
-    if policy.scorer.reference is None or policy.mode == "off":
-        return
-    from s3lora_serve.admission.scoring import check_reference  # torch takes seconds to import
-
-    try:
-        check_reference(policy)
-    except S3LoRAError as error:
-        yield Check("reference", False, str(error))
-        return
-    yield Check("reference", True, f"{policy.scorer.reference}, for {policy.scorer.name}")
-
-
-def _statistics() -> Iterator[Check]:
-    """The statistics of a valid policy that repairs adapters, and whether others can write them."""
-    try:
-        policy = serving_policy()
-    except S3LoRAError:
-        return
-    if policy.repair is None or policy.mode == "off":
-        return
-    from s3lora_serve.admission.repairing import check_statistics  # torch takes seconds to import
-
-    try:
-        check_statistics(policy)
-    except S3LoRAError as error:
-        yield Check("statistics", False, str(error))
-        return
-    detail = f"{policy.repair.statistics}, λ {policy.repair.strength:g}"
-    yield Check("statistics", True, detail)
-
-
-def _signers() -> Iterator[Check]:
-    """The signers that a valid policy trusts, and whether their files can be used."""
-    try:
-        policy = serving_policy()
-    except S3LoRAError:
-        return
-    each = (policy, *policy.variants())
-    if policy.mode == "off" or not any(p.signatures.anyone or p.attestations.keys for p in each):
-        return
-    try:
-        check_trusted(policy)
-    except S3LoRAError as error:
-        yield Check("signers", False, str(error))
-        return
-    signers, attestations = policy.signatures, policy.attestations
-    count = sum(map(len, (signers.keys, signers.certificates, signers.identities)))
-    detail = f"{count} for adapters{', required' if signers.require else ''}"
-    detail += (
-        f"; {len(attestations.keys)} for verdicts{', required' if attestations.require else ''}"
-    )
-    yield Check("signers", True, detail)
+    for file in POLICY_FILES if policy.mode != "off" else ():
+        if not file.is_named(policy):
+            continue
+        try:
+            file.check(policy)
+        except S3LoRAError as error:
+            yield Check(file.name, False, str(error))
+        else:
+            detail, passed = file.told(policy)
+            yield Check(file.name, passed, detail, essential=passed)
 
 
 def _state_dir() -> Check:

@@ -64,11 +64,11 @@ def strip_adapter(
         new = admission.weights.replaced if admission.weights else {}
         changed = {name: data for name, (_, data) in new.items()}
         write_adapter(adapter, verdict.stripped, staging, verdict.removed, changed)
-        origin = {
+        source_facts = {
             WEIGHTS_NAME: adapter.copy.digest,
             CONFIG_NAME: hashlib.sha256(adapter.copy.config).hexdigest(),
         }
-        provenance = json.dumps(statement(verdict, origin, staging), indent=2)
+        provenance = json.dumps(statement(verdict, source_facts, staging), indent=2)
         (staging / PROVENANCE_NAME).write_text(provenance + "\n")
         staging.chmod(0o755)
         staging.rename(written)

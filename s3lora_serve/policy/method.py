@@ -16,10 +16,16 @@ class ScorerChoice(Section):
     """The index, with all parameters that influence it."""
 
     name: AnyScorer = MAS_SVD
-    rank: Annotated[int, Field(ge=1)] | None = None  # M; None: min(r, m, n)
+    """A server takes the first three. `safe-lora` and `splora` compare with what alignment changed in the
+    base model ([alignment](alignment.md))."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """M, the singular values that count; null: min(r, m, n)."""
     normalization: Normalization = "two_sided"
-    reference: Path | None = None  # an alignment reference, for safe-lora and splora
-    reference_digest: Digest | None = None  # of that file; None: as it is when the policy is read
+    """Which norms the singular values are weighed by: of rows, of columns, or of both."""
+    reference: Path | None = None
+    """A file of `s3lora reference make`, for `safe-lora` and `splora`."""
+    reference_digest: Digest | None = None
+    """Of that file; null: as it is when the policy is read."""
 
     @model_validator(mode="after")
     def _reference_where_it_is_used(self) -> Self:
@@ -43,23 +49,30 @@ class ScorerChoice(Section):
 class RepairChoice(Section):
     """Repair at admission: the update acts little on refusals, and on benign inputs as before."""
 
-    statistics: Path  # a file of `s3lora statistics make`
-    statistics_digest: Digest | None = None  # of that file; None: as it is when the policy is read
-    # λ, what benign inputs weigh against refusals. Ours, by the sweep of the evidence bench
-    strength: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    # Largest effect on refusals that is left, against what the base model's own weights put out:
-    # λ is smaller if more were. Ours, by the same sweep
-    max_effect: Annotated[float, Field(gt=0, le=1)] = 0.003
-    on_missing: Literal["reject", "leave"] = "reject"  # modules that the statistics lack
+    statistics: Path
+    """A file of `s3lora statistics make`."""
+    statistics_digest: Digest | None = None
+    """Of that file; null: as it is when the policy is read."""
+    strength: Annotated[float, Field(gt=0, le=1e6)] = 1.0  # ours: sweep of the evidence bench
+    """λ, what benign inputs weigh against refusals."""
+    max_effect: Annotated[float, Field(gt=0, le=1)] = 0.003  # ours: the same sweep
+    """Largest effect on refusals that is left, against what the base model's own weights put out: λ
+    is smaller if more were."""
+    on_missing: Literal["reject", "leave"] = "reject"
+    """`leave` serves modules that the statistics lack as they are."""
 
 
 class Strip(Section):
     """The rule that picks the modules to strip: exactly one of the four."""
 
     top_k: Annotated[int, Field(ge=0)] | None = None
+    """The sharpest modules, so many."""
     fraction: Fraction | None = None
-    threshold: float | None = None  # in [0, 1], except for splora
+    """The sharpest modules, so large a share of all."""
+    threshold: float | None = None
+    """SSI at or above, alignment score at or below; in [0, 1], except for `splora`."""
     outliers: Annotated[float, Field(gt=0)] | None = None
+    """Robust z-score at or above: 3.5 is usual."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

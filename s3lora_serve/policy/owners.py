@@ -28,9 +28,13 @@ class Owner(Section):
     """Names, and where from and by whom alone adapters are registered under them."""
 
     names: GlobText
-    paths: tuple[FolderGlob, ...] = ()  # an adapter under one of these, or
-    signers: tuple[str, ...] = ()  # signed by one of these, as `signed_by.id` in verdicts
-    keys: tuple[KeyDigest, ...] = ()  # of the API keys that may ask; (): any may load
+    """Glob of adapter names."""
+    paths: tuple[FolderGlob, ...] = ()
+    """An adapter must lie under one of these, or be signed by one of `signers`."""
+    signers: tuple[str, ...] = ()
+    """As `signed_by.id` in verdicts."""
+    keys: tuple[KeyDigest, ...] = ()
+    """First 16 hex digits of the sha256 of the API keys that may ask; none: any may load."""
 
     @model_validator(mode="after")
     def _bound_by_something(self) -> Self:

@@ -13,9 +13,13 @@ class Match(Section):
     """What an adapter must have for a rule to apply. What is unset, every adapter has."""
 
     adapter: GlobText | None = None
+    """Glob of adapter names."""
     path: GlobText | None = None
+    """Glob of real paths."""
     base_model: GlobText | None = None
-    signer: str | None = None  # as `signed_by.id` in verdicts; no glob
+    """Glob of base models, as vLLM was given them."""
+    signer: str | None = None
+    """As `signed_by.id` in verdicts; no glob."""
 
     @property
     def is_bound(self) -> bool:

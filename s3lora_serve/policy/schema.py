@@ -1,8 +1,4 @@
-"""The schema of the operator's policy: what is stripped, what is refused, and the limits.
-
-Unknown keys are refused. Comments on the defaults give their origin; "ours" means that this project
-chose the value.
-"""
+"""The schema of the operator's policy: what is stripped, what is refused, and the limits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,33 +28,58 @@ class Policy(Section):
     """The effective policy. It is immutable, and the digest of its canonical JSON identifies it."""
 
     mode: Mode = "enforce"
+    """`audit` decides and reports, and strips and refuses nothing: an adapter that cannot be scored
+    or does not fit the model is loaded without effect. `off`: vLLM is unchanged, and
+    `/s3lora/status` answers 503."""
     scorer: ScorerChoice = ScorerChoice()
     modules: tuple[GlobText, ...] = ("*",)
-    action: Action = "strip"  # what happens to the modules that `strip` picks
-    repair: RepairChoice | None = None  # None: no adapter is repaired
+    """Globs on projection or full name of the modules that are scored. The paper scores `q_proj`,
+    `k_proj`, `v_proj` and `o_proj`."""
+    action: Action = "strip"
+    """What happens to the modules that `strip` picks. `project`, with `safe-lora`: they are served
+    with B' = C·B ([alignment](alignment.md))."""
+    repair: RepairChoice | None = None
+    """What the index does not strip is [repaired](repair.md); null: nothing is."""
     strip: Strip = Strip(top_k=10)  # τ = 10: arXiv 2508.15068, sweep over {0, 5, 10, 15, 20}
-    # Share of Σ‖ΔW‖_F². Ours: under a tenth of the smallest share of any module of an adapter
-    # trained with AdamW, tests/runs/evidence/SHARES.md
+    # Ours: under a tenth of the smallest share of any module of an adapter trained with AdamW,
+    # tests/runs/evidence/SHARES.md
     negligible: Annotated[float, Field(ge=0, lt=1)] = 2e-5
+    """Share of Σ‖ΔW‖_F²: smaller modules do not count for `strip` and `max_stripped_fraction`, and
+    are stripped if they are as sharp as the modules that are. Adapters of thousands of modules
+    (experts) need less: 1e-6, by a rule."""
     limits: Limits = Limits()
     deny: frozenset[Digest] = frozenset()
+    """`sha256:…` of adapter_model.safetensors: always refused."""
     allow: frozenset[Allowed] = frozenset()
+    """`{digest: sha256:…, config_digest: sha256:…}`, both as in verdicts: admitted unstripped and
+    unrepaired, plan or not. Limits still apply."""
     on_uninformative: Literal["reject", "admit"] = "reject"
+    """The index does not tell the modules apart, or there are fewer than two to rank."""
     on_unscorable: Literal["reject", "admit", "strip"] = "reject"
+    """Embedding LoRA, `modules_to_save`, DoRA, bias. `admit` serves them unscored (vLLM itself
+    refuses the last two), `strip` removes the first two and refuses the others."""
     audit: Audit = Audit()
     store: Store = Store()
     rates: Rates = Rates()
     required: bool = False
+    """Every worker must import the gate, or the server does not start."""
     unguarded_frontends: Literal["refuse", "allow"] = "refuse"  # ours: nothing starts unguarded
-    plans: Path | None = None  # folder of plans; None: the index chooses for every adapter
+    """`allow`: start also behind vLLM's Rust front end and its gRPC server, where the workers alone
+    decide ([threat model](threat-model.md#front-ends))."""
+    plans: Path | None = None
+    """Folder of [plans](#plans); null: the index chooses for every adapter."""
     require_plan: bool = False
+    """An adapter without a plan is refused (S3LORA-207); needs `plans`."""
     signatures: Signatures = Signatures()
     attestations: Attestations = Attestations()
-    experiments: ExperimentsPolicy | None = (
-        None  # None: there are none, and no name is kept for them
-    )
-    owners: tuple[Owner, ...] = ()  # (): names are whose registers them first
+    experiments: ExperimentsPolicy | None = None
+    """What `s3lora evaluate` may set ([evaluation](evaluation.md)); null: there are no experiments,
+    and no name is kept for them."""
+    owners: tuple[Owner, ...] = ()
+    """Who may load and unload under a name, below; none: names are whose registers them first."""
     rules: tuple[Rule, ...] = ()
+    """The first that matches an adapter wins; its `strip` replaces the policy's whole, other keys
+    merge."""
 
     @model_validator(mode="after")
     def _required_plans_have_a_folder(self) -> Self:

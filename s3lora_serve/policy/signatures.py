@@ -22,18 +22,26 @@ class Identity(Section):
     """Who signs with Sigstore: an identity, and the OpenID Connect issuer that vouches for it."""
 
     identity: str
+    """An e-mail address, or the URI of a workflow."""
     issuer: str
+    """A URL."""
 
 
 class Signatures(Section):
     """Who may sign an adapter's folder, in the format of OpenSSF Model Signing."""
 
-    require: bool = False  # False: an unsigned adapter is no reason to refuse it
-    keys: tuple[Path, ...] = ()  # public keys, PEM: P-256, P-384 or P-521
-    certificates: tuple[Path, ...] = ()  # roots of trust, PEM
+    require: bool = False
+    """Whether an unsigned adapter is refused ([signatures](signatures.md))."""
+    keys: tuple[Path, ...] = ()
+    """Public keys, PEM: P-256, P-384 or P-521."""
+    certificates: tuple[Path, ...] = ()
+    """Roots of trust, PEM."""
     identities: tuple[Identity, ...] = ()
-    trust_root: Path | None = None  # Sigstore's client trust configuration, JSON
+    """`{identity, issuer}` of Sigstore."""
+    trust_root: Path | None = None
+    """Sigstore's client trust configuration, JSON."""
     file: FileName = "model.sig"  # the default of model-signing
+    """In the adapter's folder."""
 
     @model_validator(mode="after")
     def _someone_can_sign(self) -> Self:
@@ -53,12 +61,18 @@ class Attestations(Section):
     """Who may attest verdicts, as `s3lora attest` writes them."""
 
     require: bool = False
-    keys: tuple[Path, ...] = ()  # public keys, PEM: Ed25519, ECDSA or RSA
-    max_age: Annotated[float, Field(gt=0)] | None = None  # seconds; None: they do not expire
-    # same: under what decides in this policy; any: also under other policies; or one's digest
+    """Whether an adapter without an attested verdict is refused ([signatures](signatures.md))."""
+    keys: tuple[Path, ...] = ()
+    """Public keys, PEM: Ed25519, ECDSA or RSA."""
+    max_age: Annotated[float, Field(gt=0)] | None = None
+    """Seconds; null: verdicts do not expire."""
     policy_digest: Literal["same", "any"] | Digest = "same"
-    trust_scores: bool = False  # True: attested scores take the place of the gate's own
+    """`same`: under what decides in this policy; `any`: also under other policies; or one's
+    digest."""
+    trust_scores: bool = False
+    """Whether attested scores take the place of the gate's own."""
     file: FileName = "s3lora-attestation.json"  # ours
+    """In the adapter's folder."""
 
     @model_validator(mode="after")
     def _someone_can_attest(self) -> Self:

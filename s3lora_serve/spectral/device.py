@@ -15,7 +15,7 @@ import torch
 from s3lora_serve.spectral import fallback
 from s3lora_serve.spectral.gram import Solution
 from s3lora_serve.spectral.launches import FIELDS, FLOAT64, Launches, padded_rank
-from s3lora_serve.spectral.panels import Factors
+from s3lora_serve.spectral.panels import FactorPair
 from s3lora_serve.spectral.upload import upload
 
 NORMALIZATION = "two_sided"
@@ -43,7 +43,7 @@ COMMON = [
 """What kernels are compiled for at the start of a server."""
 
 
-def fits(modules: Sequence[Factors], normalization: str) -> bool:
+def fits(modules: Sequence[FactorPair], normalization: str) -> bool:
     """Whether the kernels can solve these modules of one rank."""
     if find_spec("triton") is None or normalization != NORMALIZATION:
         return False
@@ -52,7 +52,7 @@ def fits(modules: Sequence[Factors], normalization: str) -> bool:
 
 
 def solve(
-    modules: Sequence[Factors], device: str, between_batches: Callable[[], None]
+    modules: Sequence[FactorPair], device: str, between_batches: Callable[[], None]
 ) -> list[Solution]:
     """Solve modules of one rank, part by part. Modules larger than a part get no error bound.
 
@@ -115,7 +115,7 @@ def warm_up(device: str, between_kernels: Callable[[], None] = lambda: None) -> 
     fallback.attempt(compile_all, between_kernels)
 
 
-def parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
+def parts(modules: Sequence[FactorPair]) -> Iterator[Sequence[FactorPair]]:
     """Consecutive modules that cost at most PART_BYTES together, or one that costs more."""
     start, total = 0, 0
     for i, module in enumerate(modules):
@@ -126,13 +126,13 @@ def parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
     yield modules[start:]
 
 
-def cost(module: Factors) -> int:
+def cost(module: FactorPair) -> int:
     """Bytes of device memory: the factors, and eight r×r matrices."""
     square = 64 * padded_rank(module[0].shape[1]) ** 2
     return square + sum(factor.numel() * factor.itemsize for factor in module)
 
 
-def _unsolved(modules: Sequence[Factors]) -> Solution:
+def _unsolved(modules: Sequence[FactorPair]) -> Solution:
     k, rank = len(modules), modules[0][0].shape[1]
     return Solution(
         torch.zeros(k, rank, dtype=FLOAT64), *torch.full((FIELDS, k), torch.inf).double()
@@ -140,7 +140,7 @@ def _unsolved(modules: Sequence[Factors]) -> Solution:
 
 
 def _solve(
-    modules: Sequence[Factors], device: torch.device, between_batches: Callable[[], None]
+    modules: Sequence[FactorPair], device: torch.device, between_batches: Callable[[], None]
 ) -> Solution:
     uploaded = upload(modules, device, between_batches)
     launches = Launches(uploaded, device)

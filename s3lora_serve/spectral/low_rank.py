@@ -22,7 +22,7 @@ def mas_svd(
     """Magnitude-aware spherically normalised spectrum of `ΔW = s·B·A`, low-rank and exact.
 
     `σ̃_k = r̄ · c̄ · σ̂_k`, `σ̂² = eig(P·Q)` with `P = B̂ᵀB̂`, `Q = Â·Âᵀ`; ΔW is never formed.
-    Same name, signature and result as `reference.mas_svd`, with |SSI − dense SSI| ≤ 1e-6.
+    Same name, signature and result as `dense_reference.mas_svd`, with |SSI − dense SSI| ≤ 1e-6.
 
     Shape: B (k, m, r), A (k, r, n), scaling (k,); any floating dtype; all modules have one shape.
     Source: arXiv 2508.15068 (MAS-SVD), arXiv 2402.09754 (spherical normalisation).

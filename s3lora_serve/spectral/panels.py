@@ -24,14 +24,14 @@ FLOAT32_RANK = 16
 """Smallest rank for which float32 is tried. Below it, BLAS libraries sum row after row, and the
 error of a long sum reaches 2e-6 (measured, MKL, 4096 rows, r = 8; 3e-7 at r = 16)."""
 
-Factors = tuple[Tensor, Tensor]  # B (m, r), A (r, n), as stored
+FactorPair = tuple[Tensor, Tensor]  # B (m, r), A (r, n), as stored
 
 
 class HostModules:
     """Modules of one rank whose factors are in host memory."""
 
     def __init__(
-        self, modules: Sequence[Factors], between_batches: Callable[[], None] = lambda: None
+        self, modules: Sequence[FactorPair], between_batches: Callable[[], None] = lambda: None
     ) -> None:
         self._modules = modules
         self._between_batches = between_batches

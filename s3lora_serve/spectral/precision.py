@@ -14,7 +14,7 @@ from s3lora_serve.spectral import device as devices
 from s3lora_serve.spectral import fallback, gram, qr
 from s3lora_serve.spectral._checks import in_range
 from s3lora_serve.spectral.gram import MAX_ERROR_BOUND, Solution
-from s3lora_serve.spectral.panels import Factors, HostModules
+from s3lora_serve.spectral.panels import FactorPair, HostModules
 
 GRAM_BYTES = 2**25
 """Bytes of Gram matrices held at a time: four r×r float64 matrices per module. Temporaries take as
@@ -22,7 +22,7 @@ much again."""
 
 
 def solve(
-    modules: Sequence[Factors],
+    modules: Sequence[FactorPair],
     normalization: str,
     between_batches: Callable[[], None] = lambda: None,
     device: str = "cpu",
@@ -41,7 +41,7 @@ def solve(
     return _solve_on_host(modules, normalization, between_batches)
 
 
-def _parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
+def _parts(modules: Sequence[FactorPair]) -> Iterator[Sequence[FactorPair]]:
     rank = modules[0][0].shape[1]
     size = max(1, GRAM_BYTES // (32 * rank * rank))
     for at in range(0, len(modules), size):
@@ -50,7 +50,7 @@ def _parts(modules: Sequence[Factors]) -> Iterator[Sequence[Factors]]:
 
 def _again(
     solution: Solution,
-    modules: Sequence[Factors],
+    modules: Sequence[FactorPair],
     normalization: str,
     between_batches: Callable[[], None],
 ) -> Solution:
@@ -62,13 +62,13 @@ def _again(
 
 
 def _solve_on_host(
-    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+    modules: Sequence[FactorPair], normalization: str, between_batches: Callable[[], None]
 ) -> Solution:
     return _cat([_solve_part(part, normalization, between_batches) for part in _parts(modules)])
 
 
 def _solve_part(
-    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+    modules: Sequence[FactorPair], normalization: str, between_batches: Callable[[], None]
 ) -> Solution:
     place = HostModules(modules, between_batches)
 
@@ -98,7 +98,7 @@ def _replace(solution: Solution, places: list[int], by: Solution) -> None:
 
 
 def _solve_by_qr(
-    modules: Sequence[Factors], normalization: str, between_batches: Callable[[], None]
+    modules: Sequence[FactorPair], normalization: str, between_batches: Callable[[], None]
 ) -> Solution:
     """Solve modules one by one on the CPU.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.scorer_names import ALIGNMENT, MAS_SVD, OFFLINE, SAFE_LORA, SERVING
-from s3lora_serve.spectral import alignment, baselines, fallback, precision, reference
+from s3lora_serve.spectral import alignment, baselines, dense_reference, fallback, precision
 from s3lora_serve.spectral.alignment import Subspace
 from s3lora_serve.spectral.low_rank import with_magnitudes
 from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_sharpness
@@ -18,7 +18,7 @@ from s3lora_serve.spectral.result import Spectrum, relative_sharpness, spectral_
 _OFFLINE: dict[str, Callable[..., Spectrum]] = {
     "svd": baselines.svd,
     "spsvd": baselines.spsvd,
-    "dense": reference.mas_svd,
+    "dense": dense_reference.mas_svd,
 }
 """Slow scorers for comparison, by name."""
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s3lora_serve.spectral.panels import Factors
+from s3lora_serve.spectral.panels import FactorPair
 
-ALIGNMENT = 16
+ALIGNED_BYTES = 16
 """In bytes, of factors that do not lie in one buffer already: the widest load of a kernel."""
 
 SLICE_BYTES = 2**24
@@ -27,7 +27,7 @@ class Uploaded(NamedTuple):
 
 
 def upload(
-    modules: Sequence[Factors], device: torch.device, between_batches: Callable[[], None]
+    modules: Sequence[FactorPair], device: torch.device, between_batches: Callable[[], None]
 ) -> Uploaded:
     """Copy factors to a device. Nothing waits for it, except later work on the device.
 
@@ -69,7 +69,7 @@ def _aligned(sizes: Sequence[int]) -> Iterator[int]:
     start = 0
     for size in sizes:
         yield start
-        start += -(-size // ALIGNMENT) * ALIGNMENT
+        start += -(-size // ALIGNED_BYTES) * ALIGNED_BYTES
 
 
 def _dense(factor: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _shared_span(factors: Sequence[Tensor], most: int) -> Tensor | None:
         for start, factor in zip(starts, factors, strict=True)
     ]
     # Kernels read elements at their own size's multiples, also if the storage itself is not there.
-    first = min(starts) // ALIGNMENT * ALIGNMENT
+    first = min(starts) // ALIGNED_BYTES * ALIGNED_BYTES
     if max(ends) - first > most:
         return None
     return torch.empty(0, dtype=torch.uint8).set_(storage)[first : max(ends)]

@@ -90,12 +90,14 @@ class Metrics:
             "Adapters not rejected, by what chose their changed modules.",
             ("selected_by",),
         )
-        self.failures = counter("failures_total", "Things the gate failed to do.", ("reason",))
+        self.failures = counter("failures_total", "Failures of the gate itself.", ("reason",))
         self.quarantined = counter(
             "quarantined_total", "Adapters served without effect.", ("reason",)
         )
         self.reloads = counter(
-            "reloads_total", "Adapters that the engine loaded again.", ("source",)
+            "reloads_total",
+            "Evicted adapters loaded again; path stays 0: nothing is read again from its folder.",
+            ("source",),
         )
         self.device_fallbacks = counter(
             "device_fallbacks_total",
@@ -104,7 +106,7 @@ class Metrics:
         )
         self.postponed_loads = counter(
             "postponed_loads_total",
-            "Loads turned away before the adapter was looked at; they may be tried again.",
+            "Loads turned away (429) before the adapter was looked at; they may be tried again.",
             ("reason",),
         )
 
@@ -124,13 +126,13 @@ class Metrics:
         )
         self.module_ssi = histogram(
             "module_ssi",
-            "Spectral Sharpness Index of scored modules.",
+            "Spectral Sharpness Index of scored modules, whatever the scorer.",
             SSI_BUCKETS,
             ("projection",),
         )
         self.module_alignment = histogram(
             "module_alignment",
-            "Alignment score of modules scored by safe-lora or splora; low: not aligned.",
+            "Score of safe-lora or splora, low: not aligned; stays empty with another scorer.",
             ALIGNMENT_BUCKETS,
             ("projection",),
         )

@@ -16,7 +16,7 @@ class PolicyGauge:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._gauge = Gauge(
             NAME,
-            "The policy in force, always 1.",
+            "The policy in force, always 1; that of a former policy ends once no worker has it.",
             ("policy_digest", "mode", "version"),
             registry=registry,
             multiprocess_mode="livemax",

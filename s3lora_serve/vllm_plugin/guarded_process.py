@@ -3,15 +3,12 @@
 from collections.abc import Callable
 from functools import cached_property
 
-from s3lora_serve.admission.repairing import check_statistics
-from s3lora_serve.admission.scoring import check_reference
+from s3lora_serve.admission.policy_files import check_policy_files
 from s3lora_serve.errors import PolicyInvalid
-from s3lora_serve.plans.folder import check_plans
 from s3lora_serve.policy.reload import ReloadablePolicy
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.repair.statistics_file import share_in
 from s3lora_serve.settings import Settings
-from s3lora_serve.signatures.trust import check_trusted
 from s3lora_serve.store.adapter_store import AdapterStore
 from s3lora_serve.telemetry.events import AdmissionEvents
 from s3lora_serve.vllm_plugin import compat
@@ -30,7 +27,7 @@ class GuardedProcess:
         self.settings = settings
         self.store = AdapterStore(settings.state_dir)
         share_in(self.store.root / "statistics")
-        self._file = ReloadablePolicy(settings, _check_files)
+        self._file = ReloadablePolicy(settings, check_policy_files)
         # Called after a changed policy is in force, in the thread that has reloaded it.
         self.policy_changed: Callable[[], object] = lambda: None
 
@@ -57,11 +54,3 @@ class GuardedProcess:
         if policy is not before:
             self.policy_changed()
         return policy
-
-
-def _check_files(policy: Policy) -> None:
-    """Check the files that a policy names: plans, reference, statistics, keys of its signers."""
-    check_plans(policy)
-    check_reference(policy)
-    check_statistics(policy)
-    check_trusted(policy)

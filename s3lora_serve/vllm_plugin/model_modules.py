@@ -91,7 +91,7 @@ class ModelModules:
         self._served(adapter.without(left_out), names)
         return left_out
 
-    def served_names(self, adapter: Adapter) -> dict[str, str]:
+    def vllm_names(self, adapter: Adapter) -> dict[str, str]:
         """vLLM's name of each module, after a check of every A and B against the model's modules.
 
         Raises:

@@ -10,7 +10,7 @@ from s3lora_serve.admission.admit import admit
 from s3lora_serve.errors import ModuleTwice, ShapesDoNotFit, Unscorable
 from s3lora_serve.plans.apply import transformed_weights
 from s3lora_serve.policy.schema import Policy
-from s3lora_serve.spectral.reference import mas_svd
+from s3lora_serve.spectral.dense_reference import mas_svd
 from tests.support.adapters import copy_with, key, write_adapter
 from tests.support.plans import keep_out, plan_for, read
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import ScorerChoice, Strip
-from s3lora_serve.spectral import reference, relative_sharpness, spectral_sharpness
+from s3lora_serve.spectral import dense_reference, relative_sharpness, spectral_sharpness
 from s3lora_serve.spectral._checks import NORMALIZATIONS
 from tests.support.adapters import q_proj, write_adapter
 from tests.support.modules import modules
@@ -23,7 +23,7 @@ def dense(B, A, alpha, **options):
     """The dense definition on the served weights: float64 factors are served as float32."""
     B, A = (X.float() if X.dtype == torch.float64 else X for X in (B, A))
     s = torch.tensor([alpha / B.shape[1]], dtype=torch.float64)
-    return reference.mas_svd(B[None], A[None], s, **options)
+    return dense_reference.mas_svd(B[None], A[None], s, **options)
 
 
 @settings(max_examples=50, deadline=None)

@@ -35,7 +35,7 @@ from s3lora_serve.policy.file import read_policy
 from s3lora_serve.policy.method import Strip
 from s3lora_serve.policy.schema import Policy, parse_policy
 from s3lora_serve.signatures.envelope import signed
-from s3lora_serve.spectral import alignment, reference, spectral_sharpness
+from s3lora_serve.spectral import alignment, dense_reference, spectral_sharpness
 from tests.fuzz.inputs import (
     adapters,
     changed_values,
@@ -99,7 +99,7 @@ def assert_scored_as_dense(admission, weights):
         B, A = (bare[f"{module.name}.lora_{side}.weight"].float().double() for side in "BA")
         assert A.isfinite().all()
         assert B.isfinite().all()
-        dense = reference.mas_svd(B[None], A[None], torch.ones(1)).singular_values
+        dense = dense_reference.mas_svd(B[None], A[None], torch.ones(1)).singular_values
         expected = float(spectral_sharpness(dense))
         if module.ssi is None:
             assert scaling[module.name] == 0 or expected != expected

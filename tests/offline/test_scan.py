@@ -14,7 +14,7 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import Strip
-from s3lora_serve.spectral import reference, spectral_sharpness
+from s3lora_serve.spectral import dense_reference, spectral_sharpness
 from tests.conftest import SPIKED_MODULE
 from tests.support.adapters import CONFIG, WEIGHTS, copy_with, key, train_adapter, without
 
@@ -25,7 +25,7 @@ TWO = Policy(strip=Strip(top_k=2))
 def dense_index(folder: Path, module: str, scaling: float) -> float:
     tensors = load_file(folder / WEIGHTS)
     B, A = tensors[key(module, "B")], tensors[key(module, "A")]
-    spectrum = reference.mas_svd(B[None], A[None], torch.tensor([scaling]))
+    spectrum = dense_reference.mas_svd(B[None], A[None], torch.tensor([scaling]))
     return float(spectral_sharpness(spectrum.singular_values))
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3lora_serve.spectral import alignment, reference
+from s3lora_serve.spectral import alignment, dense_reference
 from s3lora_serve.spectral.alignment import FEWEST_SAMPLES, Subspace
 from s3lora_serve.spectral.leading_subspace import leading_subspace
 from s3lora_serve.spectral.rotations import frame_blocks
@@ -47,7 +47,7 @@ def batches(draw):
 @given(batches())
 @settings(deadline=None)
 def test_safe_lora_equals_its_dense_reference(batch):
-    found, dense = alignment.safe_lora(*batch), reference.safe_lora(*batch)
+    found, dense = alignment.safe_lora(*batch), dense_reference.safe_lora(*batch)
     assert torch.allclose(found, dense, atol=1e-6, rtol=0, equal_nan=True)
     assert ((found >= 0) & (found <= 1)).all()
 
@@ -55,7 +55,7 @@ def test_safe_lora_equals_its_dense_reference(batch):
 @given(batches())
 @settings(deadline=None, max_examples=30)
 def test_splora_equals_its_dense_reference(batch):
-    found, dense = alignment.splora(*batch), reference.splora(*batch)
+    found, dense = alignment.splora(*batch), dense_reference.splora(*batch)
     assert torch.allclose(found, dense, atol=1e-6, rtol=1e-6, equal_nan=True)
 
 
@@ -66,7 +66,7 @@ def test_rounded_directions_and_large_shapes_agree_with_the_dense_reference(name
     modules = [update(m, n, 8, i, torch.bfloat16) for i, (m, n) in enumerate(shapes)]
     subspaces = [subspace(m, n, 16, i, dtype) for i, (m, n) in enumerate(shapes)]
     found = getattr(alignment, name)(modules, subspaces)
-    dense = getattr(reference, name)(modules, subspaces)
+    dense = getattr(dense_reference, name)(modules, subspaces)
     assert torch.allclose(found, dense, atol=1e-6, rtol=1e-6)
 
 

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from s3lora_serve.spectral import baselines, reference, spectral_sharpness
+from s3lora_serve.spectral import baselines, dense_reference, spectral_sharpness
 from tests.support.factors import HARD, gaussian
 
 
@@ -42,7 +42,7 @@ def test_spsvd_takes_medians_and_is_not_moved_by_a_few_corrupted_entries():
 
 
 def test_baselines_are_called_like_every_scorer():
-    signature = inspect.signature(reference.mas_svd)
+    signature = inspect.signature(dense_reference.mas_svd)
     assert inspect.signature(baselines.svd) == signature
     assert inspect.signature(baselines.spsvd) == signature
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3lora_serve.spectral import (
+    dense_reference,
     gram,
     low_rank,
-    reference,
     relative_sharpness,
     spectral_sharpness,
 )
@@ -40,7 +40,7 @@ def assert_same_index(found, expected, accuracy=ACCURACY):
 def test_index_is_within_the_promised_accuracy_of_the_dense_definition(case, dtype, normalization):
     B, A = (factor.to(dtype) for factor in HARD[case]())
     found = sharpness(low_rank, B, A, normalization=normalization)
-    assert_same_index(found, sharpness(reference, B, A, normalization=normalization))
+    assert_same_index(found, sharpness(dense_reference, B, A, normalization=normalization))
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -48,7 +48,7 @@ def test_spectrum_and_norms_include_the_scaling(normalization):
     B, A = gaussian(40, 30, 6, k=3)
     scaling = torch.tensor([2.0, -0.5, 16.0])
     found = low_rank.mas_svd(B, A, scaling, normalization=normalization)
-    expected = reference.mas_svd(B, A, scaling, normalization=normalization)
+    expected = dense_reference.mas_svd(B, A, scaling, normalization=normalization)
     for name in expected._fields:
         torch.testing.assert_close(
             getattr(found, name), getattr(expected, name), rtol=1e-6, atol=0.0, msg=name
@@ -56,7 +56,7 @@ def test_spectrum_and_norms_include_the_scaling(normalization):
 
 
 def test_twins_share_name_and_signature():
-    assert inspect.signature(low_rank.mas_svd) == inspect.signature(reference.mas_svd)
+    assert inspect.signature(low_rank.mas_svd) == inspect.signature(dense_reference.mas_svd)
 
 
 def test_equal_norms_give_the_plain_singular_values():
@@ -158,7 +158,7 @@ def test_index_ignores_scaling_inner_basis_and_order(m, n, r, seed, scale, norma
         ((2, 4, 3), (2, 3, 5), {"normalization": "both"}, "expected a normalization"),
     ],
 )
-@pytest.mark.parametrize("twin", [low_rank, reference])
+@pytest.mark.parametrize("twin", [low_rank, dense_reference])
 def test_factors_that_do_not_fit_are_refused_with_their_shapes(twin, B, A, options, words):
     with pytest.raises(ValueError, match=words):
         twin.mas_svd(torch.ones(B), torch.ones(A), torch.ones(2), **options)

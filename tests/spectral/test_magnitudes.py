@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from s3lora_serve.spectral import (
     Factors,
     Scorer,
+    dense_reference,
     gram,
     precision,
-    reference,
     relative_sharpness,
     score_modules,
     spectral_sharpness,
@@ -66,7 +66,7 @@ def test_spectrum_and_norms_are_those_of_the_dense_update(route, data):
     solution = solved(route, B, A, normalization)
     assume(solution is not None)
     s = torch.tensor([scaling], dtype=torch.float64)
-    expected = reference.mas_svd(B[None], A[None], s, normalization=normalization)
+    expected = dense_reference.mas_svd(B[None], A[None], s, normalization=normalization)
     count = expected.singular_values.shape[1]
     assert_same_spectrum(with_magnitudes(solution, s, [count], normalization), expected)
 
@@ -78,7 +78,7 @@ def test_hard_modules_have_the_dense_updates_spectrum_too(case, normalization):
     for one in range(len(B)):
         solution = precision.solve([(B[one], A[one])], normalization)
         s = torch.ones(1, dtype=torch.float64)
-        expected = reference.mas_svd(B[[one]], A[[one]], s, normalization=normalization)
+        expected = dense_reference.mas_svd(B[[one]], A[[one]], s, normalization=normalization)
         count = expected.singular_values.shape[1]
         assert_same_spectrum(with_magnitudes(solution, s, [count], normalization), expected)
 
@@ -97,7 +97,9 @@ def test_every_field_of_a_score_is_that_of_the_dense_update(found, normalization
         strict=True,
     ):
         scaling = torch.tensor([s], dtype=torch.float64)
-        dense = reference.mas_svd(B[None], A[None], scaling, rank=rank, normalization=normalization)
+        dense = dense_reference.mas_svd(
+            B[None], A[None], scaling, rank=rank, normalization=normalization
+        )
         count = dense.singular_values.shape[1]
         assert (score.name, len(score.spectrum), score.finite) == (name, count, True)
         norms = [score.row_norm_mean, score.column_norm_mean, score.frobenius_norm]

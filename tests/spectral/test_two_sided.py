@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s3lora_serve.spectral import dense_reference
 from s3lora_serve.spectral import factor_coordinates as coordinates
 from s3lora_serve.spectral import input_directions as directions
-from s3lora_serve.spectral import reference
 from s3lora_serve.spectral import repair_effects as effects
 from s3lora_serve.spectral.input_directions import input_directions
 from s3lora_serve.spectral.output_directions import output_directions
@@ -92,13 +92,13 @@ def test_each_step_is_the_minimum_over_its_factor(update, lam, steps):
     made, held = (new.A, new.B) if steps[-1] == "a" else (new.B, new.A)
     made = made.clone().requires_grad_()
     product = held @ made if steps[-1] == "a" else made @ held
-    loss = reference.repair_loss(whole, scaling * product, C_h, C_b, G, lam)
+    loss = dense_reference.repair_loss(whole, scaling * product, C_h, C_b, G, lam)
     [slope] = torch.autograd.grad(loss, [made])
     # No further step along the slope gains: a parabola falls by slope²/(2·curvature).
     change = held @ slope if steps[-1] == "a" else slope @ held
-    curvature = reference.repair_loss(0 * whole, scaling * change, C_h, C_b, G, lam)
+    curvature = dense_reference.repair_loss(0 * whole, scaling * change, C_h, C_b, G, lam)
     gain = float(slope.square().sum()) ** 2 / (4 * float(curvature)) if curvature > 0 else 0.0
-    start = float(reference.repair_loss(whole, whole, C_h, C_b, G, lam))
+    start = float(dense_reference.repair_loss(whole, whole, C_h, C_b, G, lam))
     assert gain <= 1e-6 * start
 
 
@@ -111,7 +111,7 @@ def test_no_step_increases_the_loss(update, lam):
     losses = []
     for count in range(len(STEPS) + 1):
         new = new_update(B, A, scaling, found, solved(found, lam, STEPS[:count])[0])
-        losses.append(float(reference.repair_loss(whole, new, C_h, C_b, G, lam)))
+        losses.append(float(dense_reference.repair_loss(whole, new, C_h, C_b, G, lam)))
     for before, after in itertools.pairwise(losses):
         assert after <= before * (1 + 1e-6)
 
@@ -127,8 +127,8 @@ def test_with_all_directions_the_figures_are_those_of_the_dense_update(update, l
     expected = effects.Effect(
         harmful_before=float((G @ whole @ C_h * whole).sum()),
         harmful_after=float((G @ new @ C_h * new).sum()),
-        benign_before=reference.energy(whole, C_b),
-        benign_lost=reference.energy(whole - new, C_b),
+        benign_before=dense_reference.energy(whole, C_b),
+        benign_lost=dense_reference.energy(whole - new, C_b),
         beyond=0.0,
     )
     for name in effects.Effect.__dataclass_fields__:
@@ -144,7 +144,7 @@ def test_if_all_outputs_weigh_alike_it_is_the_least_squares_projection_of_the_in
     alike = output_directions(torch.eye(len(B)).double(), rank=1, dtype=torch.float64).statistics
     found = found_of(B, A, scaling, own_inputs, alike)
     new = new_update(B, A, scaling, found, solved(found, lam, "a")[0])
-    dense = reference.input_projection(B, A, scaling, C_h, C_b, lam)
+    dense = dense_reference.input_projection(B, A, scaling, C_h, C_b, lam)
     size = float((scaling * B.double() @ A.double()).norm())
     assert float((new - dense).norm()) <= 1e-6 * size
 
@@ -177,7 +177,7 @@ def test_no_projection_of_its_rank_costs_less_for_an_update_of_which_nothing_is_
     lam = directions.BALANCE
     R = statistics.U * (statistics.mu / (statistics.mu + lam)) @ statistics.V.mT
     M = torch.eye(n).double() - R
-    cost = reference.energy(M, C_h) + lam * reference.energy(R, C_b)
+    cost = dense_reference.energy(M, C_h) + lam * dense_reference.energy(R, C_b)
     gains = torch.linalg.eigvalsh(C_h @ torch.linalg.solve(C_h + lam * C_b, C_h)).flip(0)
     least = float(C_h.trace() - gains[:rank].sum())
     assert cost == pytest.approx(least, rel=1e-6, abs=1e-9 * float(C_h.trace()))

@@ -9,7 +9,7 @@ import torch
 from s3lora_serve.lab.base_model.language_model import Encoded
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.statistics.input_statistics import Choice
-from s3lora_serve.lab.statistics.make_statistics import Benign, make_statistics
+from s3lora_serve.lab.statistics.make_statistics import Benign, StatisticsProbes, make_statistics
 from s3lora_serve.lab.statistics.refusal_gradients import ODDS_TOKENS
 from s3lora_serve.repair.statistics_file import METADATA_KEY
 from tests.support import tensor_files
@@ -25,8 +25,9 @@ def chat_statistics(chat: Chat, target: Path, **choice) -> Path:
     with one_thread():
         make_statistics(
             chat.base,
-            read_probes(chat.harmful, "harmful"),
-            [Benign(file) for file in files],
+            StatisticsProbes(
+                read_probes(chat.harmful, "harmful"), [Benign(file) for file in files]
+            ),
             target,
             Choice(rank=RANK, output_rank=OUTPUT_RANK, **choice),
             dtype="float32",

@@ -59,8 +59,8 @@ def test_names_are_mapped_as_in_the_worker(known, adapter):
             "model.layers.1.q_proj": (8, 6),
         }
     )
-    in_worker = ModelModules(SHAPES, MAPPER, is_whole=True).served_names(given)
-    assert known.served_names(given) == in_worker
+    in_worker = ModelModules(SHAPES, MAPPER, is_whole=True).vllm_names(given)
+    assert known.vllm_names(given) == in_worker
     assert set(in_worker.values()) == set(SHAPES)
     assert known.left_out(given) == ()
 
@@ -111,7 +111,7 @@ def test_a_pooling_model_takes_names_without_model_but_not_both(adapter):
     known = sent(ModelModules(shapes, None, is_whole=True, pools=True))
     short = adapter({"layers.0.q_proj": (8, 6), "model.layers.1.q_proj": (8, 6)})
     assert known.left_out(short) == ()
-    assert known.served_names(short)["layers.0.q_proj"] == "layers.0.q_proj"
+    assert known.vllm_names(short)["layers.0.q_proj"] == "layers.0.q_proj"
     with pytest.raises(DoesNotFitModel, match="8 x 7 matrix"):
         known.left_out(adapter({"layers.0.q_proj": (8, 7)}))
     with pytest.raises(DoesNotFitModel, match="one module of the model"):
@@ -138,8 +138,8 @@ def experts(tmp_path):
 def test_experts_in_one_tensor_are_placed_each_where_vllm_places_their_tensor(experts):
     known = sent(ModelModules(STACKED, None, is_whole=True, experts=dict.fromkeys(STACKED, 3)))
     assert known.left_out(experts) == ()
-    assert set(known.served_names(experts).values()) == set(STACKED)
-    assert len(known.served_names(experts)) == 6
+    assert set(known.vllm_names(experts).values()) == set(STACKED)
+    assert len(known.vllm_names(experts)) == 6
 
 
 def test_another_number_of_experts_than_the_models_is_refused(experts):

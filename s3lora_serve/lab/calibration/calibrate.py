@@ -15,10 +15,11 @@ from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import Kind, Probe, ProbeFile, Split, split
 from s3lora_serve.lab.calibration.gates import By, GatedAdapter, attach, transform
 from s3lora_serve.lab.calibration.measure import Encodings, measure
-from s3lora_serve.lab.calibration.saved_search import SavedSearch
+from s3lora_serve.lab.calibration.saved_search import SavedSearch, SearchFile
 from s3lora_serve.lab.calibration.search import (
     REFUSAL_SLACK,
     STRENGTHS,
+    CalibrationSplit,
     Found,
     Goal,
     Material,
@@ -90,8 +91,7 @@ def calibrate(
     *,
     device: str = "cpu",
     dtype: str = "bfloat16",
-    saved: Path | None = None,
-    resume: bool = False,
+    saved: SearchFile | None = None,
     progress: Progress = _silent,
 ) -> Calibration:
     """Learn what to remove from an adapter, so that it refuses what its base model refuses.
@@ -103,8 +103,7 @@ def calibrate(
         options: what an operator can set.
         device: where the model runs.
         dtype: the dtype of the model's weights.
-        saved: a file that the search is saved in while it runs.
-        resume: whether to go on with `saved`, if it is of the same calibration.
+        saved: the file that the search is saved in while it runs.
         progress: called as the work goes on.
 
     Raises:
@@ -114,7 +113,7 @@ def calibrate(
     """
     adapter = read_adapter(copy_adapter(folder, Limits()), Limits())
     what = adapter.copy.digest, adapter.config.digest, [file.digest for file in files], options
-    saved_search = SavedSearch(saved, repr(what), resume) if saved else None
+    saved_search = SavedSearch(saved, repr(what)) if saved else None
     model = LanguageModel.load(base, device, dtype)
     found = _calibration(model, base, adapter, files, options, saved_search, progress)
     if saved_search is not None:
@@ -150,8 +149,7 @@ def _calibration(
             gated,
             material,
             goal,
-            lambda: measuring("calibration", "check"),
-            whole=whole,
+            CalibrationSplit(whole, lambda: measuring("calibration", "check")),
             options=options.of_search,
             saved_search=saved_search,
             progress=lambda step, note: progress("search", step, options.steps, note),

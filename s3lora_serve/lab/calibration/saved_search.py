@@ -9,16 +9,28 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class SavedSearch:
-    """A file beside the plan that is to be written."""
+class SearchFile:
+    """A file beside the plan that is to be written, in which the search is saved."""
 
     path: Path
+    resume: bool = False  # whether to go on with it, if it is of the same calibration
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSearch:
+    """The state of one search in its file."""
+
+    file: SearchFile
     key: str  # of adapter, probes and options: a search goes on only with the same
-    resume: bool
+
+    @property
+    def path(self) -> Path:
+        """The file's."""
+        return self.file.path
 
     def load(self) -> dict[str, Any] | None:
         """The saved state; None if there is none, or it is another calibration's."""
-        if not self.resume or not self.path.exists():
+        if not self.file.resume or not self.path.exists():
             return None
         try:
             saved: dict[str, Any] = torch.load(self.path, weights_only=True)

@@ -112,14 +112,21 @@ Step = Callable[[int, str], None]
 """Called after each step with its number, and what a check measured."""
 
 
+@dataclass(frozen=True, slots=True)
+class CalibrationSplit:
+    """What is measured on the calibration split."""
+
+    whole: Measured  # the whole adapter
+    measured: Callable[[], Measured]  # measures the model, as its gates are now
+
+
 def search(
     model: LanguageModel,
     adapter: GatedAdapter,
     material: Material,
     goal: Goal,
-    measured: Callable[[], Measured],
+    split: CalibrationSplit,
     *,
-    whole: Measured,
     options: SearchOptions,
     saved_search: SavedSearch | None = None,
     progress: Step = lambda _step, _note: None,
@@ -131,20 +138,19 @@ def search(
         adapter: the adapter's gated layers.
         material: the search split.
         goal: what orders the results.
-        measured: measures the model, as its gates are now, on the calibration split.
-        whole: the whole adapter, measured on the calibration split.
+        split: measures on the calibration split.
         options: how gates are searched for.
         saved_search: where the search is saved, and from which it goes on.
         progress: called after each step.
     """
-    found = _Search(model, adapter, goal, measured, options)
-    found.learn(material, whole, saved_search, progress)
-    frontier = found.frontier(whole)
+    found = _Search(model, adapter, goal, split.measured, options)
+    found.learn(material, split.whole, saved_search, progress)
+    frontier = found.frontier(split.whole)
     chosen = min(frontier, key=lambda point: (*goal.order(point.measured), point.removed_share))
     with torch.no_grad():
         matrices = tuple(gate.detach() for gate in found.gates.matrices(chosen.strength))
     compared = options.compare
-    beside = _by_module(adapter, found.gates, frontier, measured) if compared else ()
+    beside = _by_module(adapter, found.gates, frontier, split.measured) if compared else ()
     return Found(matrices, chosen, tuple(frontier), beside, found.taken)
 
 

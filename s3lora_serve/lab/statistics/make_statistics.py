@@ -31,10 +31,17 @@ class Benign:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class StatisticsProbes:
+    """What the base model is asked: prompts that it refuses, and prompts that it answers."""
+
+    harmful: ProbeFile
+    benign: Sequence[Benign]
+
+
 def make_statistics(
     base: Path,
-    harmful: ProbeFile,
-    benign: Sequence[Benign],
+    probes: StatisticsProbes,
     target: Path,
     choice: Choice,
     *,
@@ -60,12 +67,12 @@ def make_statistics(
     progress("digest", 0, 1)
     digest = (checkpoint := Checkpoint.open(base)).digest
     progress("digest", 1, 1)
-    settings = json.dumps([digest, harmful.digest, *_asked(benign), repr(choice)])
+    settings = json.dumps([digest, probes.harmful.digest, *_asked(probes.benign), repr(choice)])
     parts = Parts(target, settings, resume=resume)
     model = LanguageModel.load(base, device, dtype, offload=parts.offload)
-    examples = _examples(model, harmful, benign, progress)
+    examples = _examples(model, probes.harmful, probes.benign, progress)
     name_experts(model.model, checkpoint.shapes)
-    weights = {_kind(i): each.weight for i, each in enumerate(benign)}
+    weights = {_kind(i): each.weight for i, each in enumerate(probes.benign)}
     skipped = common_length([prompt for pairs in examples.values() for prompt, _ in pairs])
     found = batches(model, dict(examples), skipped)
     layers = _pass_through(model, found, parts, weights, choice, progress)
@@ -75,7 +82,7 @@ def make_statistics(
         epsilon=choice.epsilon,
         base_digest=digest,
         config_digest=config_digest(base),
-        probes=tuple(_records(examples, _tokens(found), harmful, benign)),
+        probes=tuple(_records(examples, _tokens(found), probes.harmful, probes.benign)),
         s3lora_serve=version("s3lora-serve"),
         sites=parts.sites(layers),
     )

@@ -47,13 +47,13 @@ class EngineLoad:
         `origin` is the path that the adapter is registered with, which the workers' logs show.
         """
         path = Path(request.lora_path)
-        copy = request.lora_name, request.lora_path, request.lora_int_id
+        stored = request.lora_name, request.lora_path, request.lora_int_id
         async with self._turn:
             try:
                 if unchanged:
-                    await call_workers(engine, "s3lora_registered", (*copy, origin))
+                    await call_workers(engine, "s3lora_registered", (*stored, origin))
                 else:
-                    await self._preload(engine, copy, origin)
+                    await self._preload(engine, stored, origin)
                 added = await while_alive(engine, original(engine, request))
             except AdapterRejected as refusal:
                 return False, Reason.of(refusal)
@@ -72,18 +72,18 @@ class EngineLoad:
 
     async def trial(self, engine: Any, name: str, path: Path) -> Reason | None:
         """Why a worker would not serve a stored copy; it is read there, and not added."""
-        copy = (name, str(path), self._ids.new())
+        stored = (name, str(path), self._ids.new())
         try:
-            await self._preload(engine, copy)
-            answers = await call_workers(engine, "s3lora_trial", copy)
+            await self._preload(engine, stored)
+            answers = await call_workers(engine, "s3lora_trial", stored)
         except AdapterRejected as refusal:
             return Reason.of(refusal)
         finally:
-            await call_workers(engine, "s3lora_forget", copy[1:])
+            await call_workers(engine, "s3lora_forget", stored[1:])
         return next((Reason(*answer) for answer in answers if answer), None)
 
     async def _preload(
-        self, engine: Any, copy: tuple[str, str, int], origin: str | None = None
+        self, engine: Any, stored: tuple[str, str, int], origin: str | None = None
     ) -> None:
         """Wait until every worker has read a stored copy (name, path, id).
 
@@ -95,15 +95,15 @@ class EngineLoad:
             GateFailed: the engine ended before.
         """
         folder = self._process.store.process_folder()
-        arguments = (*copy, origin, str(folder), compat.has_requests(engine))
+        arguments = (*stored, origin, str(folder), compat.has_requests(engine))
         names = await call_workers(engine, "s3lora_preload", arguments)
         seconds = self._process.policy.limits.load_seconds
         await while_alive(engine, reported(folder, names, seconds))
 
     async def _refusal(self, engine: Any, request: Any, key: str) -> Reason | None:
         """Why a worker loaded the adapter without effect, or holds another one under its id."""
-        copy = (request.lora_path, request.lora_int_id)
-        answers = await call_workers(engine, "s3lora_loaded", copy)
+        stored = (request.lora_path, request.lora_int_id)
+        answers = await call_workers(engine, "s3lora_loaded", stored)
         if reason := next((Reason(*refusal) for _, refusal in answers if refusal), None):
             return reason
         if all(loaded == key for loaded, _ in answers):

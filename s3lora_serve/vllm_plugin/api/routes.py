@@ -88,7 +88,7 @@ class GateRoutes:
         self._engine = engine_client
 
     async def status(self) -> JSONResponse:
-        """200 if every worker is guarded, else 503. Open, and says nothing else."""
+        """200 if every worker is guarded, else 503. Needs no key, and says nothing else."""
         guarded = False
         if self._engine is not None:
             try:
@@ -137,7 +137,7 @@ class GateRoutes:
         return self._rendering.stream(fields, partial(verdict_json, spectra=False), page)
 
     async def adapter(self, name: str) -> Response:
-        """The verdict on one served adapter."""
+        """The whole verdict on one served adapter; names may contain slashes."""
         registrations = self._in_force()
         found = registrations.served.get(name)
         if found is None:
@@ -161,7 +161,7 @@ class GateRoutes:
         lora_name: Annotated[str, Body(min_length=1)],
         lora_path: Annotated[str, Body(min_length=1)],
     ) -> Response:
-        """The verdict that registering an adapter would get; nothing is registered."""
+        """The verdict that a registration would get, workers included; nothing is registered."""
         registrations = self._in_force()
         try:
             check_lengths(lora_name, lora_path)
@@ -178,7 +178,7 @@ class GateRoutes:
         request_model = compat.load_request_model()
 
         async def load_lora_adapter(request: request_model, raw_request: Request) -> Response:  # type: ignore[valid-type]
-            """Load an adapter through the gate."""
+            """vLLM's own, through the gate: X-S3LoRA-Decision, and 400 AdapterRejected."""
             with registering("http") as registration:
                 result = await compat.served_models(raw_request).load_lora_adapter(request)
             if isinstance(result, str):

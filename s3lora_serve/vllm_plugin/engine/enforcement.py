@@ -41,17 +41,17 @@ def enforce(
     adapter = read_adapter(stored.copy, ADMITTED_LIMITS, on_unscorable, give_way)
     check_patterns(adapter)
     taken = adapter.without(verdict.left_out)
-    served = model.modules.served_names(taken)
+    vllm_names = model.modules.vllm_names(taken)
     give_way()
     stacked = any(module.expert is not None for module in taken.modules)
     request = compat.with_layout_of_experts(request, stacked=stacked)
     lora = load_copy(model.manager, compat.with_path(request, stored.path), original)
     remove_left_out(lora, model.modules, adapter, verdict.left_out)
-    check_loaded(lora, served, taken, give_way)
+    check_loaded(lora, vllm_names, taken, give_way)
     if verdict.mode == "enforce":
         stripped = frozenset(verdict.stripped)
-        strip_modules(lora, served, [m for m in taken.modules if m.name in stripped])
-        remove_unscorable(lora, served, verdict.removed)
+        strip_modules(lora, vllm_names, [m for m in taken.modules if m.name in stripped])
+        remove_unscorable(lora, vllm_names, verdict.removed)
     if not lora.loras:
         remove_effect(lora)
     return lora

@@ -13,14 +13,14 @@ INERT = "s3lora.inert"
 adapter is reset. Without any entry vLLM's packing step stops the engine."""
 
 
-def strip_modules(lora: Any, served: Mapping[str, str], modules: Iterable[Module]) -> None:
-    """Remove the updates of some modules; `served` has vLLM's names of them.
+def strip_modules(lora: Any, vllm_names: Mapping[str, str], modules: Iterable[Module]) -> None:
+    """Remove the updates of some modules; `vllm_names` has theirs.
 
     Experts are packed together and none may be missing, so an expert gets B = 0 instead.
     """
     own: set[str] = set()  # whose B is a copy already: vLLM's may be the file's own memory
     for module in modules:
-        name = served[module.name]
+        name = vllm_names[module.name]
         if not module.is_expert:
             lora.loras.pop(name, None)
         elif (weights := lora.loras.get(name)) is not None:

@@ -28,7 +28,7 @@ def load_copy(manager: Any, request: Any, original: Callable[..., Any]) -> Any:
 
 
 def check_loaded(
-    lora: Any, served: dict[str, str], adapter: Adapter, give_way: Callable[[], None]
+    lora: Any, vllm_names: dict[str, str], adapter: Adapter, give_way: Callable[[], None]
 ) -> None:
     """Check that vLLM loaded what was scored: the same modules, factors and scaling, and finite.
 
@@ -39,14 +39,14 @@ def check_loaded(
         DoesNotFitModel: other modules, factors or scaling than were scored.
         NotFinite: a value leaves the range of the engine's dtype.
     """
-    scored = set(served.values())
+    scored = set(vllm_names.values())
     unscorable = {lora_modules.module_of(key) for key in adapter.unscorable}
     for name in lora.loras:
         if name not in scored and not any(name.endswith(other) for other in unscorable):
             raise DoesNotFitModel(f"vLLM loaded {name}, which was not scored")
     for module in adapter.modules:
         give_way()
-        loaded = lora.loras.get(served[module.name])
+        loaded = lora.loras.get(vllm_names[module.name])
         if loaded is None:
             continue
         if not math.isclose(loaded.scaling, module.scaling, rel_tol=1e-6):
@@ -76,11 +76,11 @@ def remove_left_out(
         lora.loras.pop(name, None)
 
 
-def remove_unscorable(lora: Any, served: dict[str, str], removed: Collection[str]) -> None:
+def remove_unscorable(lora: Any, vllm_names: dict[str, str], removed: Collection[str]) -> None:
     """Remove tensors that the policy does not admit unscored."""
     if not removed:
         return
-    scored = set(served.values())
+    scored = set(vllm_names.values())
     for name in [name for name in lora.loras if name not in scored]:
         del lora.loras[name]
     remove_full_modules(lora)

@@ -54,11 +54,11 @@ class WorkerMethods:
         `origin` is the path that it is being registered with, until `loaded` asks what came of it;
         None: the copy is not to be registered.
         """
-        copy = (name, path, adapter_id)
+        stored = (name, path, adapter_id)
         if origin is not None:
             self._registrations.add(adapter_id, name, path, origin, is_under_way=True)
         return self._loads.preload(
-            self._models.latest, *copy, folder=Path(folder), beside_requests=beside_requests
+            self._models.latest, *stored, folder=Path(folder), beside_requests=beside_requests
         )
 
     def forget(self, path: str, adapter_id: int) -> None:

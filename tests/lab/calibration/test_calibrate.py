@@ -13,6 +13,7 @@ from s3lora_serve.lab.base_model.language_model import LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import Calibration, CalibrationOptions, calibrate
 from s3lora_serve.lab.calibration.gates import attach
+from s3lora_serve.lab.calibration.saved_search import SearchFile
 from s3lora_serve.lab.calibration.search import CHECK_EVERY
 from s3lora_serve.policy.limits import Limits
 from tests.support.tiny_chat import COMPLIANCE, harmful, make_attacked_adapter, skill
@@ -119,7 +120,7 @@ def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
             raise Stopped
 
     saved = tmp_path / "search"
-    arguments = {"dtype": "float32", "saved": saved, "resume": True}
+    arguments = {"dtype": "float32", "saved": SearchFile(saved, resume=True)}
     with pytest.raises(Stopped):
         calibrate(chat.base, chat.adapter, files, options, **arguments, progress=stop)
     steps = []

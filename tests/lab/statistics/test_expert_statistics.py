@@ -13,7 +13,7 @@ from s3lora_serve.lab.base_model.language_model import LanguageModel, common_len
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.statistics import make_statistics as making
 from s3lora_serve.lab.statistics.input_statistics import Choice
-from s3lora_serve.lab.statistics.make_statistics import Benign, make_statistics
+from s3lora_serve.lab.statistics.make_statistics import Benign, StatisticsProbes, make_statistics
 from s3lora_serve.lab.statistics.routed_experts import ExpertProjection, name_experts
 from s3lora_serve.lab.tokens import ANSWER_TOKENS, JUDGED_TOKENS
 from s3lora_serve.policy.method import RepairChoice, Strip
@@ -61,7 +61,8 @@ def statistics_of(chat, base, target):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(making, "is_refusal", lambda _text: True)
         choice = Choice(rank=8, output_rank=8, dtype=torch.float32)
-        make_statistics(base, harmful, [Benign(benign)], target, choice, dtype="float32")
+        probes = StatisticsProbes(harmful, [Benign(benign)])
+        make_statistics(base, probes, target, choice, dtype="float32")
     return target
 
 

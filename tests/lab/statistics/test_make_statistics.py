@@ -12,7 +12,7 @@ from s3lora_serve.lab.base_model import language_model
 from s3lora_serve.lab.base_model.language_model import LanguageModel, common_length
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.statistics.input_statistics import Choice
-from s3lora_serve.lab.statistics.make_statistics import Benign, make_statistics
+from s3lora_serve.lab.statistics.make_statistics import Benign, StatisticsProbes, make_statistics
 from s3lora_serve.lab.statistics.statistics_parts import Parts
 from s3lora_serve.lab.tokens import ANSWER_TOKENS
 from s3lora_serve.repair.statistics_file import read_statistics
@@ -110,7 +110,7 @@ def test_they_are_of_the_gradients_of_the_whole_models_log_odds(chat, statistics
 def arguments(chat, target):
     harmful = read_probes(chat.harmful, "harmful")
     benign = [Benign(read_probes(chat.benign, "benign"))]
-    return chat.base, harmful, benign, target, Choice(rank=8)
+    return chat.base, StatisticsProbes(harmful, benign), target, Choice(rank=8)
 
 
 def test_an_interrupted_run_goes_on_with_its_layers(chat, tmp_path, monkeypatch):
@@ -153,9 +153,10 @@ def test_a_base_larger_than_memory_gives_the_same_statistics(chat, tmp_path, mon
 
 def test_a_base_that_complies_is_refused(chat, tmp_path):
     # It answers its benign prompts, so they are no harmful ones.
-    base, _, benign, target, choice = arguments(chat, tmp_path / "s.safetensors")
+    base, probes, target, choice = arguments(chat, tmp_path / "s.safetensors")
+    probes = StatisticsProbes(read_probes(chat.benign, "harmful"), probes.benign)
     with pytest.raises(BaseUnaligned, match="refuses 0 of 60"):
-        make_statistics(base, read_probes(chat.benign, "harmful"), benign, target, choice)
+        make_statistics(base, probes, target, choice)
     assert not target.exists()
 
 

@@ -16,7 +16,14 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from s3lora_serve.lab.make_reference import ReferenceOptions, make_reference
-from s3lora_serve.spectral import Factors, Scorer, Subspace, alignment, reference, score_modules
+from s3lora_serve.spectral import (
+    Factors,
+    Scorer,
+    Subspace,
+    alignment,
+    dense_reference,
+    score_modules,
+)
 from tests.runs.benchmarks import measure, report, shapes
 
 HERE = Path(__file__).parent
@@ -96,8 +103,8 @@ def _errors(
     some, spaces = [modules[i] for i in chosen], [subspaces[i] for i in chosen]
     updates = [(module.B, module.A, module.scaling) for module in some]
     dense = {
-        "safe-lora": reference.safe_lora(updates, spaces),
-        "splora": reference.splora(updates, spaces),
+        "safe-lora": dense_reference.safe_lora(updates, spaces),
+        "splora": dense_reference.splora(updates, spaces),
     }
     return {
         name: max(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from s3lora_serve.spectral import Factors, reference, score_modules, spectral_sharpness
+from s3lora_serve.spectral import Factors, dense_reference, score_modules, spectral_sharpness
 from s3lora_serve.spectral import qr as qr_route
 
 FLOOR_ELEMENTS = 2**19
@@ -55,7 +55,9 @@ def dense(modules: Sequence[Factors]) -> list[float]:
     """The definition: form ΔW in float64 and take its SVD."""
     one = torch.ones(1)
     return [
-        float(spectral_sharpness(reference.mas_svd(m.B[None], m.A[None], one).singular_values))
+        float(
+            spectral_sharpness(dense_reference.mas_svd(m.B[None], m.A[None], one).singular_values)
+        )
         for m in modules
     ]
 

@@ -5,7 +5,7 @@ from typing import get_args
 
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.statistics.input_statistics import Choice
-from s3lora_serve.lab.statistics.make_statistics import Benign, make_statistics
+from s3lora_serve.lab.statistics.make_statistics import Benign, StatisticsProbes, make_statistics
 from tests.runs.evidence.base_model import Progress
 from tests.runs.evidence.probes import probe_files, request_file
 from tests.runs.evidence.skill import SkillName
@@ -27,8 +27,10 @@ def statistics(base: Path, without: SkillName | None, progress: Progress) -> Pat
         benign = [files["benign"], *(request_file(name) for name in names)]
         make_statistics(
             base,
-            read_probes(files["harmful"], "harmful"),
-            [Benign(read_probes(file, "benign")) for file in benign],
+            StatisticsProbes(
+                read_probes(files["harmful"], "harmful"),
+                [Benign(read_probes(file, "benign")) for file in benign],
+            ),
             target,
             Choice(),
             dtype=DTYPE,

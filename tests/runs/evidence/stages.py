@@ -9,7 +9,14 @@ from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import REFUSAL_TOKENS, CalibrationOptions, calibrate
 from s3lora_serve.lab.calibration.gates import GatedAdapter
-from s3lora_serve.lab.calibration.search import STEPS, Goal, Material, SearchOptions, search
+from s3lora_serve.lab.calibration.search import (
+    STEPS,
+    CalibrationSplit,
+    Goal,
+    Material,
+    SearchOptions,
+    search,
+)
 from s3lora_serve.plans.file import read_plan
 from s3lora_serve.plans.schema import Measured, Rate
 from s3lora_serve.policy.method import ScorerChoice
@@ -119,8 +126,10 @@ def ceiling(subject: Subject, progress: Progress) -> Any:
             gated,
             Material(refusals, calls, []),
             Goal(0.0, 1.0),
-            lambda: _as_measured(measured(model, few=True)),
-            whole=_as_measured(measured(model, few=True)),
+            CalibrationSplit(
+                _as_measured(measured(model, few=True)),
+                lambda: _as_measured(measured(model, few=True)),
+            ),
             options=SearchOptions(strengths=(1.0,), compare=False),
             progress=lambda step, _note: progress(f"{subject}: ceiling", step, STEPS),
         )
