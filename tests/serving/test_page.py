@@ -1,10 +1,16 @@
 """The HTML page of a real guarded vLLM, in a real browser."""
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from s3lora_serve.cli import app
 from tests.support.adapters import copy_with, diverged
-from tests.support.browser import save_screenshot
+from tests.support.browser import FOLDER, save_screenshot
 from tests.support.server import OPEN_LOADING, Server
 
 pytestmark = pytest.mark.serving
@@ -119,3 +125,25 @@ def test_it_is_dark_where_the_browser_is(browser, server):
         context.close()
     assert seen["light"] == "rgb(255, 255, 255)"
     assert seen["dark"] != seen["light"]
+
+
+def test_a_report_on_two_adapters_is_read_in_a_browser(browser, trained, spiked, workplace):
+    versions = workplace / "versions"
+    first = copy_with(trained, versions / "support-bot-v1")
+    second = copy_with(spiked, versions / "support-bot-v2")
+    file = workplace / "sample-report.html"
+    done = CliRunner().invoke(app, ["report", str(first), str(second), "-o", str(file)])
+    assert done.exit_code == 0, done.output
+    tab, problems = browser.new_page(), []
+    tab.on("console", lambda line: line.type == "error" and problems.append(line.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto(file.as_uri())
+    headings = tab.locator("h1").all_inner_texts()
+    assert headings == ["support-bot-v1", "support-bot-v2", "Where they differ most"]
+    assert tab.locator(".map").count() == 2
+    assert problems == []
+    save_screenshot(tab, "report.png", whole=False)
+    if folder := os.environ.get("SCREENSHOTS"):
+        text = re.sub(FOLDER, "/adapters", file.read_text())
+        (Path(folder) / file.name).write_text(text)
+    tab.close()

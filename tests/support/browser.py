@@ -75,7 +75,21 @@ def unpacked(package: Path) -> Browser:
     return Browser(done.stdout.strip(), libraries | {"FONTCONFIG_FILE": str(fonts)})
 
 
-def save_screenshot(page: Any, name: str) -> None:
-    """Save a screenshot for docs/ if the variable SCREENSHOTS names a folder."""
+FOLDER = r"/\S*/pytest-of-\w+/pytest-\d+(/popen-\w+)?/\w+"
+"""The folder of a test run, which documents show as /adapters."""
+
+HIDE_FOLDER = """folder => {
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode())
+    texts.currentNode.data = texts.currentNode.data.replace(RegExp(folder, "g"), "/adapters");
+}"""
+
+
+def save_screenshot(page: Any, name: str, *, whole: bool = True) -> None:
+    """Save a screenshot for docs/ if the variable SCREENSHOTS names a folder.
+
+    Without `whole` it shows what is seen before one scrolls.
+    """
     if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}", full_page=True)
+        page.evaluate(HIDE_FOLDER, FOLDER)
+        page.screenshot(path=f"{folder}/{name}", full_page=whole)
