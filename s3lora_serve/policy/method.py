@@ -16,8 +16,8 @@ class ScorerChoice(Section):
     """The index, with all parameters that influence it."""
 
     name: AnyScorer = MAS_SVD
-    """A server takes the first three. `safe-lora` and `splora` compare with what alignment changed in the
-    base model ([alignment](alignment.md))."""
+    """A server takes the first three. `safe-lora` and `splora` compare with what alignment changed
+    in the base model ([alignment](alignment.md))."""
     rank: Annotated[int, Field(ge=1)] | None = None
     """M, the singular values that count; null: min(r, m, n)."""
     normalization: Normalization = "two_sided"

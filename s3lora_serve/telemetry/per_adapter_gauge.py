@@ -18,8 +18,8 @@ class AdapterGauge:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._gauge = Gauge(
             "s3lora_adapter_modules_stripped",
-            "LoRA modules stripped from a served adapter, 0 once it is unloaded; of names beyond 200"
-            " together as `other`.",
+            "LoRA modules stripped from a served adapter, 0 once it is unloaded; of names beyond"
+            " 200 together as `other`.",
             ("adapter_name",),
             registry=registry,
             multiprocess_mode="livemax",  # equal where several API servers serve an adapter
