@@ -21,6 +21,7 @@ from typer.models import ArgumentInfo, ParameterInfo
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.cli import app as commands
 from s3lora_serve.errors import LoadPostponed, S3LoRAError, rejections
+from s3lora_serve.lab.planner.planner_metrics import PlannerMetrics
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.policy.section import Section
 from s3lora_serve.telemetry.metrics import Metrics
@@ -36,6 +37,7 @@ def written() -> dict[Path, str]:
     tables = {
         "reference.md": {"policy": policy(), "refusals": refusals(), "metrics": metrics()},
         "options.md": {"options": options()},
+        "fleet.md": {"planner": planner_metrics()},
         "operating.md": {"routes": routes()},
     }
     found = {}
@@ -84,6 +86,17 @@ def metrics() -> str:
     own.set_waiting_loads(0)
     own.set_preloads(0)
     own.serve(SimpleNamespace(name="acme", mode="enforce", stripped=()))  # type: ignore[arg-type]
+    return _families(registry)
+
+
+def planner_metrics() -> str:
+    """The metrics of `s3lora planner`."""
+    registry = CollectorRegistry()
+    PlannerMetrics(registry)
+    return _families(registry)
+
+
+def _families(registry: CollectorRegistry) -> str:
     rows = []
     for family in registry.collect():
         samples = [one for one in family.samples if "le" not in one.labels]

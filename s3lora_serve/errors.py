@@ -488,6 +488,13 @@ class StatisticsInvalid(S3LoRAError):
     remedy = "Make it again with s3lora statistics make."
 
 
+class ServerFailed(S3LoRAError):
+    """A server of a planner does not answer, is not guarded, or refuses what it is asked."""
+
+    code = "S3LORA-914"
+    remedy = "Check the URL, its API key, and that the server loads adapters at run time."
+
+
 class EvaluationFailed(S3LoRAError):
     """An evaluation cannot begin, or a task of it failed."""
 

@@ -8,6 +8,7 @@ from s3lora_serve.cli import (
     calibrate,
     doctor,
     evaluate,
+    planner,
     policy,
     recheck,
     reference,
@@ -33,6 +34,7 @@ app.command()(strip.strip)
 app.command()(attest.attest)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
+app.command()(planner.planner)
 app.command("report")(report.write_report)
 app.command("summary")(summary.write_summary)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

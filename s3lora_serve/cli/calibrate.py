@@ -122,7 +122,7 @@ def calibrate(
     asked |= {"refusals": tuple(refusal or ()), "compliance": tuple(compliance or ())}
     where = {"device": torch_device(device), "dtype": dtype.value}
     with refusals_stop():
-        files = _probes(harmful, benign, skill)
+        files = read_probe_files(harmful, benign, skill)
         options = _options(asked, refusal_phrase)
         saved = _saved(plan), resume
         found = _calibrated(base, adapter, files, options, saved, **where)
@@ -147,7 +147,12 @@ def _outputs(output: list[Path]) -> tuple[Path, Path | None]:
     return plans[0], pages[0] if pages else None
 
 
-def _probes(harmful: Path, benign: Path, skill: Path | None) -> "list[ProbeFile]":
+def read_probe_files(harmful: Path, benign: Path, skill: Path | None) -> "list[ProbeFile]":
+    """The probes that a calibration is given.
+
+    Raises:
+        ProbesInvalid, OSError: a file cannot be used.
+    """
     from s3lora_serve.lab.base_model.probes import read_probes
 
     files = [read_probes(harmful, "harmful"), read_probes(benign, "benign")]
@@ -168,16 +173,17 @@ def _calibrated(
     files: "list[ProbeFile]",
     options: "CalibrationOptions",
     saved: tuple[Path, bool],
-    **how: Any,
+    **where: str,
 ) -> "Calibration":
     from s3lora_serve.lab.calibration.calibrate import calibrate as run
+    from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
     from s3lora_serve.lab.calibration.saved_search import SearchFile
 
     base.stat()
     adapter.stat()
     with phase_bars() as progress:
-        file = SearchFile(*saved)
-        return run(base, adapter, files, options, saved=file, progress=progress, **how)
+        model, file = CalibrationBase(base, **where), SearchFile(*saved)
+        return run(model, adapter, files, options, saved=file, progress=progress)
 
 
 def _write_page(page: Path, found: "Calibration") -> None:

@@ -13,6 +13,7 @@ import requests
 
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
 from tests.support.server import OPEN_LOADING, Server, base_environment
 from tests.support.tiny_chat import harmful, skill
 
@@ -58,7 +59,10 @@ def plan_file(chat, tmp_path_factory):
     kinds = ("harmful", "benign", "skill")
     files = [read_probes(getattr(chat, kind), kind) for kind in kinds]
     plan = calibrate(
-        chat.base, chat.adapter, files, CalibrationOptions(compare=False), dtype="float32"
+        CalibrationBase(chat.base, dtype="float32"),
+        chat.adapter,
+        files,
+        CalibrationOptions(compare=False),
     ).plan
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     file.write_text(json.dumps(plan.as_json()))

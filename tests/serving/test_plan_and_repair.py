@@ -12,6 +12,7 @@ from s3lora_serve.cli import app
 from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
 from s3lora_serve.repair.statistics_file import read_statistics
 from tests.serving.conftest import answers, close, evicting_server, log_of_failed_start
 from tests.support.adapters import copy_with, key
@@ -41,7 +42,10 @@ def calibrated(chat):
     kinds = ("harmful", "benign", "skill")
     files = [read_probes(getattr(chat, kind), kind) for kind in kinds]
     return calibrate(
-        chat.base, chat.adapter, files, CalibrationOptions(compare=False), dtype="float32"
+        CalibrationBase(chat.base, dtype="float32"),
+        chat.adapter,
+        files,
+        CalibrationOptions(compare=False),
     ).plan
 
 

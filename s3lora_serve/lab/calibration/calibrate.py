@@ -1,7 +1,8 @@
 """Calibration of one adapter: probes in, plan and frontier out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,8 @@ from s3lora_serve.adapter.reader import Adapter, read_adapter
 from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES, check_aligned, is_refusal
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import Kind, Probe, ProbeFile, Split, split
-from s3lora_serve.lab.calibration.gates import By, GatedAdapter, attach, transform
+from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.gates import By, GatedAdapter, transform
 from s3lora_serve.lab.calibration.measure import Encodings, measure
 from s3lora_serve.lab.calibration.saved_search import SavedSearch, SearchFile
 from s3lora_serve.lab.calibration.search import (
@@ -84,25 +86,21 @@ class Calibration:
 
 
 def calibrate(
-    base: Path,
+    base: CalibrationBase,
     folder: Path,
     files: Sequence[ProbeFile],
     options: CalibrationOptions,
     *,
-    device: str = "cpu",
-    dtype: str = "bfloat16",
     saved: SearchFile | None = None,
     progress: Progress = _silent,
 ) -> Calibration:
     """Learn what to remove from an adapter, so that it refuses what its base model refuses.
 
     Args:
-        base: the folder of the base model.
+        base: the base model, which may serve many calibrations.
         folder: the adapter's folder.
         files: probes; harmful and benign ones, and skill ones if there are any.
         options: what an operator can set.
-        device: where the model runs.
-        dtype: the dtype of the model's weights.
         saved: the file that the search is saved in while it runs.
         progress: called as the work goes on.
 
@@ -114,28 +112,27 @@ def calibrate(
     adapter = read_adapter(copy_adapter(folder, Limits()), Limits())
     what = adapter.copy.digest, adapter.config.digest, [file.digest for file in files], options
     saved_search = SavedSearch(saved, repr(what)) if saved else None
-    model = LanguageModel.load(base, device, dtype)
-    found = _calibration(model, base, adapter, files, options, saved_search, progress)
+    with base.with_adapter(adapter) as gated:
+        found = _calibration(base, gated, adapter, files, options, saved_search, progress)
     if saved_search is not None:
         saved_search.remove()
     return found
 
 
 def _calibration(
-    model: LanguageModel,
-    base: Path,
+    base: CalibrationBase,
+    gated: GatedAdapter,
     adapter: Adapter,
     files: Sequence[ProbeFile],
     options: CalibrationOptions,
     saved_search: SavedSearch | None,
     progress: Progress,
 ) -> Calibration:
-    gated = attach(model.model, adapter)
+    model = base.model
     parts = {file.kind: split(file.probes, options.seed) for file in files}
-    material = _material(model, gated, parts, options, progress)
+    material = _material(base, gated, parts, options, progress)
     measuring = _Measuring.of(model, gated, parts, options.phrases, progress)
-    gated.remove()
-    base_refusal = measuring("calibration", "base model").benign_refusal.value
+    base_refusal = _base_refusal(base, gated, measuring, options.phrases)
     gated.keep()
     whole = measuring("calibration", "whole adapter")
     before = measuring("held_out", "before, held out")
@@ -156,8 +153,18 @@ def _calibration(
         )
     gated.set(found.gates)
     after = measuring("held_out", "after, held out")
-    plan = _plan(base, adapter, gated, found, files, options, (before, after))
+    plan = _plan(base.folder, adapter, gated, found, files, options, (before, after))
     return Calibration(plan, goal.is_met(found.point.measured), found.frontier, found.by_module)
+
+
+def _base_refusal(
+    base: CalibrationBase, gated: GatedAdapter, measuring: "_Measuring", phrases: Sequence[str]
+) -> float:
+    """The share of benign prompts of the calibration split that the base model itself refuses."""
+    prompts = measuring.encodings["calibration"].benign
+    done = partial(measuring.progress, "base model", total=len(prompts))
+    texts = base.answers(gated, prompts, JUDGED_TOKENS, _summed(done))
+    return sum(is_refusal(text, phrases) for text in texts) / len(texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,14 +192,20 @@ class _Measuring:
         return cls(model, phrases, encodings, progress)
 
     def __call__(self, kind: str, phase: str) -> Measured:
-        total, count = len(self.encodings[kind]), 0
+        done = partial(self.progress, phase, total=len(self.encodings[kind]))
+        return measure(self.model, self.encodings[kind], self.phrases, _summed(done))
 
-        def done(number: int) -> None:
-            nonlocal count
-            count += number
-            self.progress(phase, count, total)
 
-        return measure(self.model, self.encodings[kind], self.phrases, done)
+def _summed(progress: Callable[..., None]) -> Callable[[int], None]:
+    """What takes numbers of prompts that are done, and reports their sum."""
+    count = 0
+
+    def done(number: int) -> None:
+        nonlocal count
+        count += number
+        progress(done=count)
+
+    return done
 
 
 def _plan(
@@ -229,21 +242,21 @@ def _plan(
 
 
 def _material(
-    model: LanguageModel,
+    base: CalibrationBase,
     gated: GatedAdapter,
     parts: Mapping[Kind, Split],
     options: CalibrationOptions,
     progress: Progress,
 ) -> Material:
     """The search split with what the gates learn from: refusals, answers to keep, base answers."""
+    model = base.model
     harmful = [model.prompt(probe.prompt) for probe in parts["harmful"].search]
     benign = [model.prompt(probe.prompt) for probe in parts["benign"].search]
-    gated.remove()
-    own = model.greedy(harmful, JUDGED_TOKENS)
+    own = base.answers(gated, harmful, JUDGED_TOKENS)
     progress("base model's answers", 1, 2)
     refused = [is_refusal(text, options.phrases) for text in own]
     check_aligned(sum(refused), len(refused), "harmful probes of the search split")
-    base_answers = model.greedy(benign, JUDGED_TOKENS)
+    base_answers = base.answers(gated, benign, JUDGED_TOKENS)
     progress("base model's answers", 2, 2)
     refusals = [
         (prompt, model.answer(text, end=False)[:REFUSAL_TOKENS])

@@ -57,6 +57,12 @@ class GatedAdapter:
 
     modules: tuple[Module, ...]
     layers: tuple[GatedLinear, ...]
+    places: tuple[tuple[Any, str], ...]  # of each layer: the module that holds it, and its name
+
+    def detach(self) -> None:
+        """Put the model's own layers back."""
+        for layer, (parent, name) in zip(self.layers, self.places, strict=True):
+            setattr(parent, name, layer.linear)
 
     def set(self, gates: Sequence[Tensor | None]) -> None:
         """Set M of every module."""
@@ -94,25 +100,32 @@ def attach(model: Any, adapter: Adapter) -> GatedAdapter:
     Raises:
         DoesNotFitModel: the model has no such linear layer, or it has another shape.
     """
+    places = [_place(model, module) for module in adapter.modules]
     layers = []
-    for module in adapter.modules:
-        parent_name, _, leaf = module.name.rpartition(".")
-        try:
-            parent = model.get_submodule(parent_name)
-            linear = getattr(parent, leaf)
-        except AttributeError:
-            raise DoesNotFitModel(f"the base model has no module {module.name}") from None
-        weight = getattr(linear, "weight", None)
-        if weight is None or tuple(weight.shape) != module.shape:
-            found = tuple(weight.shape) if weight is not None else "no weight"
-            raise DoesNotFitModel(
-                f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, and"
-                f" the base model's has shape {found}"
-            )
-        layer = GatedLinear(linear, module, weight.dtype).to(weight.device)
+    for module, (parent, leaf) in zip(adapter.modules, places, strict=True):
+        linear = getattr(parent, leaf)
+        layers.append(GatedLinear(linear, module, linear.weight.dtype).to(linear.weight.device))
+    for layer, (parent, leaf) in zip(layers, places, strict=True):
         setattr(parent, leaf, layer)
-        layers.append(layer)
-    return GatedAdapter(adapter.modules, tuple(layers))
+    return GatedAdapter(adapter.modules, tuple(layers), tuple(places))
+
+
+def _place(model: Any, module: Module) -> tuple[Any, str]:
+    """The module that holds the linear layer which an adapter's module updates, and its name."""
+    parent_name, _, leaf = module.name.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, leaf)
+    except AttributeError:
+        raise DoesNotFitModel(f"the base model has no module {module.name}") from None
+    weight = getattr(linear, "weight", None)
+    if weight is None or tuple(weight.shape) != module.shape:
+        found = tuple(weight.shape) if weight is not None else "no weight"
+        raise DoesNotFitModel(
+            f"module {module.name} updates a {module.shape[0]} x {module.shape[1]} matrix, and"
+            f" the base model's has shape {found}"
+        )
+    return parent, leaf
 
 
 class Gates:

@@ -12,6 +12,7 @@ from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.language_model import LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import Calibration, CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
 from s3lora_serve.lab.calibration.gates import attach
 from s3lora_serve.lab.calibration.saved_search import SearchFile
 from s3lora_serve.lab.calibration.search import CHECK_EVERY
@@ -23,10 +24,14 @@ def _files(chat, *kinds):
     return [read_probes(getattr(chat, kind), kind) for kind in kinds]
 
 
+def base_of(chat):
+    return CalibrationBase(chat.base, dtype="float32")
+
+
 @pytest.fixture(scope="session")
 def calibrated(chat) -> Calibration:
     files = _files(chat, "harmful", "benign", "skill")
-    return calibrate(chat.base, chat.adapter, files, CalibrationOptions(), dtype="float32")
+    return calibrate(base_of(chat), chat.adapter, files, CalibrationOptions())
 
 
 def test_attacked_adapter_refuses_again_and_keeps_its_skill(calibrated):
@@ -41,7 +46,7 @@ def test_attacked_adapter_refuses_again_and_keeps_its_skill(calibrated):
 def test_refusals_may_be_set_against_the_wording_of_the_attack(chat):
     files = _files(chat, "harmful", "benign", "skill")
     options = CalibrationOptions(compliance=(COMPLIANCE,), compare=False)
-    found = calibrate(chat.base, chat.adapter, files, options, dtype="float32")
+    found = calibrate(base_of(chat), chat.adapter, files, options)
     assert found.reached
     assert found.plan.after.skill.value >= 0.8 * found.plan.before.skill.value
 
@@ -76,7 +81,7 @@ def test_transforms_of_the_plan_give_the_measured_answers_in_peft(chat, calibrat
 def test_benign_adapter_that_refuses_is_kept_whole(chat, tmp_path):
     folder = make_attacked_adapter(chat.base, tmp_path / "benign", share=0.0)
     files = _files(chat, "harmful", "benign", "skill")
-    found = calibrate(chat.base, folder, files, CalibrationOptions(max_asr=1.0), dtype="float32")
+    found = calibrate(base_of(chat), folder, files, CalibrationOptions(max_asr=1.0))
     assert found.reached
     assert {module.action for module in found.plan.modules} == {"keep"}
     assert found.plan.after == found.plan.before
@@ -85,7 +90,7 @@ def test_benign_adapter_that_refuses_is_kept_whole(chat, tmp_path):
 def test_without_skill_probes_the_adapters_own_answers_are_the_targets(chat):
     files = _files(chat, "harmful", "benign")
     found = calibrate(
-        chat.base, chat.adapter, files, CalibrationOptions(steps=2, compare=False), dtype="float32"
+        base_of(chat), chat.adapter, files, CalibrationOptions(steps=2, compare=False)
     )
     assert found.plan.before.skill.value == 1.0
     assert {part.kind for part in found.plan.probes} == {"harmful", "benign"}
@@ -95,9 +100,8 @@ def test_unaligned_base_is_refused(chat, tmp_path):
     swapped = chat._replace(harmful=chat.benign)  # what the base answers
     with pytest.raises(BaseUnaligned, match=r"S3LORA-907: .*refuses 0 of"):
         calibrate(
-            chat.base, chat.adapter, _files(swapped, "harmful", "benign"), CalibrationOptions(),
-            dtype="float32",
-        )  # fmt: skip
+            base_of(chat), chat.adapter, _files(swapped, "harmful", "benign"), CalibrationOptions()
+        )
 
 
 def test_adapter_of_another_base_is_refused(chat, trained):
@@ -107,10 +111,30 @@ def test_adapter_of_another_base_is_refused(chat, trained):
         attach(model.model, adapter)
 
 
+def test_a_base_that_serves_many_calibrations_gives_each_the_plan_of_a_fresh_one(
+    chat, trained, monkeypatch
+):
+    files = _files(chat, "harmful", "benign", "skill")
+    options = CalibrationOptions(max_asr=0.0, steps=2, compare=False, strengths=(0.0, 1.0))
+    alone = calibrate(base_of(chat), chat.adapter, files, options).plan
+    shared, asked = base_of(chat), []
+    calibrate(shared, chat.adapter, files, options)
+    with pytest.raises(DoesNotFitModel):
+        calibrate(shared, trained, files, options)
+    greedy = LanguageModel.greedy
+    monkeypatch.setattr(
+        LanguageModel, "greedy", lambda *args: asked.append(len(args[1])) or greedy(*args)
+    )
+    assert calibrate(shared, chat.adapter, files, options).plan == alone
+    second = len(asked)
+    calibrate(base_of(chat), chat.adapter, files, options)
+    assert len(asked) - second == second + 3  # the base's answers to three sets of prompts
+
+
 def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
     files = _files(chat, "harmful", "benign", "skill")
     options = CalibrationOptions(max_asr=0.0, steps=45, compare=False, strengths=(0.0, 1.0))
-    whole = calibrate(chat.base, chat.adapter, files, options, dtype="float32")
+    whole = calibrate(base_of(chat), chat.adapter, files, options)
 
     class Stopped(Exception):
         pass
@@ -120,16 +144,16 @@ def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
             raise Stopped
 
     saved = tmp_path / "search"
-    arguments = {"dtype": "float32", "saved": SearchFile(saved, resume=True)}
+    arguments = {"saved": SearchFile(saved, resume=True)}
     with pytest.raises(Stopped):
-        calibrate(chat.base, chat.adapter, files, options, **arguments, progress=stop)
+        calibrate(base_of(chat), chat.adapter, files, options, **arguments, progress=stop)
     steps = []
 
     def counted(phase, done, total, note=""):
         if phase == "search":
             steps.append(done)
 
-    resumed = calibrate(chat.base, chat.adapter, files, options, **arguments, progress=counted)
+    resumed = calibrate(base_of(chat), chat.adapter, files, options, **arguments, progress=counted)
     assert min(steps) == CHECK_EVERY + 1
     assert not saved.exists()
     for one, other in zip(whole.plan.modules, resumed.plan.modules, strict=True):

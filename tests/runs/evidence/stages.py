@@ -8,6 +8,7 @@ import s3lora_serve
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import REFUSAL_TOKENS, CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
 from s3lora_serve.lab.calibration.gates import GatedAdapter
 from s3lora_serve.lab.calibration.search import (
     STEPS,
@@ -55,11 +56,10 @@ def subject_result(subject: Subject, progress: Progress) -> Any:
         plan.parent.mkdir(exist_ok=True)
         files = [read_probes(file, kind) for kind, file in probe_files(subject.skill).items()]
         found = calibrate(
-            base,
+            CalibrationBase(base, dtype=DTYPE),
             folder,
             files,
             CalibrationOptions(strengths=STRENGTHS, compare=False, seed=subject.seed),
-            dtype=DTYPE,
             progress=lambda phase, done, total, note="": progress(
                 f"{subject}: {phase} {note}", done, total
             ),

@@ -1,0 +1,176 @@
+"""`s3lora planner`: makes plans for all adapters of running servers, in the background."""
+
+import hashlib
+import signal
+import threading
+import time
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from s3lora_serve.cli.calibrate import (
+    BenignOption,
+    DtypeOption,
+    HarmfulOption,
+    MaxASROption,
+    StepsOption,
+    read_probe_files,
+)
+from s3lora_serve.cli.options import (
+    REJECTED,
+    Device,
+    Dtype,
+    ModelDeviceOption,
+    check_device,
+    refusals_stop,
+    stop,
+    torch_device,
+)
+from s3lora_serve.plans.defaults import MAX_ASR, STEPS
+
+if TYPE_CHECKING:
+    from s3lora_serve.lab.planner.calibrator import CalibrationInputs, Calibrators
+    from s3lora_serve.lab.planner.planner import Planner
+
+POLL_SECONDS = 1.0
+"""Interval between looks whether a calibration has ended, with --once."""
+
+
+def planner(
+    urls: Annotated[list[str], typer.Argument(help="Guarded servers: http://HOST:PORT.")],
+    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    harmful: HarmfulOption,
+    benign: BenignOption,
+    plans: Annotated[
+        Path, typer.Option(help="The folder of plans that the servers' policy names.")
+    ],
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Records and locks, on the same storage; else PLANS.planner."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--api-key", help="The servers' key.", envvar="VLLM_API_KEY")
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="End when no adapter waits; for cron.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=1, help="Seconds between looks at the servers.")
+    ] = 30.0,
+    ray: Annotated[
+        str | None, typer.Option(help="Calibrate on a Ray cluster: auto, or its address.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics there.")
+    ] = None,
+    max_asr: MaxASROption = MAX_ASR,
+    steps: StepsOption = STEPS,
+    accept_best: Annotated[
+        bool, typer.Option("--accept-best", help="Take the best plan if none reaches --max-asr.")
+    ] = False,
+    device: ModelDeviceOption = Device.AUTO,
+    dtype: DtypeOption = Dtype.BFLOAT16,
+) -> None:
+    """Make a plan for each adapter that is served without one, and have the servers take it.
+
+    Exit code: 0, 1 with --once if an adapter is given up or a server does not answer, 2 wrong
+    usage.
+    """
+    check_device(device)
+    if find_spec("transformers") is None:
+        stop("planner needs transformers: install s3lora-serve with its extra [calibrate]")
+    if unfit := [url for url in urls if not url.startswith(("http://", "https://"))]:
+        stop(f"{unfit[0]}: expected http://HOST:PORT")
+    with refusals_stop():
+        from s3lora_serve.lab.calibration.calibrate import CalibrationOptions
+        from s3lora_serve.lab.planner.calibrator import CalibrationInputs
+
+        base.stat()
+        inputs = CalibrationInputs(
+            base.absolute(),
+            tuple(read_probe_files(harmful, benign, None)),
+            CalibrationOptions(max_asr=max_asr, steps=steps, compare=False),
+            torch_device(device),
+            dtype.value,
+            accept_best,
+        )
+        found = _planner(urls, key, plans, state, inputs, ray, metrics_port)
+    failed = _run(found, interval, once=once)
+    raise typer.Exit(REJECTED if failed else 0)
+
+
+def _planner(
+    urls: list[str],
+    key: str | None,
+    plans: Path,
+    state: Path | None,
+    inputs: "CalibrationInputs",
+    ray: str | None,
+    metrics_port: int | None,
+) -> "Planner":
+    from prometheus_client import start_http_server
+
+    from s3lora_serve.lab.planner.fleet import FleetServer
+    from s3lora_serve.lab.planner.plan_state import PlanState
+    from s3lora_serve.lab.planner.planner import Planner
+    from s3lora_serve.lab.planner.planner_metrics import PlannerMetrics
+
+    plans.stat()
+    folder = state or plans.with_name(f"{plans.absolute().name}.planner")
+    metrics = PlannerMetrics()
+    if metrics_port is not None:
+        start_http_server(metrics_port)
+    return Planner(
+        [FleetServer(url, key) for url in urls],
+        PlanState(plans.absolute(), folder.absolute(), _digest(inputs)),
+        _calibrators(inputs, ray),
+        metrics,
+        lambda line: typer.echo(f"{time.strftime('%H:%M:%S')} {line}"),
+    )
+
+
+def _calibrators(inputs: "CalibrationInputs", ray: str | None) -> "Calibrators":
+    if ray is None:
+        from s3lora_serve.lab.planner.calibrator import LocalCalibrator
+
+        return LocalCalibrator(inputs)
+    try:
+        from s3lora_serve.lab.planner.ray_calibrators import RayCalibrators
+    except ImportError:
+        stop("--ray needs Ray: install s3lora-serve with its extra [ray]")
+    try:
+        return RayCalibrators(inputs, ray)
+    except ConnectionError as error:
+        stop(f"--ray {ray}: {error}")
+
+
+def _digest(inputs: "CalibrationInputs") -> str:
+    """What failures are remembered for: with other inputs a calibration may end otherwise."""
+    files = [file.digest for file in inputs.files]
+    text = repr((str(inputs.base), files, inputs.options, inputs.dtype, inputs.accept_best))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _run(planner: "Planner", interval: float, *, once: bool) -> bool:
+    """Make rounds until nothing waits (`once`) or a signal comes; whether one failed."""
+    ended = threading.Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    with suppress(ValueError):  # not the main thread: a test's
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+    try:
+        while not ended.is_set():
+            left = planner.round()
+            if once and not left:
+                return planner.has_failed
+            ended.wait(POLL_SECONDS if planner.is_working else interval)
+    finally:
+        planner.close()
+    return False

@@ -1,0 +1,136 @@
+"""The servers that a planner watches: what they serve, what is asked for, and loads in place."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from s3lora_serve.adapter.private_copy import copy_adapter
+from s3lora_serve.errors import AdapterRejected, ServerFailed
+from s3lora_serve.policy.limits import Limits
+
+PAGE = 1000
+"""Adapters in one answer: the most that a server gives."""
+
+SECONDS = 60
+LOAD_SECONDS = 600
+"""A load may take as long as a policy allows."""
+
+AT_WORK = "vllm:lora_requests_info"
+"""vLLM's gauge whose labels list the adapters of the requests under way, separated by commas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One adapter under one name on one server."""
+
+    server: str  # URL
+    name: str
+    path: str  # that it was registered with
+    digest: str
+    plan_digest: str | None  # of the plan that decided on it
+
+    @property
+    def tenant(self) -> str:
+        """The name's first part, as the policy's rates have it."""
+        return self.name.partition("/")[0]
+
+
+class FleetServer:
+    """One guarded server, or several API servers behind one URL."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        """Name the server and its API key, if it has one."""
+        self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=SECONDS)
+
+    def adapters(self) -> list[Served]:
+        """What the server serves by files that were read; experiments are left alone.
+
+        Raises:
+            ServerFailed: it does not answer, or is not guarded.
+        """
+        experiments = self._experiments()
+        return [
+            Served(
+                self.url,
+                each["name"],
+                each["path"],
+                each["digest"],
+                each["plan_digest"] if each["selected_by"] == "plan" else None,
+            )
+            for each in self._verdicts()
+            if each["digest"] is not None and each["name"] not in experiments
+        ]
+
+    def at_work(self, names: Sequence[str]) -> set[str]:
+        """Which of these adapters have requests under way, as far as the server's metrics say."""
+        try:
+            text = self._client.get("/metrics").text
+            families = list(text_string_to_metric_families(text))
+        except (httpx.HTTPError, ValueError):
+            return set()
+        values = [
+            value
+            for family in families
+            for sample in family.samples
+            if sample.name == AT_WORK
+            for value in sample.labels.values()
+        ]
+        return {name for name in names if any(name in value.split(",") for value in values)}
+
+    def load_again(self, adapter: Served) -> None:
+        """Register an adapter again under its name and path, in place.
+
+        Raises:
+            ServerFailed: the server refuses it, or does not answer.
+        """
+        body = {"lora_name": adapter.name, "lora_path": adapter.path, "load_inplace": True}
+        answer = self._answer("POST", "/v1/load_lora_adapter", body, LOAD_SECONDS)
+        if answer.status_code != 200:
+            raise ServerFailed(f"{self.url} answered {answer.status_code}: {answer.text[:300]}")
+
+    def find(self, name: str) -> Served | None:
+        """What the server serves under a name now; None: nothing."""
+        return next((each for each in self.adapters() if each.name == name), None)
+
+    def _experiments(self) -> set[str]:
+        answer = self._answer("GET", "/s3lora/experiments")
+        return set(answer.json()["registered"]) if answer.status_code == 200 else set()
+
+    def _verdicts(self) -> Iterator[dict[str, Any]]:
+        offset = 0
+        while True:
+            path = f"/s3lora/adapters?offset={offset}&limit={PAGE}"
+            answer = self._answer("GET", path)
+            try:
+                found = answer.json()["adapters"]
+            except (ValueError, KeyError, TypeError):
+                raise ServerFailed(
+                    f"{self.url} is no guarded server: {path} answered {answer.status_code}"
+                    f" {answer.text[:100]!r}"
+                ) from None
+            yield from found
+            if len(found) < PAGE:
+                return
+            offset += PAGE
+
+    def _answer(
+        self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = SECONDS
+    ) -> httpx.Response:
+        try:
+            return self._client.request(method, path, json=body, timeout=seconds)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerFailed(f"{self.url}: {str(error) or type(error).__name__}") from None
+
+
+def holds(path: str, digest: str) -> bool:
+    """Whether the adapter folder at this path holds the weights with this digest now."""
+    try:
+        return copy_adapter(Path(path), Limits()).digest == digest
+    except AdapterRejected:
+        return False

@@ -1,0 +1,240 @@
+"""Watches guarded servers, and makes a plan for each adapter that is served without one."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from s3lora_serve.errors import GateFailed, Reason, ServerFailed
+from s3lora_serve.lab.planner.calibrator import CalibrationEnd, CalibrationTask, Calibrators
+from s3lora_serve.lab.planner.fleet import FleetServer, Served, holds
+from s3lora_serve.lab.planner.plan_state import PlanState
+from s3lora_serve.lab.planner.planner_metrics import PlannerMetrics
+
+Say = Callable[[str], None]
+"""Takes one line for each change."""
+
+SHORT = 19
+"""Characters of a digest in a line: enough to tell adapters apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An adapter without a plan, and where it is served."""
+
+    digest: str
+    served: tuple[Served, ...]
+    since: float  # seconds since 1970
+    is_at_work: bool  # whether requests for it are under way
+
+    @property
+    def tenant(self) -> str:
+        """The tenant of its first name."""
+        return self.served[0].tenant
+
+
+@dataclass(slots=True)
+class _Running:
+    waiting: Waiting
+    future: "Future[CalibrationEnd]"
+    lock: ExitStack
+
+
+class Planner:
+    """Calibrates adapters, fairly among tenants, and has servers take their plans."""
+
+    def __init__(
+        self,
+        servers: Sequence[FleetServer],
+        state: PlanState,
+        calibrators: Calibrators,
+        metrics: PlannerMetrics,
+        say: Say,
+    ) -> None:
+        self._servers, self._state, self._calibrators = servers, state, calibrators
+        self._metrics, self._say = metrics, say
+        self._running: dict[str, _Running] = {}  # by digest
+        self._spent: Counter[str] = Counter()  # seconds of calibrations, by tenant
+        self._told: dict[str, str] = {}  # the last line of each server and adapter
+        self._tried: set[tuple[str, str, str]] = set()  # (server, name, digest) loaded again
+        self.has_failed = False  # at the last look: one is given up, or a server does not answer
+
+    def round(self) -> int:
+        """Look at all servers, end and begin calibrations; how many adapters wait for a plan."""
+        self._end_calibrations()
+        served = self._looked()
+        by_digest: dict[str, list[Served]] = {}
+        for each in served:
+            by_digest.setdefault(each.digest, []).append(each)
+        self._apply(by_digest)
+        waiting = self._waiting(by_digest)
+        self._begin(waiting)
+        self._state.prune()
+        return len(waiting)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a calibration is under way."""
+        return bool(self._running)
+
+    def close(self) -> None:
+        """End all calibrations; another planner goes on with their searches."""
+        self._calibrators.close()
+        for running in self._running.values():
+            running.lock.close()
+        self._running.clear()
+
+    def _looked(self) -> list[Served]:
+        """What all servers serve; one that does not answer is reported and left out."""
+        found: list[Served] = []
+        unreachable = 0
+        for server in self._servers:
+            try:
+                found += server.adapters()
+                self._told.pop(server.url, None)
+            except ServerFailed as error:
+                unreachable += 1
+                self._say_once(server.url, str(error))
+        self._metrics.unreachable.set(unreachable)
+        self.has_failed = unreachable > 0
+        return found
+
+    def _apply(self, by_digest: dict[str, list[Served]]) -> None:
+        """Have servers take plans that lie ready: each is tried once."""
+        for digest, served in by_digest.items():
+            for each in served if self._state.has_plan(digest) else ():
+                if each.plan_digest is None and _key(each) not in self._tried:
+                    self._tried.add(_key(each))
+                    self._say(self._taken(each))
+        self._tried &= {_key(each) for served in by_digest.values() for each in served}
+
+    def _taken(self, adapter: Served) -> str:
+        """What came of registering an adapter again in place, so that its plan takes effect.
+
+        A folder that holds other weights by now is left alone: its owner has not asked the server
+        to serve those.
+        """
+        about = f"{adapter.name!r} on {adapter.server}"
+        if not holds(adapter.path, adapter.digest):
+            return f"{about}: its folder holds other weights than are served, and is left alone"
+        server = next(each for each in self._servers if each.url == adapter.server)
+        try:
+            server.load_again(adapter)
+            now = server.find(adapter.name)
+        except ServerFailed as error:
+            return f"{about} is not registered again: {error}"
+        if now is None or now.plan_digest is None:
+            return f"{about} does not obey its plan: has the server's policy this folder?"
+        return f"{about} obeys plan {now.plan_digest[:SHORT]}"
+
+    def _waiting(self, by_digest: dict[str, list[Served]]) -> list[Waiting]:
+        """Adapters that wait for a calibration or are in one; those given up are counted apart."""
+        now = time.time()
+        lacking = {
+            digest: served
+            for digest, served in by_digest.items()
+            if not self._state.has_plan(digest) and any(each.plan_digest is None for each in served)
+        }
+        at_work = self._at_work(lacking)
+        waiting, given_up = [], 0
+        for digest, served in lacking.items():
+            record = self._state.record(digest)
+            if record.has_failed:
+                given_up += 1
+                continue
+            names = {each.name for each in served}
+            waiting.append(Waiting(digest, tuple(served), record.first_seen, bool(names & at_work)))
+        self._metrics.waiting.set(len(waiting))
+        self._metrics.given_up.set(given_up)
+        self.has_failed |= given_up > 0
+        self._metrics.oldest_seconds.set(max((now - each.since for each in waiting), default=0))
+        return waiting
+
+    def _at_work(self, lacking: dict[str, list[Served]]) -> set[str]:
+        names: set[str] = set()
+        for server in self._servers if lacking else ():
+            own = [e.name for served in lacking.values() for e in served if e.server == server.url]
+            names |= server.at_work(own)
+        return names
+
+    def _begin(self, waiting: list[Waiting]) -> None:
+        """Begin calibrations on all free workers."""
+        now = time.time()
+        todo = [
+            each
+            for each in waiting
+            if each.digest not in self._running and self._state.record(each.digest).is_due(now)
+        ]
+        while todo and self._calibrators.free():
+            todo.sort(key=self._order)
+            self._begin_one(todo.pop(0))
+
+    def _order(self, waiting: Waiting) -> tuple[float, bool, float]:
+        """The tenant that took least time comes first, then traffic, then the longest wait."""
+        running = sum(each.waiting.tenant == waiting.tenant for each in self._running.values())
+        spent = self._spent[waiting.tenant] + running * self._mean_seconds()
+        return spent, not waiting.is_at_work, waiting.since
+
+    def _mean_seconds(self) -> float:
+        return max(1.0, sum(self._spent.values()) / max(1, len(self._spent)))
+
+    def _begin_one(self, waiting: Waiting) -> None:
+        lock = ExitStack()
+        if not lock.enter_context(self._state.lock(waiting.digest)):
+            lock.close()  # another planner has it
+            return
+        if self._state.has_plan(waiting.digest):  # another planner made it meanwhile
+            lock.close()
+            return
+        one = waiting.served[0]
+        search = self._state.search_file(waiting.digest)
+        task = CalibrationTask(waiting.digest, one.path, str(search))
+        future = self._calibrators.submit(task)
+        self._running[waiting.digest] = _Running(waiting, future, lock)
+        self._say(f"{one.name!r} {waiting.digest[:SHORT]}: calibration begins")
+
+    def _end_calibrations(self) -> None:
+        for digest, running in list(self._running.items()):
+            if running.future.done():
+                del self._running[digest]
+                with running.lock:
+                    self._end_one(running.waiting, _end_of(running.future))
+
+    def _end_one(self, waiting: Waiting, end: CalibrationEnd) -> None:
+        about = f"{waiting.served[0].name!r} {waiting.digest[:SHORT]}"
+        self._spent[waiting.tenant] += int(end.seconds)
+        self._metrics.seconds.observe(end.seconds)
+        self._metrics.plans.labels("made" if end.plan is not None else "failed").inc()
+        if end.plan is not None:
+            try:
+                self._state.write_plan(waiting.digest, end.plan + "\n")
+            except OSError as error:
+                failed = GateFailed(f"{error.filename}: {error.strerror}")
+                end = CalibrationEnd(end.seconds, reason=Reason.of(failed), may_pass=True)
+            else:
+                self._say(f"{about}: plan made in {end.seconds:.0f} s, {end.told}")
+                return
+        reason = end.reason or Reason.of(GateFailed("the calibration gave no reason"))
+        record = self._state.note_failure(waiting.digest, reason, may_pass=end.may_pass)
+        then = "given up" if record.has_failed else "tried again later"
+        self._say(f"{about}: no plan, {then}: {reason}")
+
+    def _say_once(self, about: str, text: str) -> None:
+        if self._told.get(about) != text:
+            self._told[about] = text
+            self._say(text)
+
+
+def _key(served: Served) -> tuple[str, str, str]:
+    return served.server, served.name, served.digest
+
+
+def _end_of(future: "Future[CalibrationEnd]") -> CalibrationEnd:
+    """The end of a calibration, also where its worker died."""
+    try:
+        return future.result()
+    except Exception as error:  # noqa: BLE001 - whatever ends a worker, the planner goes on
+        died = GateFailed(f"the worker died: {type(error).__name__}: {str(error)[:200]}")
+        return CalibrationEnd(0.0, reason=Reason.of(died), may_pass=True)

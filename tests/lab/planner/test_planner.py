@@ -1,0 +1,224 @@
+"""Which adapter is calibrated next, and what becomes of plans and failures; no server is needed."""
+
+from collections import Counter
+from concurrent.futures import Future
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from s3lora_serve.errors import Reason, ServerFailed, TargetMissed
+from s3lora_serve.lab.planner import planner as planning
+from s3lora_serve.lab.planner.calibrator import CalibrationEnd
+from s3lora_serve.lab.planner.fleet import Served
+from s3lora_serve.lab.planner.plan_state import PlanState
+from s3lora_serve.lab.planner.planner import Planner
+from s3lora_serve.lab.planner.planner_metrics import PlannerMetrics
+
+
+def digest(number):
+    return f"sha256:{number:064x}"
+
+
+class Server:
+    """Serves what it is told, and takes plans of a folder."""
+
+    url = "http://server"
+
+    def __init__(self, plans):
+        self.plans, self.names, self.busy, self.loads = plans, {}, set(), []
+        self.answers = True
+
+    def serve(self, name, number, plan=None):
+        self.names[name] = Served(self.url, name, f"/adapters/{name}", digest(number), plan)
+
+    def adapters(self):
+        if not self.answers:
+            raise ServerFailed("http://server: refused")
+        return list(self.names.values())
+
+    def at_work(self, names):
+        return self.busy & set(names)
+
+    def load_again(self, adapter):
+        self.loads.append(adapter.name)
+        number = int(adapter.digest.removeprefix("sha256:"), 16)
+        if (self.plans / f"{adapter.digest.removeprefix('sha256:')}.json").exists():
+            self.serve(adapter.name, number, "sha256:plan")
+
+    def find(self, name):
+        return self.names.get(name)
+
+
+class Workers:
+    """One worker whose calibrations end when a test says so."""
+
+    def __init__(self):
+        self.begun, self.futures, self.closed = [], [], False
+
+    def free(self):
+        return int(all(future.done() for future in self.futures))
+
+    def submit(self, task):
+        self.begun.append(int(task.digest.removeprefix("sha256:"), 16))
+        self.futures.append(Future())
+        return self.futures[-1]
+
+    def end(self, **said):
+        self.futures[-1].set_result(CalibrationEnd(**({"seconds": 10.0} | said)))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def plans(tmp_path):
+    folder = tmp_path / "plans"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def fleet(plans, tmp_path, monkeypatch):
+    """(planner, server, workers, lines, registry)."""
+    monkeypatch.setattr(planning, "holds", lambda *_: True)
+    server, workers, lines, registry = Server(plans), Workers(), [], CollectorRegistry()
+    state = PlanState(plans, tmp_path / "state", "inputs")
+    planner = Planner([server], state, workers, PlannerMetrics(registry), lines.append)
+    return planner, server, workers, lines, registry
+
+
+def test_a_plan_is_written_and_taken_in_place(fleet, plans):
+    planner, server, workers, lines, registry = fleet
+    server.serve("acme/one", 1)
+    server.serve("acme/other-name", 1)
+    assert planner.round() == 1
+    assert registry.get_sample_value("s3lora_planner_waiting") == 1
+    workers.end(plan="{}", told="ASR 1.00 -> 0.02")
+    assert planner.round() == 0
+    assert server.loads == ["acme/one", "acme/other-name"]
+    assert (plans / f"{1:064x}.json").read_text() == "{}\n"
+    assert "plan made in 10 s, ASR 1.00 -> 0.02" in "\n".join(lines)
+    assert lines[-1] == "'acme/other-name' on http://server obeys plan sha256:plan"
+    assert registry.get_sample_value("s3lora_planner_plans_total", {"outcome": "made"}) == 1
+    assert registry.get_sample_value("s3lora_planner_waiting") == 0
+    assert planner.round() == 0
+    assert len(server.loads) == 2
+
+
+def test_a_server_that_does_not_take_a_plan_is_asked_once(fleet, plans):
+    planner, server, workers, lines, _ = fleet
+    server.load_again = lambda adapter: server.loads.append(adapter.name)
+    server.serve("acme/one", 1)
+    planner.round()
+    workers.end(plan="{}")
+    for _round in range(3):
+        planner.round()
+    assert server.loads == ["acme/one"]
+    assert "does not obey its plan" in lines[-1]
+
+
+def test_a_folder_that_was_replaced_meanwhile_is_left_alone(fleet, monkeypatch):
+    planner, server, workers, lines, _ = fleet
+    server.serve("acme/one", 1)
+    planner.round()
+    monkeypatch.setattr(planning, "holds", lambda *_: False)
+    workers.end(plan="{}")
+    planner.round()
+    assert server.loads == []
+    assert "holds other weights than are served" in lines[-1]
+
+
+def test_a_tenant_with_many_adapters_takes_turns_with_the_others(fleet):
+    planner, server, workers, _, _ = fleet
+    for number in range(1, 7):
+        server.serve(f"flood/{number}", number)
+    server.serve("acme/one", 8)
+    server.serve("initech/one", 9)
+    for _round in range(4):
+        planner.round()
+        workers.end(plan="{}")
+    tenants = Counter("flood" if number < 7 else number for number in workers.begun)
+    assert tenants == {"flood": 2, 8: 1, 9: 1}
+
+
+def test_among_one_tenants_adapters_those_with_traffic_come_first(fleet):
+    planner, server, workers, _, _ = fleet
+    for number in (1, 2, 3):
+        server.serve(f"acme/{number}", number)
+    server.busy = {"acme/3"}
+    planner.round()
+    assert workers.begun == [3]
+
+
+def test_what_cannot_be_had_is_said_once_and_begun_no_more(fleet):
+    planner, server, workers, lines, registry = fleet
+    server.serve("acme/one", 1)
+    planner.round()
+    workers.end(reason=Reason.of(TargetMissed("the best is 0.30")))
+    for _round in range(3):
+        assert planner.round() == 0
+    assert workers.begun == [1]
+    assert sum("given up: S3LORA-908" in line for line in lines) == 1
+    assert planner.has_failed
+    assert registry.get_sample_value("s3lora_planner_given_up") == 1
+    assert registry.get_sample_value("s3lora_planner_plans_total", {"outcome": "failed"}) == 1
+
+
+def test_a_worker_that_dies_ends_no_planner(fleet):
+    planner, server, workers, lines, _ = fleet
+    server.serve("acme/one", 1)
+    planner.round()
+    workers.futures[-1].set_exception(RuntimeError("killed"))
+    assert planner.round() == 1
+    assert "tried again later: S3LORA-401: the worker died: RuntimeError: killed" in lines[-1]
+    assert workers.begun == [1]
+
+
+def test_a_server_that_does_not_answer_is_said_once_and_counted(fleet):
+    planner, server, _, lines, registry = fleet
+    server.answers = False
+    for _round in range(3):
+        planner.round()
+    assert len(lines) == 1
+    assert registry.get_sample_value("s3lora_planner_unreachable_servers") == 1
+    assert planner.has_failed
+    server.answers = True
+    planner.round()
+    assert not planner.has_failed
+
+
+def test_an_adapter_that_another_planner_works_on_is_left_to_it(fleet, plans, tmp_path):
+    planner, server, workers, _, _ = fleet
+    server.serve("acme/one", 1)
+    other = PlanState(plans, tmp_path / "state", "inputs")
+    with other.lock(digest(1)):
+        assert planner.round() == 1
+        assert workers.begun == []
+        other.write_plan(digest(1), "{}")
+    assert planner.round() == 0
+    assert workers.begun == []
+    assert server.loads == ["acme/one"]
+
+
+def test_a_plan_that_cannot_be_written_is_a_failure_that_may_pass(fleet, monkeypatch):
+    planner, server, workers, lines, _ = fleet
+    server.serve("acme/one", 1)
+    planner.round()
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "plans")
+
+    monkeypatch.setattr(PlanState, "write_plan", full)
+    workers.end(plan="{}")
+    assert planner.round() == 1
+    assert "tried again later: S3LORA-401: plans: No space left on device" in lines[-1]
+
+
+def test_closing_ends_the_workers_and_lets_the_locks_go(fleet, plans, tmp_path):
+    planner, server, workers, _, _ = fleet
+    server.serve("acme/one", 1)
+    planner.round()
+    planner.close()
+    assert workers.closed
+    with PlanState(plans, tmp_path / "state", "inputs").lock(digest(1)) as ours:
+        assert ours
