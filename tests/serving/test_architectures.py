@@ -14,10 +14,13 @@ from tests.runs.architectures.report import holds
 
 pytestmark = pytest.mark.serving
 
-KINDS = (
-    "Qwen3.5, hybrid", "LLaVA, with its tower", "Qwen3, classifier",
-    "gpt-oss, experts in one tensor",
-)  # fmt: skip
+LONG = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("Qwen3.5, hybrid", "LLaVA, with its tower")
+]
+"""Half a minute each, and in the results of `make architectures`, which a test holds."""
+
+KINDS = (*LONG, "Qwen3, classifier", "gpt-oss, experts in one tensor")
 BFLOAT16 = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
 
 

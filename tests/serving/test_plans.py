@@ -16,7 +16,7 @@ from s3lora_serve.errors import EvaluationFailed
 from s3lora_serve.lab.evaluation.server import GuardedServer
 from s3lora_serve.lab.evaluation.trials import Trial
 from tests.serving.conftest import answers, evicting_server
-from tests.serving.test_offline import ONCE, generate
+from tests.serving.test_offline import ALONE, ONCE, generate
 from tests.support.adapters import WEIGHTS, copy_with, key
 from tests.support.plans import install, keep_out, plan_for, read
 from tests.support.server import TWO_RANKS, Server
@@ -301,7 +301,7 @@ def assert_alike(found, expected, accuracy):
 def test_a_planned_adapter_first_used_by_llm_generate_answers_alike(
     model, expected, trained, plans
 ):
-    found, log = generate(model, trained, trained, ONCE, S3LORA_PLANS=str(plans))
+    found, log = generate(model, trained, trained, ONCE, S3LORA_PLANS=str(plans), **ALONE)
     assert_alike(found, expected, 1e-5)
     assert "strips 2 of 28 modules" in log
 
