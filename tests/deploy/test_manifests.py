@@ -10,7 +10,9 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from s3lora_serve.cli import app
 from s3lora_serve.policy.file import read_policy
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +164,56 @@ def test_whatever_selects_pods_selects_those_of_the_deployment(overlay):
         assert labels.items() <= pod["metadata"]["labels"].items()
     [endpoint] = find(overlay, "PodMonitor")["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] in [port["name"] for port in pod["spec"]["containers"][0]["ports"]]
+
+
+@pytest.fixture
+def with_planner(tmp_path):
+    """The overlay for GPUs with the planner's component."""
+    kubernetes = DEPLOY / "kubernetes"
+    overlay = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(kubernetes / "overlays" / "gpu", tmp_path)],
+        "components": [os.path.relpath(kubernetes / "components" / "planner", tmp_path)],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    done = run("kubectl", "kustomize", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = list(yaml.safe_load_all(done.stdout))
+    return {one["metadata"]["name"]: one for one in found if one["kind"] == "Deployment"}
+
+
+@needs("kubectl")
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_kubernetes_takes_the_planner(with_planner, version):
+    for deployment in with_planner.values():
+        kubernetes_validate.validate(deployment, version, strict=True)
+
+
+@needs("kubectl")
+def test_the_planner_alone_writes_plans_and_as_the_servers_user(with_planner):
+    pods = {name: one["spec"]["template"] for name, one in with_planner.items()}
+    users, writable = set(), {}
+    for name, pod in pods.items():
+        users.add(pod["spec"]["securityContext"]["runAsUser"])
+        [container] = pod["spec"]["containers"]
+        [mount] = [each for each in container["volumeMounts"] if each["name"] == "plans"]
+        writable[name] = not mount.get("readOnly")
+    assert len(users) == 1
+    assert writable == {"s3lora-serve": False, "s3lora-planner": True}
+    service = find("gpu", "Service")["spec"]["selector"]
+    assert not service.items() <= pods["s3lora-planner"]["metadata"]["labels"].items()
+
+
+@needs("kubectl")
+def test_the_planners_command_line_is_one_that_it_takes(with_planner, tmp_path):
+    [container] = with_planner["s3lora-planner"]["spec"]["template"]["spec"]["containers"]
+    [program, *rest] = [*container["command"], *container["args"]]
+    given = [each.replace("=/", f"={tmp_path}/") for each in rest]
+    done = CliRunner().invoke(app, given)
+    assert program == "s3lora"
+    assert done.exit_code == 2
+    assert "No such file or directory" in done.stderr  # all options are known; nothing is there
 
 
 def find(overlay, kind, name=None):

@@ -10,6 +10,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from s3lora_serve import Policy, scan_adapter
+from s3lora_serve.lab.planner.planner_metrics import PlannerMetrics
 from s3lora_serve.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -71,12 +72,13 @@ def test_each_alert_has_a_section_in_the_runbook(alert):
 
 @pytest.fixture(scope="module")
 def registry():
-    """Every metric of the gate."""
+    """Every metric of the gate and of the planner."""
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     metrics.activate("digest", "enforce", "1")
     metrics.set_model_modules({("0", "q_proj")})
     metrics.serve(scan_adapter(Path("/nowhere"), Policy()))
+    PlannerMetrics(registry)
     return registry
 
 
