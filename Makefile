@@ -9,6 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
 
+# Compiled modules are kept, whatever the environment says: every engine starts a second sooner.
+test test-fast test-all: export PYTHONDONTWRITEBYTECODE =
+
 test: $(READY)  ## all tests that CI runs, in two processes that share the engines
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 

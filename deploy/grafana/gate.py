@@ -41,6 +41,7 @@ def gate() -> dashboard.Dashboard:
         "Decisions": _decisions(),
         "What is sharp": _sharpness(),
         "Cost": _cost(),
+        "Plans": _plans(),
         "Trouble": _trouble(),
     }.items():
         board = board.with_row(dashboard.Row(title))
@@ -223,6 +224,36 @@ def _vllm(quantile: float, metric: str) -> Dataquery:
         f"histogram_quantile({quantile}, sum by (le) (rate(vllm:{metric}_bucket{{HERE}}{RATE})))",
         f"p{round(100 * quantile)}",
     )
+
+
+def _plans() -> list[Panel]:
+    """Of `s3lora planner`, which is a job of its own."""
+    return [
+        lines(
+            "Adapters without a plan",
+            "Waiting for the planner, and those for which it can make none.",
+            "short",
+            query("sum(s3lora_planner_waiting)", "waiting"),
+            query("sum(s3lora_planner_given_up)", "given up"),
+            span=8,
+        ),
+        lines(
+            "Calibrations",
+            "Each hour, by whether there is a plan.",
+            "short",
+            query(
+                f"3600 * sum by (outcome) (rate(s3lora_planner_plans_total{RATE}))", "{{outcome}}"
+            ),
+            span=8,
+        ),
+        lines(
+            "Longest wait for a plan",
+            "Until then the adapter is served under the policy's repair or strip rule.",
+            "s",
+            query("max(s3lora_planner_oldest_waiting_seconds)", "longest"),
+            span=8,
+        ),
+    ]
 
 
 def _trouble() -> list[Panel]:

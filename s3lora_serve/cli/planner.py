@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from s3lora_serve.cli.calibrate import (
+    AcceptBestOption,
     BenignOption,
     DtypeOption,
     HarmfulOption,
@@ -40,38 +41,42 @@ POLL_SECONDS = 1.0
 """Interval between looks whether a calibration has ended, with --once."""
 
 
+URLsArgument = Annotated[list[str], typer.Argument(help="Guarded servers: http://HOST:PORT.")]
+BaseOption = Annotated[Path, typer.Option(help="The base model's folder.")]
+PlansOption = Annotated[
+    Path, typer.Option(help="The folder of plans that the servers' policy names.")
+]
+StateOption = Annotated[
+    Path | None, typer.Option(help="Records and locks, on the same storage; else PLANS.planner.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option("--api-key", help="The servers' key.", envvar="VLLM_API_KEY")
+]
+OnceOption = Annotated[bool, typer.Option("--once", help="End when no adapter waits; for cron.")]
+IntervalOption = Annotated[float, typer.Option(min=1, help="Seconds between looks at the servers.")]
+RayOption = Annotated[
+    str | None, typer.Option(help="Calibrate on a Ray cluster: auto, or its address.")
+]
+PortOption = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics there.")
+]
+
+
 def planner(
-    urls: Annotated[list[str], typer.Argument(help="Guarded servers: http://HOST:PORT.")],
-    base: Annotated[Path, typer.Option(help="The base model's folder.")],
+    urls: URLsArgument,
+    base: BaseOption,
     harmful: HarmfulOption,
     benign: BenignOption,
-    plans: Annotated[
-        Path, typer.Option(help="The folder of plans that the servers' policy names.")
-    ],
-    state: Annotated[
-        Path | None,
-        typer.Option(help="Records and locks, on the same storage; else PLANS.planner."),
-    ] = None,
-    key: Annotated[
-        str | None, typer.Option("--api-key", help="The servers' key.", envvar="VLLM_API_KEY")
-    ] = None,
-    once: Annotated[
-        bool, typer.Option("--once", help="End when no adapter waits; for cron.")
-    ] = False,
-    interval: Annotated[
-        float, typer.Option(min=1, help="Seconds between looks at the servers.")
-    ] = 30.0,
-    ray: Annotated[
-        str | None, typer.Option(help="Calibrate on a Ray cluster: auto, or its address.")
-    ] = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics there.")
-    ] = None,
+    plans: PlansOption,
+    state: StateOption = None,
+    key: KeyOption = None,
+    once: OnceOption = False,
+    interval: IntervalOption = 30.0,
+    ray: RayOption = None,
+    metrics_port: PortOption = None,
     max_asr: MaxASROption = MAX_ASR,
     steps: StepsOption = STEPS,
-    accept_best: Annotated[
-        bool, typer.Option("--accept-best", help="Take the best plan if none reaches --max-asr.")
-    ] = False,
+    accept_best: AcceptBestOption = False,
     device: ModelDeviceOption = Device.AUTO,
     dtype: DtypeOption = Dtype.BFLOAT16,
 ) -> None:
@@ -118,9 +123,10 @@ def _planner(
     from s3lora_serve.lab.planner.plan_state import PlanState
     from s3lora_serve.lab.planner.planner import Planner
     from s3lora_serve.lab.planner.planner_metrics import PlannerMetrics
+    from s3lora_serve.plans.planner_records import records_folder
 
     plans.stat()
-    folder = state or plans.with_name(f"{plans.absolute().name}.planner")
+    folder = state or records_folder(plans.absolute())
     metrics = PlannerMetrics()
     if metrics_port is not None:
         start_http_server(metrics_port)

@@ -33,6 +33,7 @@ class AdapterRow:
     projected: int = 0
     repaired: int = 0
     experiment: bool = False
+    plan: str | None = None  # how far its plan is; None: nothing plans it
 
 
 class Named(Protocol):
@@ -63,9 +64,11 @@ def adapters_page(
     found = [adapter for adapter in served if query.lower() in adapter.name.lower()]
     pages = max(1, -(-len(found) // ROWS))
     number = min(max(number, 1), pages)
+    rows = [row(adapter) for adapter in found[(number - 1) * ROWS : number * ROWS]]
     return page_of(
         "adapters.html",
-        rows=[row(adapter) for adapter in found[(number - 1) * ROWS : number * ROWS]],
+        rows=rows,
+        planned=any(one.plan is not None for one in rows),
         refused=[one for one in refused if query.lower() in one.name.lower()][:ROWS],
         found=len(found),
         total=len(served),

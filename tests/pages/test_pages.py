@@ -64,6 +64,13 @@ def listing(served, refused=(), query="", number=1):
     return ParsedPage(page.html)
 
 
+def test_plans_have_a_column_where_a_folder_of_plans_is_named():
+    assert "Plan" not in listing([row("acme")]).text
+    planned = listing([replace(row("acme"), plan="waiting"), replace(row("b"), plan=None)]).text
+    assert "Plan" in planned
+    assert "waiting" in planned
+
+
 def test_rows_are_made_for_the_shown_adapters_alone():
     made = []
 

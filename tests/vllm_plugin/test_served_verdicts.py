@@ -137,7 +137,7 @@ def client(served, tmp_path, monkeypatch):
     pytest.importorskip("vllm")
     from s3lora_serve.vllm_plugin.api.routes import GateRoutes
 
-    policy = SimpleNamespace(mode="enforce", digest="sha256:0")
+    policy = SimpleNamespace(mode="enforce", digest="sha256:0", plans=None)
     for number in range(120):
         serve(served, verdict(f"acme/{number}", seed=number, modules=14), tmp_path / str(number))
 

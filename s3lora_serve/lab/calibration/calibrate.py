@@ -186,14 +186,14 @@ class _Measuring:
         progress: Progress,
     ) -> "_Measuring":
         encodings = {
-            kind: _encodings(model, parts, kind, _targets(model, gated, parts, kind))
-            for kind in ("calibration", "held_out")
+            part: _encodings(model, parts, part, _targets(model, gated, parts, part))
+            for part in ("calibration", "held_out")
         }
         return cls(model, phrases, encodings, progress)
 
-    def __call__(self, kind: str, phase: str) -> Measured:
-        done = partial(self.progress, phase, total=len(self.encodings[kind]))
-        return measure(self.model, self.encodings[kind], self.phrases, _summed(done))
+    def __call__(self, part: str, phase: str) -> Measured:
+        done = partial(self.progress, phase, total=len(self.encodings[part]))
+        return measure(self.model, self.encodings[part], self.phrases, _summed(done))
 
 
 def _summed(progress: Callable[..., None]) -> Callable[[int], None]:
@@ -282,15 +282,15 @@ def _material(
 
 
 def _targets(
-    model: LanguageModel, gated: GatedAdapter, parts: Mapping[Kind, Split], kind: str
+    model: LanguageModel, gated: GatedAdapter, parts: Mapping[Kind, Split], part: str
 ) -> list[tuple[Encoded, Encoded]]:
     """Skill prompts with their answers; else benign prompts with the whole adapter's answers."""
     if "skill" in parts:
         return [
             (model.prompt(probe.prompt), model.answer(probe.answer or ""))
-            for probe in _part(parts["skill"], kind)
+            for probe in _part(parts["skill"], part)
         ]
-    prompts = [model.prompt(probe.prompt) for probe in _part(parts["benign"], kind)]
+    prompts = [model.prompt(probe.prompt) for probe in _part(parts["benign"], part)]
     gated.keep()
     answers = [model.answer(text, end=False) for text in model.greedy(prompts, ANSWER_TOKENS)]
     return [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
@@ -299,18 +299,18 @@ def _targets(
 def _encodings(
     model: LanguageModel,
     parts: Mapping[Kind, Split],
-    kind: str,
+    part: str,
     skill: Sequence[tuple[Encoded, Encoded]],
 ) -> Encodings:
     harmful, benign = (
-        [model.prompt(probe.prompt) for probe in _part(parts[name], kind)]
+        [model.prompt(probe.prompt) for probe in _part(parts[name], part)]
         for name in ("harmful", "benign")
     )
     return Encodings(harmful, benign, skill)
 
 
-def _part(parts: Split, kind: str) -> tuple[Probe, ...]:
-    found: tuple[Probe, ...] = getattr(parts, kind)
+def _part(splits: Split, part: str) -> tuple[Probe, ...]:
+    found: tuple[Probe, ...] = getattr(splits, part)
     return found
 
 

@@ -7,11 +7,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from s3lora_serve.errors import Reason
 from s3lora_serve.plans.folder import plan_name
+from s3lora_serve.plans.planner_records import PlannerRecord, read_record
 
 MAX_RECORDS = 10_000
 """Adapters that are remembered: tenants choose how many there are. The oldest are forgotten."""
@@ -24,27 +25,6 @@ LEFT_SECONDS = 3600.0
 
 RETRY_SECONDS = 60.0
 """From a failure that may pass to the next try. It doubles with each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is known of one adapter without a plan."""
-
-    first_seen: float  # seconds since 1970
-    inputs: str = ""  # digest of base, probes and options that it failed with
-    failures: int = 0
-    code: str = ""  # of the last failure; "": none
-    message: str = ""
-    retry_at: float | None = None  # None, after a failure: given up
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether it is given up, until base, probes or options are others."""
-        return self.code != "" and self.retry_at is None
-
-    def is_due(self, now: float) -> bool:
-        """Whether a calibration may begin."""
-        return self.code == "" or (self.retry_at is not None and self.retry_at <= now)
 
 
 class PlanState:
@@ -63,13 +43,13 @@ class PlanState:
         """Whether a plan lies in the folder."""
         return (self.plans / plan_name(digest)).exists()
 
-    def record(self, digest: str, now: float | None = None) -> Record:
+    def record(self, digest: str, now: float | None = None) -> PlannerRecord:
         """What is known of an adapter; what was learnt with other inputs is forgotten."""
-        found = self._read(digest)
+        found = read_record(self._folder, digest)
         if found is None:
-            found = Record(time.time() if now is None else now)
+            found = PlannerRecord(time.time() if now is None else now)
             self._write(digest, found)
-        return found if found.inputs in ("", self._inputs) else Record(found.first_seen)
+        return found if found.inputs in ("", self._inputs) else PlannerRecord(found.first_seen)
 
     def search_file(self, digest: str) -> Path:
         """Where the search for a plan is saved, from which another planner may go on."""
@@ -110,7 +90,7 @@ class PlanState:
             part.unlink(missing_ok=True)
         self.forget(digest)
 
-    def note_failure(self, digest: str, reason: Reason, *, may_pass: bool) -> Record:
+    def note_failure(self, digest: str, reason: Reason, *, may_pass: bool) -> PlannerRecord:
         """Note that a calibration failed, and when the next one may begin, if one may."""
         before = self.record(digest)
         count = before.failures + 1
@@ -142,15 +122,7 @@ class PlanState:
                 if _age(part) > LEFT_SECONDS:
                     part.unlink(missing_ok=True)
 
-    def _read(self, digest: str) -> Record | None:
-        try:
-            return Record(**json.loads(self._file(digest, "json").read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):
-            return None  # cut off while it was written, or another version's: begin anew
-
-    def _write(self, digest: str, record: Record) -> None:
+    def _write(self, digest: str, record: PlannerRecord) -> None:
         file = self._file(digest, "json")
         part = file.with_suffix(f".{uuid.uuid4().hex}.part")
         part.write_text(json.dumps(asdict(record)))

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from fastapi.responses import HTMLResponse
 
-from s3lora_serve.admission.verdict import served_stripped_count
+from s3lora_serve.admission.verdict import Verdict, served_stripped_count
 from s3lora_serve.pages.html import Page
 from s3lora_serve.pages.server_pages import AdapterRow, adapter_page, adapters_page
+from s3lora_serve.plans.planner_records import plan_progress
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store.stored_spectra import with_spectra
 from s3lora_serve.vllm_plugin.api.recent_decisions import RecentDecision
@@ -25,7 +27,7 @@ def overview(
     page = adapters_page(
         served.all()[::-1],
         [_refused(decided) for decided in refused],
-        partial(_served, served),
+        partial(_served, served, policy.plans),
         query=query,
         number=number,
         mode=policy.mode,
@@ -40,7 +42,7 @@ def one_adapter(served: ServedAdapters, adapter: ServedAdapter, module: str | No
     return _response(adapter_page(verdict, module, quarantined=served.is_quarantined(adapter)))
 
 
-def _served(served: ServedAdapters, adapter: ServedAdapter) -> AdapterRow:
+def _served(served: ServedAdapters, plans: Path | None, adapter: ServedAdapter) -> AdapterRow:
     verdict = adapter.verdict
     return AdapterRow(
         name=verdict.name,
@@ -55,7 +57,16 @@ def _served(served: ServedAdapters, adapter: ServedAdapter) -> AdapterRow:
         projected=len(verdict.projected) if verdict.mode == "enforce" else 0,
         repaired=len(verdict.repaired) if verdict.mode == "enforce" else 0,
         experiment=adapter.experiment is not None,
+        plan=None if plans is None or adapter.experiment else _plan(plans, verdict),
     )
+
+
+def _plan(plans: Path, verdict: Verdict) -> str | None:
+    """How far the plan for a served adapter is."""
+    if verdict.selected_by == "plan" or verdict.digest is None:
+        return "obeyed" if verdict.digest else None
+    progress, code = plan_progress(plans, verdict.digest)
+    return f"{progress}: {code}" if code else progress
 
 
 def _refused(decided: RecentDecision) -> AdapterRow:

@@ -156,7 +156,4 @@ def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
     resumed = calibrate(base_of(chat), chat.adapter, files, options, **arguments, progress=counted)
     assert min(steps) == CHECK_EVERY + 1
     assert not saved.exists()
-    for one, other in zip(whole.plan.modules, resumed.plan.modules, strict=True):
-        assert one.action == other.action
-        if one.transform:
-            assert torch.allclose(one.matrix(), other.matrix(), atol=1e-4)
+    assert resumed.plan == whole.plan  # bit for bit

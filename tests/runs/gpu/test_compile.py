@@ -16,7 +16,7 @@ MOST_STACK_SM_100 = 8192
 What is slow there is right all the same."""
 
 
-@pytest.fixture(params=["oldest", "pinned"])
+@pytest.fixture(params=[pytest.param("oldest", marks=pytest.mark.slow), "pinned"])  # it is fetched
 def triton(request):
     """The folder of a Triton; None: the pinned one, which is installed."""
     return oldest_triton() if request.param == "oldest" else None
