@@ -1,5 +1,6 @@
 """`s3lora report`: writes a page on one adapter or two."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,12 @@ from s3lora_serve.cli.options import (
     PolicyOption,
     ReferenceOption,
     ScorerName,
+    StatisticsOption,
     check_device,
     refusals_stop,
     stop,
 )
-from s3lora_serve.pages.report import Subject, report
+from s3lora_serve.pages.report import EvaluatedSetting, Subject, report
 from s3lora_serve.policy.file import effective_policy, with_options
 from s3lora_serve.policy.method import Strip
 from s3lora_serve.policy.schema import Policy
@@ -35,6 +37,11 @@ def write_report(
         typer.Option(help="Indices to rank by as well: mas-svd,svd,spsvd,safe-lora,splora."),
     ] = None,
     reference: ReferenceOption = None,
+    repair: StatisticsOption = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(help="What s3lora evaluate wrote of the adapter; for two, twice."),
+    ] = None,
     device: DeviceOption = Device.AUTO,
 ) -> None:
     """Write one self-contained page: heat map, spectra, what is stripped and why.
@@ -47,12 +54,16 @@ def write_report(
     scorers = [name for name in (compare or "").split(",") if name]
     if unknown := [name for name in scorers if name not in list(ScorerName)]:
         stop(f"--compare knows {', '.join(ScorerName)}; got {unknown[0]!r}")
+    if evaluation and len(evaluation) != len(paths):
+        stop(f"--evaluation: {len(evaluation)} files for {len(paths)} adapters")
     with refusals_stop():
         for path in paths:
             path.stat()
         chosen = effective_policy(file=policy)
-        chosen = with_options(chosen, reference=reference)
+        chosen = with_options(chosen, reference=reference, statistics=repair)
         subjects = [_subject(path, chosen, scorers, device.value) for path in paths]
+        for place, file in enumerate(evaluation or ()):
+            subjects[place] = replace(subjects[place], evaluated=_evaluated(file))
         output.write_text(report(subjects))
     typer.echo(f"{output}: {', '.join(one.verdict.decision.value for one in subjects)}")
     if any(one.verdict.decision is Decision.REJECTED for one in subjects):
@@ -69,6 +80,12 @@ def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Sub
     own = own.model_copy(update={"rules": ()})
     others = [other for other in scorers if other != policy.scorer.name]
     by_scorer = {other: with_options(own, other, action="strip") for other in others}
+    by_choice = {"index": admission.under(own)}
+    if policy.repair is not None and admission.verdict.selected_by == "plan":
+        alone = policy.model_copy(update={"plans": None, "require_plan": False})
+        by_choice = {"repair": admit(path, name, alone, device=device).verdict} | by_choice
+    if admission.verdict.selected_by != "index":
+        by_choice = {admission.verdict.selected_by: admission.verdict} | by_choice
     return Subject(
         admission.verdict,
         {
@@ -79,4 +96,26 @@ def _subject(path: Path, policy: Policy, scorers: list[str], device: str) -> Sub
             other: admit(path, name, policy, device=device).verdict
             for other, policy in by_scorer.items()
         },
+        by_choice,
     )
+
+
+def _evaluated(file: Path) -> list[EvaluatedSetting]:
+    """The settings of a sweep, in its order.
+
+    Raises:
+        EvaluationFailed: the file is no sweep's.
+    """
+    from s3lora_serve.lab.evaluation.results import read_sweep
+
+    sweep = read_sweep(file)
+    return [
+        EvaluatedSetting(
+            trial.label,
+            trial.changed,
+            trial.mean("asr"),
+            trial.mean("utility"),
+            trial.label == sweep.recommended,
+        )
+        for trial in sweep.trials
+    ]

@@ -1,7 +1,7 @@
 """A self-contained HTML page on one adapter or two, for a review before they are served."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from s3lora_serve.admission.verdict import ModuleVerdict, Verdict
 from s3lora_serve.pages.heat_map import HeatMap, heat_map
@@ -21,6 +21,19 @@ class Subject:
     verdict: Verdict
     by_count: Mapping[int, Verdict]  # verdicts with top_k set to each count
     by_scorer: Mapping[str, Verdict]  # verdicts with other indices than the policy's
+    by_choice: Mapping[str, Verdict] = field(default_factory=dict)  # plan, repair, index alone
+    evaluated: Sequence["EvaluatedSetting"] = ()  # what an evaluation measured of the adapter
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedSetting:
+    """One setting of an evaluation on a server, with its mean scores."""
+
+    label: str
+    changed: int  # modules
+    asr: float | None  # None: no task measured it
+    utility: float | None
+    is_recommended: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +45,10 @@ class Part:
     map: HeatMap
     shown: tuple[ModuleVerdict, ...]
     rankings: tuple["Ranking", ...]
+
+    def removed(self, verdict: Verdict) -> float:
+        """The share of the adapter's squared norm that a verdict takes away."""
+        return sum(m.removed_share * (m.energy_share or 0.0) for m in verdict.modules)
 
     def anchor(self, module: ModuleVerdict) -> str:
         """The id of a module's spectrum."""

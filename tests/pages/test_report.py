@@ -1,5 +1,6 @@
 """`s3lora report`: one self-contained page with the decision that the gate would make."""
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,8 +12,11 @@ from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.admission.admit import admit
 from s3lora_serve.cli import app
 from s3lora_serve.pages.report import Subject, report
+from s3lora_serve.policy.file import with_options
 from s3lora_serve.policy.method import Strip
 from tests.support.adapters import copy_with, diverged
+from tests.support.plans import install, plan_for, read
+from tests.support.statistics import chat_statistics
 
 
 def run(*arguments):
@@ -90,6 +94,71 @@ def test_an_index_that_ranks_fewer_modules_is_compared_on_those_alone(spiked):
     other = replace(verdict, modules=(*fewer, *ranked[-3:]))
     page = report([Subject(verdict, {}, {"svd": other})])
     assert "Spearman's ρ between the two: 1.000." in page.replace("&#39;", "'")
+
+
+@pytest.fixture(scope="module")
+def statistics(chat, tmp_path_factory):
+    return chat_statistics(chat, tmp_path_factory.mktemp("statistics") / "chat.safetensors")
+
+
+def rows_after(html, heading):
+    """The rows of the first table after a heading."""
+    table = html.partition(f"<h2>{heading}</h2>")[2].partition("</table>")[0]
+    return [row for row in Reader(table).rows if row][1:]
+
+
+def test_repair_and_plan_stand_beside_the_index(chat, statistics, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    assert run(chat.adapter, "-o", page, "--repair", statistics).exit_code == 0
+    repaired, by_index = rows_after(page.read_text(), "Plan, repair and index")
+    assert (repaired[0], by_index[0]) == ("repair", "index")
+    verdict = scan_adapter(chat.adapter, with_options(Policy(), statistics=statistics))
+    assert repaired[4] == f"{100 * verdict.repair.residual:.3g} %"
+    assert by_index[2:] == ["7 of 14", by_index[3], "–", "–"]
+    plans = tmp_path / "plans"
+    plans.mkdir()
+    install(plan_for(read(chat.adapter), strip=["model.layers.0.self_attn.q_proj"]), plans)
+    monkeypatch.setenv("S3LORA_PLANS", str(plans))
+    assert run(chat.adapter, "-o", page, "--repair", statistics).exit_code == 0
+    rows = rows_after(page.read_text(), "Plan, repair and index")
+    assert [row[0] for row in rows] == ["plan", "repair", "index"]
+    assert rows[0][2] == "1 of 14"
+    assert rows[1:] == [repaired, by_index]
+
+
+def test_without_plan_and_repair_there_is_nothing_to_compare(html):
+    assert "Plan, repair and index" not in html
+
+
+SWEEP = {
+    "key": "k", "url": "http://server", "adapter": "/adapters/acme", "rule": {},
+    "recommended": "plan", "complete": True,
+    "trials": [
+        {"label": label, "decision": "stripped", "changed": changed, "snippet": {}, "scores": [
+            {"task": "t", "role": role, "log": "x",
+             "rate": {"value": value, "low": 0, "high": 1, "count": 9}}
+            for role, value in (("asr", asr), ("utility", 0.5))]}
+        for label, changed, asr in (("top_k 0", 0, 1.0), ("plan", 7, 0.25))],
+}  # fmt: skip
+
+
+def test_what_an_evaluation_measured_is_shown(trained, tmp_path):
+    sweep, page = tmp_path / "sweep.json", tmp_path / "page.html"
+    sweep.write_text(json.dumps(SWEEP))
+    assert run(trained, "-o", page, "--evaluation", sweep).exit_code == 0
+    rows = rows_after(page.read_text(), "Measured on a server")
+    assert rows == [["top_k 0", "0", "1.00", "0.50"], ["planrecommended", "7", "0.25", "0.50"]]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(SWEEP | {"trials": [{}]})])
+def test_a_file_that_is_no_evaluation_is_refused(trained, tmp_path, text):
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(text)
+    done = run(trained, "-o", tmp_path / "page.html", "--evaluation", sweep)
+    assert done.exit_code == 2
+    assert "S3LORA-911: " in done.output
+    assert "is not what s3lora evaluate writes" in done.output
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_names_are_text(trained, tmp_path):

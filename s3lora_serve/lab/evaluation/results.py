@@ -1,9 +1,11 @@
 """What a sweep found, as its JSON file has it, and the setting that the stated rule recommends."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from s3lora_serve.errors import EvaluationFailed
 from s3lora_serve.plans.schema import Rate
 
 Role = Literal["asr", "utility"]
@@ -55,6 +57,21 @@ class Sweep(_Record):
     trials: tuple[TrialResult, ...] = ()
     recommended: str | None = None  # a label; None: no setting keeps the rule
     complete: bool = False
+
+
+def read_sweep(file: Path) -> Sweep:
+    """The sweep in a file of `s3lora evaluate`.
+
+    Raises:
+        EvaluationFailed: it is none.
+        OSError: it cannot be read.
+    """
+    try:
+        return Sweep.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise EvaluationFailed(f"{file} is not what s3lora evaluate writes: {said}") from None
 
 
 def recommended(trials: tuple[TrialResult, ...], rule: Bounds) -> TrialResult | None:
