@@ -192,6 +192,9 @@ def test_list_is_rendered_one_adapter_at_a_time_and_says_what_it_said(client, se
     page = [one.verdict.as_json(spectra=False) for one in served.all()[3:5]]
     assert found == {"offset": 3, "total": 120, "adapters": page}
     assert client.get("/s3lora/adapters?offset=500").json()["adapters"] == []
+    answer = client.get("/s3lora/adapters?limit=1000&modules=false")
+    assert [one["modules"] for one in answer.json()["adapters"]] == 120 * [[]]
+    assert len(answer.content) < 120 * 1500
     with client.stream("GET", "/s3lora/adapters?limit=1000") as answer:
         assert "content-length" not in answer.headers  # sent as it is made
     found = client.post("/s3lora/recheck").json()

@@ -105,7 +105,7 @@ class FleetServer:
     def _verdicts(self) -> Iterator[dict[str, Any]]:
         offset = 0
         while True:
-            path = f"/s3lora/adapters?offset={offset}&limit={PAGE}"
+            path = f"/s3lora/adapters?offset={offset}&limit={PAGE}&modules=false"
             answer = self._answer("GET", path)
             try:
                 found = answer.json()["adapters"]
