@@ -52,7 +52,6 @@ _CONTRACT: _Contract = (
     (LRUCacheWorkerLoRAManager, "create_lora_manager", ("self", "model", "vllm_config")),
     (LoRAModelManager, "activate_adapter", ("self", "lora_id")),
     (LoRAModelManager, "add_adapter", ("self", "adapter")),
-    (LoRAModelRunnerMixin, "add_lora", ("self", "lora_request")),
     (LoRAModelRunnerMixin, "remove_lora", ("self", "lora_id")),
     (AsyncLLM, "add_lora", ("self", "lora_request")),
     (AsyncLLM, "remove_lora", ("self", "lora_id")),
@@ -125,7 +124,7 @@ def check_model_runners() -> None:
         ContractBroken: one loads or removes adapters by methods of its own.
     """
     for runner in compat.model_runners():
-        for name in ("load_lora_model", "add_lora", "remove_lora"):
+        for name in ("load_lora_model", "remove_lora"):
             if getattr(runner, name, None) is not getattr(LoRAModelRunnerMixin, name):
                 broken(f"{runner.__module__}.GPUModelRunner has a {name} of its own")
 

@@ -6,10 +6,10 @@ from s3lora_serve.settings import load_settings
 from s3lora_serve.spectral import report_fallbacks_to
 from s3lora_serve.telemetry.policy_gauge import leave_out_former_policies
 from s3lora_serve.vllm_plugin import compat, contract, front_end, patches, resolver_patches
+from s3lora_serve.vllm_plugin.api.adapter_registrations import AdapterRegistrations
 from s3lora_serve.vllm_plugin.api.llm_engine_admission import LLMEngineAdmission
 from s3lora_serve.vllm_plugin.api.name_locks import NameLocks
 from s3lora_serve.vllm_plugin.api.registration import registering
-from s3lora_serve.vllm_plugin.api.registrations import Registrations
 from s3lora_serve.vllm_plugin.api.resolver_guard import ResolverGuard
 from s3lora_serve.vllm_plugin.engine.base_model_tokens import clear_base_model_tokens
 from s3lora_serve.vllm_plugin.engine.loader import AdapterLoader
@@ -20,7 +20,7 @@ from s3lora_serve.vllm_plugin.engine.worker_methods import WorkerMethods
 from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
 from s3lora_serve.vllm_plugin.vllm_version import is_supported
 
-_registrations: Registrations | None = None
+_registrations: AdapterRegistrations | None = None
 _installed = False
 
 
@@ -49,7 +49,7 @@ def install() -> None:
     WorkerMethods(process, loader).install()
     if process.policy.mode != "off":
         process.store.prepare()
-        _registrations = Registrations(process)
+        _registrations = AdapterRegistrations(process)
         patches.compare_requests_by_name_and_id()
         clear_base_model_tokens()
         match_patterns()
@@ -93,6 +93,6 @@ def _check_front_end(policy: Policy) -> None:
     compat.logger.warning("s3lora: %s", reason)
 
 
-def registrations() -> Registrations | None:
+def registrations() -> AdapterRegistrations | None:
     """The registrations of this process, if the gate is installed and its mode is not off."""
     return _registrations

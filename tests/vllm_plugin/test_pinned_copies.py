@@ -8,12 +8,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from s3lora_serve.vllm_plugin.bounded_map import MAX_ENTRIES
-from s3lora_serve.vllm_plugin.pinned_copies import (
-    FIRST_REPLACEMENT_ID,
-    PinnedCopies,
-    PinnedCopy,
-    ReplacementIds,
-)
+from s3lora_serve.vllm_plugin.pinned_copies import PinnedCopies, PinnedCopy
+from s3lora_serve.vllm_plugin.replacement_ids import FIRST_REPLACEMENT_ID, ReplacementIds
 
 A, B = Path("/store/a"), Path("/store/b")
 

@@ -10,7 +10,8 @@ from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api.preload_reports import reported
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers, while_alive
 from s3lora_serve.vllm_plugin.guarded_process import GuardedProcess
-from s3lora_serve.vllm_plugin.pinned_copies import PinnedCopy, ReplacementIds
+from s3lora_serve.vllm_plugin.pinned_copies import PinnedCopy
+from s3lora_serve.vllm_plugin.replacement_ids import ReplacementIds
 
 
 class EngineLoad:

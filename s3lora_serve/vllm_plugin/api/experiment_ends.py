@@ -9,7 +9,7 @@ from s3lora_serve.errors import ExperimentClosed, Reason, S3LoRAError
 from s3lora_serve.policy.experiment import check_open
 from s3lora_serve.policy.schema import Policy
 from s3lora_serve.vllm_plugin import compat
-from s3lora_serve.vllm_plugin.api.registrations import Registrations
+from s3lora_serve.vllm_plugin.api.adapter_registrations import AdapterRegistrations
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 
 RETRY_SECONDS = 1.0
@@ -27,7 +27,7 @@ class ExperimentEnds:
         self._look = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def watch(self, registrations: Registrations, models: Any) -> None:
+    def watch(self, registrations: AdapterRegistrations, models: Any) -> None:
         """Look at the experiments that are registered now, and at each until it ends.
 
         `models` is vLLM's registry of served models.
@@ -38,7 +38,7 @@ class ExperimentEnds:
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._run(registrations, models))
 
-    async def _run(self, registrations: Registrations, models: Any) -> None:
+    async def _run(self, registrations: AdapterRegistrations, models: Any) -> None:
         allowed: dict[int, Policy] = {}  # by adapter id: the policy that was found to allow it
         while True:
             self._look.clear()
@@ -58,7 +58,7 @@ class ExperimentEnds:
                 await asyncio.wait_for(self._look.wait(), wait)
 
 
-def _experiments(registrations: Registrations) -> list[ServedAdapter]:
+def _experiments(registrations: AdapterRegistrations) -> list[ServedAdapter]:
     return [one for one in registrations.served.all() if one.experiment is not None]
 
 
@@ -89,7 +89,7 @@ def _seconds_left(policy: Policy, one: ServedAdapter) -> float | None:
 
 
 async def _end(
-    registrations: Registrations, models: Any, one: ServedAdapter, reason: Reason
+    registrations: AdapterRegistrations, models: Any, one: ServedAdapter, reason: Reason
 ) -> None:
     """Unload an experiment, and report it; one that was ended or replaced meanwhile is left."""
     name = one.verdict.name

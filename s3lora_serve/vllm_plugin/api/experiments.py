@@ -13,17 +13,17 @@ from s3lora_serve.policy.schema import Policy
 from s3lora_serve.telemetry.events import EXPERIMENT
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.admission_controller import Experiment
+from s3lora_serve.vllm_plugin.api.adapter_registrations import AdapterRegistrations
 from s3lora_serve.vllm_plugin.api.answers import JSONResponse, not_found, refused
 from s3lora_serve.vllm_plugin.api.experiment_ends import ExperimentEnds
 from s3lora_serve.vllm_plugin.api.registration import registering
-from s3lora_serve.vllm_plugin.api.registrations import Registrations
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 
 
 class ExperimentRoutes:
     """`/s3lora/experiments`: what may be set, registration, and its end."""
 
-    def __init__(self, in_force: Callable[[], Registrations]) -> None:
+    def __init__(self, in_force: Callable[[], AdapterRegistrations]) -> None:
         self._in_force = in_force
         self._ends = ExperimentEnds()
 

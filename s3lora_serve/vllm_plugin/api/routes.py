@@ -15,6 +15,7 @@ from s3lora_serve.policy.schema import Policy
 from s3lora_serve.store.stored_spectra import with_spectra
 from s3lora_serve.vllm_plugin import compat
 from s3lora_serve.vllm_plugin.api import openapi
+from s3lora_serve.vllm_plugin.api.adapter_registrations import AdapterRegistrations
 from s3lora_serve.vllm_plugin.api.answers import (
     GateOff,
     JSONResponse,
@@ -29,7 +30,6 @@ from s3lora_serve.vllm_plugin.api.client import ClientNote
 from s3lora_serve.vllm_plugin.api.experiments import ExperimentRoutes, described
 from s3lora_serve.vllm_plugin.api.html_page import one_adapter, overview
 from s3lora_serve.vllm_plugin.api.registration import Registration, registering
-from s3lora_serve.vllm_plugin.api.registrations import Registrations
 from s3lora_serve.vllm_plugin.api.rendering import Rendering, dumps, verdict_json
 from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter
 from s3lora_serve.vllm_plugin.api.worker_calls import call_workers
@@ -45,7 +45,7 @@ class GateRoutes:
     name = "s3lora"
     required_tasks = None
 
-    def __init__(self, registrations: Callable[[], Registrations | None]) -> None:
+    def __init__(self, registrations: Callable[[], AdapterRegistrations | None]) -> None:
         """Take what returns the registrations of this process, None while the mode is off."""
         self._registrations = registrations
         self._in_force = in_force(registrations)

@@ -54,7 +54,7 @@ class _Registered:
     unchanged: bool  # True: the engine had the same content under this name before
 
 
-class Registrations:
+class AdapterRegistrations:
     """Registers adapters in one API server process."""
 
     def __init__(self, process: GuardedProcess) -> None:
