@@ -55,17 +55,11 @@ class FleetServer:
             ServerFailed: it does not answer, or is not guarded.
         """
         experiments = self._experiments()
-        return [
-            Served(
-                self.url,
-                each["name"],
-                each["path"],
-                each["digest"],
-                each["plan_digest"] if each["selected_by"] == "plan" else None,
-            )
-            for each in self._verdicts()
-            if each["digest"] is not None and each["name"] not in experiments
-        ]
+        try:
+            found = [_served(self.url, each) for each in self._verdicts() if each["digest"]]
+        except (KeyError, TypeError) as error:
+            raise ServerFailed(f"{self.url} answers with no verdicts: {error!r}") from None
+        return [each for each in found if each.name not in experiments]
 
     def at_work(self, names: Sequence[str]) -> set[str]:
         """Which of these adapters have requests under way, as far as the server's metrics say."""
@@ -79,7 +73,8 @@ class FleetServer:
             for family in families
             for sample in family.samples
             if sample.name == AT_WORK
-            for value in sample.labels.values()
+            for label, value in sample.labels.items()
+            if label.endswith("lora_adapters")
         ]
         return {name for name in names if any(name in value.split(",") for value in values)}
 
@@ -100,24 +95,32 @@ class FleetServer:
 
     def _experiments(self) -> set[str]:
         answer = self._answer("GET", "/s3lora/experiments")
-        return set(answer.json()["registered"]) if answer.status_code == 200 else set()
+        if answer.status_code != 200:  # it loads no adapters at run time
+            return set()
+        return set(self._value(answer, "registered"))
 
     def _verdicts(self) -> Iterator[dict[str, Any]]:
         offset = 0
         while True:
             path = f"/s3lora/adapters?offset={offset}&limit={PAGE}&modules=false"
-            answer = self._answer("GET", path)
-            try:
-                found = answer.json()["adapters"]
-            except (ValueError, KeyError, TypeError):
-                raise ServerFailed(
-                    f"{self.url} is no guarded server: {path} answered {answer.status_code}"
-                    f" {answer.text[:100]!r}"
-                ) from None
+            found = self._value(self._answer("GET", path), "adapters")
             yield from found
             if len(found) < PAGE:
                 return
             offset += PAGE
+
+    def _value(self, answer: httpx.Response, key: str) -> list[Any]:
+        """A list in a server's JSON answer."""
+        try:
+            found = answer.json()[key]
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if not isinstance(found, list):
+            raise ServerFailed(
+                f"{self.url} is no guarded server: {answer.url.path} answered"
+                f" {answer.status_code} {answer.text[:100]!r}"
+            )
+        return found
 
     def _answer(
         self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = SECONDS
@@ -126,6 +129,11 @@ class FleetServer:
             return self._client.request(method, path, json=body, timeout=seconds)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerFailed(f"{self.url}: {str(error) or type(error).__name__}") from None
+
+
+def _served(server: str, verdict: dict[str, Any]) -> Served:
+    plan = verdict["plan_digest"] if verdict["selected_by"] == "plan" else None
+    return Served(server, verdict["name"], verdict["path"], verdict["digest"], plan)
 
 
 def holds(path: str, digest: str) -> bool:
