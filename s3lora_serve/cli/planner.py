@@ -173,8 +173,14 @@ def _run(planner: "Planner", interval: float, *, once: bool) -> bool:
         signal.signal(signal.SIGINT, end)
     try:
         while not ended.is_set():
-            left = planner.round()
-            if once and not left:
+            try:
+                left = planner.round()
+            except OSError as error:  # storage that is away comes back
+                typer.echo(f"s3lora: {error.filename}: {error.strerror}", err=True)
+                left = 1
+            if once and planner.obstacle is not None:
+                return True
+            if once and not (left or planner.is_working):
                 return planner.has_failed
             ended.wait(POLL_SECONDS if planner.is_working else interval)
     finally:

@@ -33,6 +33,14 @@ def test_another_adapter_than_the_registered_one_is_nobodys(registrations, other
     assert registrations.path(other) == other.lora_path
 
 
+def test_another_servers_registration_of_a_served_adapter_leaves_it_served(registrations):
+    registrations.end(7)
+    registrations.add(7, "acme/support", "/store/a", "/tenants/acme", is_under_way=True)
+    assert not registrations.is_under_way(request())
+    registrations.add(7, "acme/support", "/store/b", "/tenants/acme", is_under_way=True)
+    assert registrations.is_under_way(request(path="/store/b"))
+
+
 def test_a_removed_adapter_is_forgotten(registrations):
     registrations.remove(7)
     registrations.end(7)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from s3lora_serve.adapter.reader import Adapter, Module
-from s3lora_serve.errors import DoesNotFitModel
+from s3lora_serve.errors import DoesNotFitModel, NotFinite
 
 By = Literal["subspace", "component", "module"]
 
@@ -41,9 +41,12 @@ class GatedLinear(nn.Module):
         self.register_buffer("S", (S * module.scaling).float(), persistent=False)
         self.register_buffer("V", V.to(dtype), persistent=False)
         self.gate: Tensor | None = None  # M, (k, k); None: the update as it is
+        self.is_removed = False  # the layer is the base model's alone, whatever the update holds
 
     def forward(self, x: Tensor) -> Tensor:
         """`W·x + U·M·S·Vᵀ·x`."""
+        if self.is_removed:
+            return self.linear(x)  # type: ignore[no-any-return]
         inner = (x @ self.V) * self.S.to(x.dtype)
         if self.gate is not None:
             inner = inner @ self.gate.to(x.dtype).T
@@ -67,7 +70,7 @@ class GatedAdapter:
     def set(self, gates: Sequence[Tensor | None]) -> None:
         """Set M of every module."""
         for layer, gate in zip(self.layers, gates, strict=True):
-            layer.gate = gate
+            layer.gate, layer.is_removed = gate, False
 
     def keep(self) -> None:
         """Serve the adapter as it is."""
@@ -75,7 +78,8 @@ class GatedAdapter:
 
     def remove(self) -> None:
         """Serve the base model alone."""
-        self.set([torch.zeros(len(s), len(s), device=s.device) for s in self._spectra()])
+        for layer in self.layers:
+            layer.is_removed = True
 
     def removed_shares(self, gates: Sequence[Tensor]) -> Tensor:
         """`1 − ‖M·S‖_F² / ‖S‖_F²` for each module, float32."""
@@ -99,12 +103,15 @@ def attach(model: Any, adapter: Adapter) -> GatedAdapter:
 
     Raises:
         DoesNotFitModel: the model has no such linear layer, or it has another shape.
+        NotFinite: an update is too large for the model's layers.
     """
     places = [_place(model, module) for module in adapter.modules]
     layers = []
     for module, (parent, leaf) in zip(adapter.modules, places, strict=True):
         linear = getattr(parent, leaf)
         layers.append(GatedLinear(linear, module, linear.weight.dtype).to(linear.weight.device))
+        if not layers[-1].S.isfinite().all():
+            raise NotFinite(f"module {module.name} has singular values that float32 cannot hold")
     for layer, (parent, leaf) in zip(layers, places, strict=True):
         setattr(parent, leaf, layer)
     return GatedAdapter(adapter.modules, tuple(layers), tuple(places))

@@ -1,6 +1,7 @@
 """A saved search, from which a calibration goes on after an interruption."""
 
 import pickle
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class SavedSearch:
 
     def save(self, **state: Any) -> None:
         """Save the state, whole or not at all."""
-        part = self.path.with_name(self.path.name + ".part")
+        part = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
         torch.save({"key": self.key, **state}, part)
         part.replace(self.path)
 

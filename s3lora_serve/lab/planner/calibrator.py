@@ -6,7 +6,7 @@ import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -63,6 +63,7 @@ class CalibrationEnd:
     told: str = ""  # what the plan changes, in a few words
     reason: Reason | None = None
     may_pass: bool = False  # whether another try may end otherwise
+    is_planners: bool = False  # base model or probes are at fault, and no adapter
 
 
 class Calibrators(Protocol):
@@ -101,7 +102,9 @@ def calibration_end(
         )
     except (ChangedWhileCopying, NotAnAdapter, GateFailed) as error:  # its storage may come back
         return ended(error, may_pass=True)
-    except (AdapterRejected, BaseUnaligned, BaseModelUnfit) as error:
+    except (BaseUnaligned, BaseModelUnfit) as error:
+        return replace(ended(error, may_pass=True), is_planners=True)
+    except AdapterRejected as error:
         return ended(error, may_pass=False)
     except (MemoryError, RuntimeError, OSError) as error:
         said = f"{type(error).__name__}: {str(error)[:300]}"

@@ -31,12 +31,17 @@ class Served:
     name: str
     path: str  # that it was registered with
     digest: str
+    config_digest: str | None
     plan_digest: str | None  # of the plan that decided on it
 
     @property
     def tenant(self) -> str:
         """The name's first part, as the policy's rates have it."""
         return self.name.partition("/")[0]
+
+
+class LoadRefused(ServerFailed):
+    """The server refuses an adapter: it would refuse it again."""
 
 
 class FleetServer:
@@ -68,26 +73,26 @@ class FleetServer:
             families = list(text_string_to_metric_families(text))
         except (httpx.HTTPError, ValueError):
             return set()
-        values = [
-            value
-            for family in families
-            for sample in family.samples
-            if sample.name == AT_WORK
-            for label, value in sample.labels.items()
-            if label.endswith("lora_adapters")
-        ]
-        return {name for name in names if any(name in value.split(",") for value in values)}
+        samples = [s for family in families for s in family.samples if s.name == AT_WORK]
+        if not samples:
+            return set()
+        # vLLM keeps a series for each set of adapters that it ever had; the value is its time.
+        now = max(samples, key=lambda sample: sample.value)
+        listed = [v for label, v in now.labels.items() if label.endswith("lora_adapters")]
+        return set(names) & {name for text in listed for name in text.split(",")}
 
     def load_again(self, adapter: Served) -> None:
         """Register an adapter again under its name and path, in place.
 
         Raises:
-            ServerFailed: the server refuses it, or does not answer.
+            LoadRefused: the server refuses it.
+            ServerFailed: it does not answer, or turns the load away for now.
         """
         body = {"lora_name": adapter.name, "lora_path": adapter.path, "load_inplace": True}
         answer = self._answer("POST", "/v1/load_lora_adapter", body, LOAD_SECONDS)
         if answer.status_code != 200:
-            raise ServerFailed(f"{self.url} answered {answer.status_code}: {answer.text[:300]}")
+            said = f"{self.url} answered {answer.status_code}: {answer.text[:300]}"
+            raise LoadRefused(said) if answer.status_code == 400 else ServerFailed(said)
 
     def find(self, name: str) -> Served | None:
         """What the server serves under a name now; None: nothing."""
@@ -95,7 +100,7 @@ class FleetServer:
 
     def _experiments(self) -> set[str]:
         answer = self._answer("GET", "/s3lora/experiments")
-        if answer.status_code != 200:  # it loads no adapters at run time
+        if answer.status_code == 404:  # it loads no adapters at run time
             return set()
         return set(self._value(answer, "registered"))
 
@@ -133,12 +138,14 @@ class FleetServer:
 
 def _served(server: str, verdict: dict[str, Any]) -> Served:
     plan = verdict["plan_digest"] if verdict["selected_by"] == "plan" else None
-    return Served(server, verdict["name"], verdict["path"], verdict["digest"], plan)
+    return Served(
+        server, verdict["name"], verdict["path"], verdict["digest"], verdict["config_digest"], plan
+    )
 
 
 def holds(path: str, digest: str) -> bool:
     """Whether the adapter folder at this path holds the weights with this digest now."""
     try:
         return copy_adapter(Path(path), Limits()).digest == digest
-    except AdapterRejected:
+    except (AdapterRejected, OSError):
         return False

@@ -83,7 +83,10 @@ class PlanState:
         target = self.plans / plan_name(digest)
         part = self.plans / f".{target.name}.{uuid.uuid4().hex}.part"
         try:
-            part.write_text(text)
+            with part.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # a plan that is empty after a power loss would be obeyed
             part.chmod(0o644)
             part.replace(target)
         finally:

@@ -1,7 +1,7 @@
 """Watches guarded servers, and makes a plan for each adapter that is served without one."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -9,15 +9,19 @@ from dataclasses import dataclass
 
 from s3lora_serve.errors import GateFailed, Reason, ServerFailed
 from s3lora_serve.lab.planner.calibrator import CalibrationEnd, CalibrationTask, Calibrators
-from s3lora_serve.lab.planner.fleet import FleetServer, Served, holds
+from s3lora_serve.lab.planner.fleet import FleetServer, Served
+from s3lora_serve.lab.planner.plan_loads import SHORT, PlanLoads
 from s3lora_serve.lab.planner.plan_state import PlanState
 from s3lora_serve.lab.planner.planner_metrics import PlannerMetrics
 
 Say = Callable[[str], None]
 """Takes one line for each change."""
 
-SHORT = 19
-"""Characters of a digest in a line: enough to tell adapters apart."""
+PAUSE_SECONDS = 60.0
+"""From a base model that cannot be loaded, or complies with the probes, to the next try. Ours."""
+
+MAX_TOLD = 10_000
+"""Lines that are remembered so that each is said once: tenants choose how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class _Running:
     waiting: Waiting
     future: "Future[CalibrationEnd]"
     lock: ExitStack
+    started: float  # on the monotonic clock
 
 
 class Planner:
@@ -56,23 +61,35 @@ class Planner:
         self._servers, self._state, self._calibrators = servers, state, calibrators
         self._metrics, self._say = metrics, say
         self._running: dict[str, _Running] = {}  # by digest
-        self._spent: Counter[str] = Counter()  # seconds of calibrations, by tenant
+        self._spent: defaultdict[str, float] = defaultdict(
+            float
+        )  # seconds of calibrations, by tenant
         self._told: dict[str, str] = {}  # the last line of each server and adapter
-        self._tried: set[tuple[str, str, str]] = set()  # (server, name, digest) loaded again
+        self._loads = PlanLoads(servers, self._say_once)
+        self._paused_until = 0.0  # on the monotonic clock
+        self.obstacle: str | None = None  # why no adapter at all can be calibrated
         self.has_failed = False  # at the last look: one is given up, or a server does not answer
 
     def round(self) -> int:
-        """Look at all servers, end and begin calibrations; how many adapters wait for a plan."""
+        """Look at all servers, end and begin calibrations; how many adapters wait for a plan.
+
+        Those count too whose plan a server has yet to take.
+
+        Raises:
+            OSError: the storage of plans or records fails.
+        """
         self._end_calibrations()
         served = self._looked()
         by_digest: dict[str, list[Served]] = {}
         for each in served:
             by_digest.setdefault(each.digest, []).append(each)
-        self._apply(by_digest)
+        ready = [each for each in served if self._state.has_plan(each.digest)]
+        untaken = self._loads.apply(ready)
+        self.has_failed |= untaken > 0
         waiting = self._waiting(by_digest)
         self._begin(waiting)
         self._state.prune()
-        return len(waiting)
+        return len(waiting) + untaken
 
     @property
     def is_working(self) -> bool:
@@ -101,34 +118,6 @@ class Planner:
         self.has_failed = unreachable > 0
         return found
 
-    def _apply(self, by_digest: dict[str, list[Served]]) -> None:
-        """Have servers take plans that lie ready: each is tried once."""
-        for digest, served in by_digest.items():
-            for each in served if self._state.has_plan(digest) else ():
-                if each.plan_digest is None and _key(each) not in self._tried:
-                    self._tried.add(_key(each))
-                    self._say(self._taken(each))
-        self._tried &= {_key(each) for served in by_digest.values() for each in served}
-
-    def _taken(self, adapter: Served) -> str:
-        """What came of registering an adapter again in place, so that its plan takes effect.
-
-        A folder that holds other weights by now is left alone: its owner has not asked the server
-        to serve those.
-        """
-        about = f"{adapter.name!r} on {adapter.server}"
-        if not holds(adapter.path, adapter.digest):
-            return f"{about}: its folder holds other weights than are served, and is left alone"
-        server = next(each for each in self._servers if each.url == adapter.server)
-        try:
-            server.load_again(adapter)
-            now = server.find(adapter.name)
-        except ServerFailed as error:
-            return f"{about} is not registered again: {error}"
-        if now is None or now.plan_digest is None:
-            return f"{about} does not obey its plan: has the server's policy this folder?"
-        return f"{about} obeys plan {now.plan_digest[:SHORT]}"
-
     def _waiting(self, by_digest: dict[str, list[Served]]) -> list[Waiting]:
         """Adapters that wait for a calibration or are in one; those given up are counted apart."""
         now = time.time()
@@ -140,6 +129,11 @@ class Planner:
         at_work = self._at_work(lacking)
         waiting, given_up = [], 0
         for digest, served in lacking.items():
+            if len({each.config_digest for each in served}) > 1:
+                # A plan is for one configuration: the servers would refuse the others.
+                self._say_once(digest, f"{digest[:SHORT]} is served with several configurations")
+                given_up += 1
+                continue
             record = self._state.record(digest)
             if record.has_failed:
                 given_up += 1
@@ -167,6 +161,8 @@ class Planner:
             for each in waiting
             if each.digest not in self._running and self._state.record(each.digest).is_due(now)
         ]
+        if time.monotonic() < self._paused_until:
+            return
         while todo and self._calibrators.free():
             todo.sort(key=self._order)
             self._begin_one(todo.pop(0))
@@ -185,50 +181,66 @@ class Planner:
         if not lock.enter_context(self._state.lock(waiting.digest)):
             lock.close()  # another planner has it
             return
-        if self._state.has_plan(waiting.digest):  # another planner made it meanwhile
+        # Another planner may have ended its work meanwhile.
+        record = self._state.record(waiting.digest)
+        if self._state.has_plan(waiting.digest) or not record.is_due(time.time()):
             lock.close()
             return
         one = waiting.served[0]
         search = self._state.search_file(waiting.digest)
         task = CalibrationTask(waiting.digest, one.path, str(search))
         future = self._calibrators.submit(task)
-        self._running[waiting.digest] = _Running(waiting, future, lock)
+        self._running[waiting.digest] = _Running(waiting, future, lock, time.monotonic())
         self._say(f"{one.name!r} {waiting.digest[:SHORT]}: calibration begins")
 
     def _end_calibrations(self) -> None:
         for digest, running in list(self._running.items()):
             if running.future.done():
+                try:
+                    self._end_one(running)
+                except OSError as error:  # it is written at the next round: minutes went into it
+                    self._say_once(digest, f"{error.filename}: {error.strerror}")
+                    continue
                 del self._running[digest]
-                with running.lock:
-                    self._end_one(running.waiting, _end_of(running.future))
+                running.lock.close()
 
-    def _end_one(self, waiting: Waiting, end: CalibrationEnd) -> None:
+    def _end_one(self, running: _Running) -> None:
+        """Write a plan, or note why there is none.
+
+        Raises:
+            OSError: the storage takes neither.
+        """
+        waiting, end = running.waiting, _end_of(running.future)
         about = f"{waiting.served[0].name!r} {waiting.digest[:SHORT]}"
-        self._spent[waiting.tenant] += int(end.seconds)
-        self._metrics.seconds.observe(end.seconds)
+        if end.is_planners:
+            self._pause(about, end)
+        elif end.plan is not None:
+            self.obstacle = None
+            self._state.write_plan(waiting.digest, end.plan + "\n")
+            self._say(f"{about}: plan made in {end.seconds:.0f} s, {end.told}")
+        else:
+            reason = end.reason or Reason.of(GateFailed("the calibration gave no reason"))
+            record = self._state.note_failure(waiting.digest, reason, may_pass=end.may_pass)
+            then = "given up" if record.has_failed else "tried again later"
+            self._say(f"{about}: no plan, {then}: {reason}")
+        # A worker that died says nothing of its time, which others waited for all the same.
+        taken = time.monotonic() - running.started
+        self._spent[waiting.tenant] += max(taken, end.seconds)
+        self._metrics.seconds.observe(taken)
         self._metrics.plans.labels("made" if end.plan is not None else "failed").inc()
-        if end.plan is not None:
-            try:
-                self._state.write_plan(waiting.digest, end.plan + "\n")
-            except OSError as error:
-                failed = GateFailed(f"{error.filename}: {error.strerror}")
-                end = CalibrationEnd(end.seconds, reason=Reason.of(failed), may_pass=True)
-            else:
-                self._say(f"{about}: plan made in {end.seconds:.0f} s, {end.told}")
-                return
-        reason = end.reason or Reason.of(GateFailed("the calibration gave no reason"))
-        record = self._state.note_failure(waiting.digest, reason, may_pass=end.may_pass)
-        then = "given up" if record.has_failed else "tried again later"
-        self._say(f"{about}: no plan, {then}: {reason}")
+
+    def _pause(self, about: str, end: CalibrationEnd) -> None:
+        """Begin nothing for a while: base model or probes are at fault, and no adapter."""
+        self.obstacle = str(end.reason)
+        self._paused_until = time.monotonic() + PAUSE_SECONDS
+        self._say_once("obstacle", f"no calibration can be made ({about}): {self.obstacle}")
 
     def _say_once(self, about: str, text: str) -> None:
         if self._told.get(about) != text:
+            if len(self._told) >= MAX_TOLD:
+                self._told.clear()
             self._told[about] = text
             self._say(text)
-
-
-def _key(served: Served) -> tuple[str, str, str]:
-    return served.server, served.name, served.digest
 
 
 def _end_of(future: "Future[CalibrationEnd]") -> CalibrationEnd:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class EngineLoad:
                     await self._preload(engine, stored, origin)
                 added = await while_alive(engine, original(engine, request))
             except AdapterRejected as refusal:
+                with suppress(AdapterRejected):  # the engine has ended
+                    await self._refusal(engine, request, path.name)  # the registration has ended
                 return False, Reason.of(refusal)
             return added, await self._refusal(engine, request, path.name)
 

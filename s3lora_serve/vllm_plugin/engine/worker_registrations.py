@@ -26,7 +26,13 @@ class WorkerRegistrations:
     def add(
         self, adapter_id: int, name: str, stored: str, path: str, *, is_under_way: bool
     ) -> None:
-        """Note an adapter of this id and name, which is served from a stored copy."""
+        """Note an adapter of this id and name, which is served from a stored copy.
+
+        One that is served already stays so: each API server registers the static adapters.
+        """
+        before = self._known.get(adapter_id)
+        if before is not None and (before.name, before.stored) == (name, stored):
+            is_under_way = is_under_way and before.is_under_way
         self._known[adapter_id] = WorkerRegistration(name, stored, path, is_under_way)
 
     def end(self, adapter_id: int) -> None:

@@ -1,5 +1,7 @@
 """A calibration on a trained model: the adapter refuses again and keeps its skill."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from peft import PeftModel
@@ -7,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import read_adapter
-from s3lora_serve.errors import BaseUnaligned, DoesNotFitModel
+from s3lora_serve.errors import AdapterRejected, BaseUnaligned, DoesNotFitModel
 from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.language_model import LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
@@ -17,6 +19,7 @@ from s3lora_serve.lab.calibration.gates import attach
 from s3lora_serve.lab.calibration.saved_search import SearchFile
 from s3lora_serve.lab.calibration.search import CHECK_EVERY
 from s3lora_serve.policy.limits import Limits
+from tests.support.adapters import copy_with
 from tests.support.tiny_chat import COMPLIANCE, harmful, make_attacked_adapter, skill
 
 
@@ -129,6 +132,24 @@ def test_a_base_that_serves_many_calibrations_gives_each_the_plan_of_a_fresh_one
     second = len(asked)
     calibrate(base_of(chat), chat.adapter, files, options)
     assert len(asked) - second == second + 3  # the base's answers to three sets of prompts
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e30])
+def test_an_adapter_that_overflows_changes_no_answer_of_the_base_for_later_ones(
+    chat, tmp_path, scale
+):
+    def huge(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.sign() * scale
+
+    folder = copy_with(chat.adapter, tmp_path / "huge", huge)
+    files = _files(chat, "harmful", "benign", "skill")
+    options = CalibrationOptions(max_asr=0.0, steps=2, compare=False, strengths=(0.0, 1.0))
+    shared = base_of(chat)
+    with suppress(AdapterRejected, RuntimeError, ValueError):
+        calibrate(shared, folder, files, options)
+    after = calibrate(shared, chat.adapter, files, options).plan
+    assert after == calibrate(base_of(chat), chat.adapter, files, options).plan
 
 
 def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):

@@ -42,7 +42,7 @@ def server(answers):
 
 def verdict(name, **more):
     own = {"name": name, "path": f"/adapters/{name}", "digest": "sha256:1", "plan_digest": None,
-           "selected_by": "index"}  # fmt: skip
+           "config_digest": "sha256:c", "selected_by": "index"}  # fmt: skip
     return own | more
 
 
@@ -73,7 +73,10 @@ def test_what_is_no_guarded_server_is_said_so(server, answers, body, experiments
 def test_adapters_at_work_are_those_that_the_metrics_name(server, answers):
     gauge = "vllm:lora_requests_info"
     labels = 'running_lora_adapters="acme/a,acme/b",waiting_lora_adapters="initech/c",max_lora="2"'
-    answers["/metrics"] = f"# TYPE {gauge} gauge\n{gauge}{{{labels}}} 1.0\n"
+    former = 'running_lora_adapters="acme",waiting_lora_adapters="",max_lora="2"'
+    answers["/metrics"] = (
+        f"# TYPE {gauge} gauge\n{gauge}{{{labels}}} 9.0\n{gauge}{{{former}}} 8.0\n"
+    )
     assert server.at_work(["acme/a", "acme", "initech/c", "2x"]) == {"acme/a", "initech/c"}
     answers["/metrics"] = "not { metrics"
     assert server.at_work(["acme/a"]) == set()

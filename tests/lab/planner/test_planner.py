@@ -2,12 +2,13 @@
 
 from collections import Counter
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from s3lora_serve.errors import Reason, ServerFailed, TargetMissed
-from s3lora_serve.lab.planner import planner as planning
+from s3lora_serve.errors import BaseUnaligned, Reason, ServerFailed, TargetMissed
+from s3lora_serve.lab.planner import plan_loads
 from s3lora_serve.lab.planner.calibrator import CalibrationEnd
 from s3lora_serve.lab.planner.fleet import Served
 from s3lora_serve.lab.planner.plan_state import PlanState
@@ -29,7 +30,8 @@ class Server:
         self.answers = True
 
     def serve(self, name, number, plan=None):
-        self.names[name] = Served(self.url, name, f"/adapters/{name}", digest(number), plan)
+        path = f"/adapters/{name}"
+        self.names[name] = Served(self.url, name, path, digest(number), "sha256:c", plan)
 
     def adapters(self):
         if not self.answers:
@@ -80,7 +82,7 @@ def plans(tmp_path):
 @pytest.fixture
 def fleet(plans, tmp_path, monkeypatch):
     """(planner, server, workers, lines, registry)."""
-    monkeypatch.setattr(planning, "holds", lambda *_: True)
+    monkeypatch.setattr(plan_loads, "holds", lambda *_: True)
     server, workers, lines, registry = Server(plans), Workers(), [], CollectorRegistry()
     state = PlanState(plans, tmp_path / "state", "inputs")
     planner = Planner([server], state, workers, PlannerMetrics(registry), lines.append)
@@ -121,11 +123,11 @@ def test_a_folder_that_was_replaced_meanwhile_is_left_alone(fleet, monkeypatch):
     planner, server, workers, lines, _ = fleet
     server.serve("acme/one", 1)
     planner.round()
-    monkeypatch.setattr(planning, "holds", lambda *_: False)
+    monkeypatch.setattr(plan_loads, "holds", lambda *_: False)
     workers.end(plan="{}")
     planner.round()
     assert server.loads == []
-    assert "holds other weights than are served" in lines[-1]
+    assert "its folder holds other weights than are served" in lines[-1]
 
 
 def test_a_tenant_with_many_adapters_takes_turns_with_the_others(fleet):
@@ -200,18 +202,96 @@ def test_an_adapter_that_another_planner_works_on_is_left_to_it(fleet, plans, tm
     assert server.loads == ["acme/one"]
 
 
-def test_a_plan_that_cannot_be_written_is_a_failure_that_may_pass(fleet, monkeypatch):
+def test_a_plan_that_cannot_be_written_is_kept_and_written_later(fleet, plans, monkeypatch):
     planner, server, workers, lines, _ = fleet
     server.serve("acme/one", 1)
     planner.round()
+    write = PlanState.write_plan
 
     def full(*_):
         raise OSError(28, "No space left on device", "plans")
 
     monkeypatch.setattr(PlanState, "write_plan", full)
     workers.end(plan="{}")
-    assert planner.round() == 1
-    assert "tried again later: S3LORA-401: plans: No space left on device" in lines[-1]
+    for _round in range(2):
+        assert planner.round() == 1
+    assert sum(line == "plans: No space left on device" for line in lines) == 1
+    assert planner.is_working
+    monkeypatch.setattr(PlanState, "write_plan", write)
+    assert planner.round() == 0
+    assert server.loads == ["acme/one"]
+    assert workers.begun == [1]
+
+
+def test_a_server_that_turns_a_load_away_is_asked_again(fleet):
+    planner, server, workers, lines, _ = fleet
+    server.serve("acme/one", 1)
+    planner.round()
+    load, turned = server.load_again, []
+
+    def busy(adapter):
+        turned.append(adapter.name)
+        raise ServerFailed("http://server answered 429")
+
+    server.load_again = busy
+    workers.end(plan="{}")
+    assert [planner.round() for _ in range(3)] == [1, 1, 1]
+    assert planner.has_failed
+    assert len(turned) == 3
+    assert sum("not registered again yet" in line for line in lines) == 1
+    server.load_again = load
+    assert planner.round() == 0
+    assert server.loads == ["acme/one"]
+
+
+def test_an_adapter_that_was_unloaded_or_moved_meanwhile_is_not_brought_back(fleet):
+    planner, server, workers, _, _ = fleet
+    server.serve("acme/one", 1)
+    planner.round()
+    workers.end(plan="{}")
+    server.find = lambda _name: None
+    planner.round()
+    assert server.loads == []
+
+
+def test_a_base_model_that_cannot_be_used_is_no_adapters_fault(fleet, monkeypatch):
+    planner, server, workers, _, registry = fleet
+    server.serve("acme/one", 1)
+    server.serve("acme/two", 2)
+    planner.round()
+    workers.end(reason=Reason.of(BaseUnaligned("it refuses 0 of 9")), is_planners=True)
+    for _round in range(3):
+        assert planner.round() == 2
+    assert len(workers.begun) == 1  # the next try is in a minute
+    assert "S3LORA-907" in planner.obstacle
+    assert registry.get_sample_value("s3lora_planner_given_up") == 0
+    monkeypatch.setattr(planner, "_paused_until", 0.0)
+    planner.round()
+    assert len(workers.begun) == 2
+
+
+def test_weights_under_two_configurations_get_no_plan(fleet):
+    planner, server, workers, lines, _ = fleet
+    server.serve("acme/one", 1)
+    server.serve("flood/one", 1)
+    server.names["flood/one"] = replace(server.names["flood/one"], config_digest="sha256:d")
+    assert planner.round() == 0
+    assert workers.begun == []
+    assert "is served with several configurations" in lines[-1]
+
+
+def test_the_time_of_a_worker_that_died_is_its_tenants(fleet, monkeypatch):
+    planner, server, workers, _, _ = fleet
+    for number in (1, 2):
+        server.serve(f"flood/{number}", number)
+    server.serve("acme/one", 8)
+    planner.round()
+    first = workers.begun[0]
+    workers.futures[-1].set_exception(RuntimeError("killed"))
+    planner.round()
+    workers.end(plan="{}")
+    planner.round()
+    assert 8 in workers.begun[:2] or first == 8
 
 
 def test_closing_ends_the_workers_and_lets_the_locks_go(fleet, plans, tmp_path):
