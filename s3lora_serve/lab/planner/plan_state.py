@@ -7,24 +7,19 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from s3lora_serve.errors import Reason
+from s3lora_serve.lab.planner.retries import after_failure
 from s3lora_serve.plans.folder import plan_name
 from s3lora_serve.plans.planner_records import PlannerRecord, read_record
 
 MAX_RECORDS = 10_000
 """Adapters that are remembered: tenants choose how many there are. The oldest are forgotten."""
 
-TRIES = 3
-"""Calibrations of one adapter that fail with an error which may pass, before it is given up."""
-
 LEFT_SECONDS = 3600.0
 """Age at which a half-written file is nobody's any more."""
-
-RETRY_SECONDS = 60.0
-"""From a failure that may pass to the next try. It doubles with each."""
 
 
 class PlanState:
@@ -96,17 +91,7 @@ class PlanState:
     def note_failure(self, digest: str, reason: Reason, *, may_pass: bool) -> PlannerRecord:
         """Note that a calibration failed, and when the next one may begin, if one may."""
         before = self.record(digest)
-        count = before.failures + 1
-        again = may_pass and count < TRIES
-        wait = RETRY_SECONDS * 2 ** (count - 1)
-        after = replace(
-            before,
-            inputs=self._inputs,
-            failures=count,
-            code=reason.code,
-            message=reason.message[:500],
-            retry_at=time.time() + wait if again else None,
-        )
+        after = after_failure(before, reason, self._inputs, may_pass=may_pass)
         self._write(digest, after)
         return after
 

@@ -1,7 +1,6 @@
 """Watches guarded servers, and makes a plan for each adapter that is served without one."""
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from s3lora_serve.lab.planner.fleet import FleetServer, Served
 from s3lora_serve.lab.planner.plan_loads import SHORT, PlanLoads
 from s3lora_serve.lab.planner.plan_state import PlanState
 from s3lora_serve.lab.planner.planner_metrics import PlannerMetrics
+from s3lora_serve.lab.planner.turns import Turns, Waiting
 
 Say = Callable[[str], None]
 """Takes one line for each change."""
@@ -22,21 +22,6 @@ PAUSE_SECONDS = 60.0
 
 MAX_TOLD = 10_000
 """Lines that are remembered so that each is said once: tenants choose how many there are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """An adapter without a plan, and where it is served."""
-
-    digest: str
-    served: tuple[Served, ...]
-    since: float  # seconds since 1970
-    is_at_work: bool  # whether requests for it are under way
-
-    @property
-    def tenant(self) -> str:
-        """The tenant of its first name."""
-        return self.served[0].tenant
 
 
 @dataclass(slots=True)
@@ -61,9 +46,7 @@ class Planner:
         self._servers, self._state, self._calibrators = servers, state, calibrators
         self._metrics, self._say = metrics, say
         self._running: dict[str, _Running] = {}  # by digest
-        self._spent: defaultdict[str, float] = defaultdict(
-            float
-        )  # seconds of calibrations, by tenant
+        self._turns = Turns()
         self._told: dict[str, str] = {}  # the last line of each server and adapter
         self._loads = PlanLoads(servers, self._say_once)
         self._paused_until = 0.0  # on the monotonic clock
@@ -164,17 +147,8 @@ class Planner:
         if time.monotonic() < self._paused_until:
             return
         while todo and self._calibrators.free():
-            todo.sort(key=self._order)
+            todo = self._turns.ordered(todo, (each.waiting for each in self._running.values()))
             self._begin_one(todo.pop(0))
-
-    def _order(self, waiting: Waiting) -> tuple[float, bool, float]:
-        """The tenant that took least time comes first, then traffic, then the longest wait."""
-        running = sum(each.waiting.tenant == waiting.tenant for each in self._running.values())
-        spent = self._spent[waiting.tenant] + running * self._mean_seconds()
-        return spent, not waiting.is_at_work, waiting.since
-
-    def _mean_seconds(self) -> float:
-        return max(1.0, sum(self._spent.values()) / max(1, len(self._spent)))
 
     def _begin_one(self, waiting: Waiting) -> None:
         lock = ExitStack()
@@ -225,7 +199,7 @@ class Planner:
             self._say(f"{about}: no plan, {then}: {reason}")
         # A worker that died says nothing of its time, which others waited for all the same.
         taken = time.monotonic() - running.started
-        self._spent[waiting.tenant] += max(taken, end.seconds)
+        self._turns.spend(waiting.tenant, max(taken, end.seconds))
         self._metrics.seconds.observe(taken)
         self._metrics.plans.labels("made" if end.plan is not None else "failed").inc()
 

@@ -10,7 +10,8 @@ import pytest
 
 from s3lora_serve.errors import GateFailed, Reason, TargetMissed
 from s3lora_serve.lab.planner import plan_state
-from s3lora_serve.lab.planner.plan_state import TRIES, PlanState
+from s3lora_serve.lab.planner.plan_state import PlanState
+from s3lora_serve.lab.planner.retries import RETRY_SECONDS, TRIES
 
 DIGEST = "sha256:" + "a" * 64
 HOLDER = """
@@ -65,7 +66,7 @@ def test_a_failure_that_may_pass_is_tried_again_a_few_times_and_then_given_up(st
         record = state.note_failure(DIGEST, reason, may_pass=True)
         assert not record.has_failed
         assert not record.is_due(time.time())
-        assert record.is_due(time.time() + plan_state.RETRY_SECONDS * 2**number)
+        assert record.is_due(time.time() + RETRY_SECONDS * 2**number)
     assert state.note_failure(DIGEST, reason, may_pass=True).has_failed
     assert state.record(DIGEST).has_failed
 
