@@ -52,7 +52,12 @@ def _check_reference(policy: Policy) -> None:
         check_reference(policy)
 
 
-def _check_statistics(policy: Policy) -> None:
+def check_named_statistics(policy: Policy) -> None:
+    """Check the statistics that a policy names, if it names any.
+
+    Raises:
+        PolicyInvalid: they cannot be used, or can be written by others.
+    """
     if policy.repair is not None:
         from s3lora_serve.admission.repairing import check_statistics
 
@@ -86,7 +91,10 @@ POLICY_FILES = (
         lambda policy: (f"{policy.scorer.reference}, for {policy.scorer.name}", True),
     ),
     PolicyFile(
-        "statistics", lambda policy: policy.repair is not None, _check_statistics, _told_statistics
+        "statistics",
+        lambda policy: policy.repair is not None,
+        check_named_statistics,
+        _told_statistics,
     ),
     PolicyFile("signers", _names_signers, check_trusted, _told_signers),
 )

@@ -99,6 +99,12 @@ def refusals_stop() -> Iterator[None]:
         stop(str(error))
 
 
+def check_url(url: str) -> None:
+    """Stop if a server's URL is none of HTTP."""
+    if not url.startswith(("http://", "https://")):
+        stop(f"{url}: expected http://HOST:PORT")
+
+
 def stop(problem: str) -> NoReturn:
     """Print a problem and exit with the code of wrong usage."""
     typer.echo(f"s3lora: {problem}", err=True)

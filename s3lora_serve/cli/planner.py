@@ -27,6 +27,7 @@ from s3lora_serve.cli.options import (
     Dtype,
     ModelDeviceOption,
     check_device,
+    check_url,
     refusals_stop,
     stop,
     torch_device,
@@ -88,8 +89,8 @@ def planner(
     check_device(device)
     if find_spec("transformers") is None:
         stop("planner needs transformers: install s3lora-serve with its extra [calibrate]")
-    if unfit := [url for url in urls if not url.startswith(("http://", "https://"))]:
-        stop(f"{unfit[0]}: expected http://HOST:PORT")
+    for url in urls:
+        check_url(url)
     with refusals_stop():
         from s3lora_serve.lab.calibration.calibrate import CalibrationOptions
         from s3lora_serve.lab.planner.calibrator import CalibrationInputs

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from s3lora_serve.cli import tables
-from s3lora_serve.cli.options import Format, stop
+from s3lora_serve.cli.options import Format, check_url, stop
 
 TIMEOUT_SECONDS = 600
 """A server with a thousand adapters decides on each of them before it answers."""
@@ -35,8 +35,7 @@ def recheck(
 
 def _answer(url: str, key: str | None) -> dict[str, Any]:
     """The server's answer to POST /s3lora/recheck; stops with exit code 2 if there is none."""
-    if not url.startswith(("http://", "https://")):
-        stop(f"{url}: expected http://HOST:PORT")
+    check_url(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(  # noqa: S310 - http or https, see above
         f"{url.rstrip('/')}/s3lora/recheck", method="POST", headers=headers

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from s3lora_serve.adapter.discovery import find_adapters
+from s3lora_serve.admission.policy_files import check_named_statistics
 from s3lora_serve.admission.verdict import Decision, Verdict
 from s3lora_serve.cli.options import (
     REJECTED,
@@ -130,10 +131,7 @@ def _policy(
     try:
         chosen = effective_policy(file=file)
         chosen = with_options(chosen, scorer, reference, statistics=repair)
-        if chosen.repair is not None:
-            from s3lora_serve.admission.repairing import check_statistics  # imports torch
-
-            check_statistics(chosen)
+        check_named_statistics(chosen)
     except S3LoRAError as error:
         stop(str(error))
     return chosen

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import s3lora_serve  # imports torch on first use, which takes seconds
+from s3lora_serve.admission.policy_files import check_named_statistics
 from s3lora_serve.cli.options import (
     REJECTED,
     Device,
@@ -67,10 +68,7 @@ def strip(
         source.stat()
         chosen = effective_policy(file=policy)
         chosen = with_options(chosen, scorer, reference, action, repair)
-        if chosen.repair is not None:
-            from s3lora_serve.admission.repairing import check_statistics  # imports torch
-
-            check_statistics(chosen)
+        check_named_statistics(chosen)
         used = _read_plan(plan) if plan else None
         verdict = s3lora_serve.strip_adapter(source, target, chosen, device.value, used)
     table = VerdictTable()

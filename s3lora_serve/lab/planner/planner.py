@@ -66,10 +66,10 @@ class Planner:
         by_digest: dict[str, list[Served]] = {}
         for each in served:
             by_digest.setdefault(each.digest, []).append(each)
-        ready = [each for each in served if self._state.has_plan(each.digest)]
-        untaken = self._loads.apply(ready)
+        planned = {digest for digest in by_digest if self._state.has_plan(digest)}
+        untaken = self._loads.apply(each for each in served if each.digest in planned)
         self.has_failed |= untaken > 0
-        waiting = self._waiting(by_digest)
+        waiting = self._waiting({d: found for d, found in by_digest.items() if d not in planned})
         self._begin(waiting)
         self._state.prune()
         return len(waiting) + untaken
@@ -101,13 +101,13 @@ class Planner:
         self.has_failed = unreachable > 0
         return found
 
-    def _waiting(self, by_digest: dict[str, list[Served]]) -> list[Waiting]:
+    def _waiting(self, unplanned: dict[str, list[Served]]) -> list[Waiting]:
         """Adapters that wait for a calibration or are in one; those given up are counted apart."""
         now = time.time()
         lacking = {
             digest: served
-            for digest, served in by_digest.items()
-            if not self._state.has_plan(digest) and any(each.plan_digest is None for each in served)
+            for digest, served in unplanned.items()
+            if any(each.plan_digest is None for each in served)
         }
         at_work = self._at_work(lacking)
         waiting, given_up = [], 0
@@ -122,7 +122,8 @@ class Planner:
                 given_up += 1
                 continue
             names = {each.name for each in served}
-            waiting.append(Waiting(digest, tuple(served), record.first_seen, bool(names & at_work)))
+            facts = record.first_seen, bool(names & at_work), record.is_due(now)
+            waiting.append(Waiting(digest, tuple(served), *facts))
         self._metrics.waiting.set(len(waiting))
         self._metrics.given_up.set(given_up)
         self.has_failed |= given_up > 0
@@ -138,14 +139,9 @@ class Planner:
 
     def _begin(self, waiting: list[Waiting]) -> None:
         """Begin calibrations on all free workers."""
-        now = time.time()
-        todo = [
-            each
-            for each in waiting
-            if each.digest not in self._running and self._state.record(each.digest).is_due(now)
-        ]
         if time.monotonic() < self._paused_until:
             return
+        todo = [each for each in waiting if each.is_due and each.digest not in self._running]
         while todo and self._calibrators.free():
             todo = self._turns.ordered(todo, (each.waiting for each in self._running.values()))
             self._begin_one(todo.pop(0))

@@ -18,25 +18,19 @@ class PlannerMetrics:
         )
         for outcome in ("made", "failed"):
             self.plans.labels(outcome)
-        self.waiting = Gauge(
-            "s3lora_planner_waiting",
-            "Adapters that are served without a plan and wait for one.",
-            registry=registry,
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"s3lora_planner_{name}", text, registry=registry)
+
+        self.waiting = gauge("waiting", "Adapters that are served without a plan and wait for one.")
+        self.given_up = gauge(
+            "given_up", "Adapters that are served and for which no plan can be made."
         )
-        self.given_up = Gauge(
-            "s3lora_planner_given_up",
-            "Adapters that are served and for which no plan can be made.",
-            registry=registry,
+        self.oldest_seconds = gauge(
+            "oldest_waiting_seconds", "How long the adapter waits that waits longest."
         )
-        self.oldest_seconds = Gauge(
-            "s3lora_planner_oldest_waiting_seconds",
-            "How long the adapter waits that waits longest.",
-            registry=registry,
-        )
-        self.unreachable = Gauge(
-            "s3lora_planner_unreachable_servers",
-            "Servers that did not answer at the last look.",
-            registry=registry,
+        self.unreachable = gauge(
+            "unreachable_servers", "Servers that did not answer at the last look."
         )
         self.seconds = Histogram(
             "s3lora_planner_calibration_seconds",

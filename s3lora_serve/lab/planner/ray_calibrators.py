@@ -53,18 +53,21 @@ class RayCalibrators:
 
     def free(self) -> int:
         """How many workers have nothing to do."""
-        return sum(running is None or running.done() for running in self._running)
+        return len(self._free_places())
 
     def submit(self, task: CalibrationTask) -> "Future[CalibrationEnd]":
         """Begin a calibration on a free worker."""
-        place = next(
-            place
-            for place, running in enumerate(self._running)
-            if running is None or running.done()
-        )
+        place = self._free_places()[0]
         found: Future[CalibrationEnd] = self._actors[place].calibrate.remote(task).future()
         self._running[place] = found
         return found
+
+    def _free_places(self) -> list[int]:
+        return [
+            place
+            for place, running in enumerate(self._running)
+            if running is None or running.done()
+        ]
 
     def close(self) -> None:
         """End the workers."""

@@ -15,6 +15,7 @@ class Waiting:
     served: tuple[Served, ...]
     since: float  # seconds since 1970
     is_at_work: bool  # whether requests for it are under way
+    is_due: bool  # whether a calibration may begin
 
     @property
     def tenant(self) -> str:

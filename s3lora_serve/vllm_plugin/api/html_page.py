@@ -19,13 +19,17 @@ from s3lora_serve.vllm_plugin.api.served_adapters import ServedAdapter, ServedAd
 def overview(
     policy: Policy,
     served: ServedAdapters,
+    adapters: Sequence[ServedAdapter],
     refused: Sequence[RecentDecision],
     query: str,
     number: int,
 ) -> HTMLResponse:
-    """The served adapters, latest first, and the recently refused ones."""
+    """The served adapters, latest first, and the recently refused ones.
+
+    `adapters` are those of `served`, listed on the server's loop, which changes them.
+    """
     page = adapters_page(
-        served.all()[::-1],
+        adapters[::-1],
         [_refused(decided) for decided in refused],
         partial(_served, served, policy.plans),
         query=query,

@@ -111,9 +111,8 @@ class GateRoutes:
         served = registrations.served
         if adapter is None:
             refused = registrations.reports.recent.refusals()
-            return await self._rendering.run(
-                overview, registrations.policy, served, refused, q, page
-            )
+            shown = registrations.policy, served, served.all(), refused, q, page
+            return await self._rendering.run(overview, *shown)
         found = served.get(adapter)
         if found is None:
             return not_found(f"no adapter {adapter!r} is served")

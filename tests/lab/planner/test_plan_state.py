@@ -25,13 +25,6 @@ with PlanState(Path(sys.argv[1]), Path(sys.argv[2]), "inputs").lock(sys.argv[3])
 
 
 @pytest.fixture
-def plans(tmp_path):
-    folder = tmp_path / "plans"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def state(plans, tmp_path):
     return PlanState(plans, tmp_path / "state", "inputs")
 

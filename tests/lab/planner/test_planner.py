@@ -73,13 +73,6 @@ class Workers:
 
 
 @pytest.fixture
-def plans(tmp_path):
-    folder = tmp_path / "plans"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def fleet(plans, tmp_path, monkeypatch):
     """(planner, server, workers, lines, registry)."""
     monkeypatch.setattr(plan_loads, "holds", lambda *_: True)
