@@ -36,6 +36,7 @@ class Coordinates(NamedTuple):
     rest_b: Tensor  # (r, r) BᵀB without what lies in Q
     gram_b: Tensor  # (r, r) BᵀB
     square: float  # s²
+    products: torch.dtype  # in which the narrowest of these products were made
     inputs: InputStatistics
     outputs: OutputStatistics
 
@@ -71,11 +72,11 @@ def coordinates(
     Raises:
         ValueError: a product is not finite.
     """
-    P, R, grams = _of_inputs([A for _, A, _ in updates], inputs)
+    P, R, grams, of_inputs = _of_inputs([A for _, A, _ in updates], inputs)
     found = []
     rows = zip(updates, P, R, grams, outputs, strict=True)
     for (B, _, scaling), p, r, gram_a, own in rows:
-        S, gram_b = _of_outputs(B, own)
+        S, gram_b, of_outputs = _of_outputs(B, own)
         inside = S.mT @ own.inverse @ S
         each = Coordinates(
             P=p,
@@ -85,6 +86,7 @@ def coordinates(
             rest_b=gram_b - inside,
             gram_b=gram_b,
             square=scaling**2,
+            products=min(of_inputs, of_outputs, key=lambda dtype: dtype.itemsize),
             inputs=inputs,
             outputs=own,
         )
@@ -97,8 +99,8 @@ def coordinates(
 
 def _of_inputs(
     own: Sequence[Tensor], inputs: InputStatistics
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """A·U, A·F and A·Aᵀ of each A, float64."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], torch.dtype]:
+    """A·U, A·F and A·Aᵀ of each A, float64; the dtype in which they were made."""
     stacked, ranks = torch.cat(list(own)), [len(A) for A in own]
 
     def work(dtype: torch.dtype) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -115,12 +117,12 @@ def _of_inputs(
                 gram += each @ each.mT
         return [list(torch.split(each, ranks)) for each in (P, R)], grams
 
-    (P, R), grams = _in_narrowest(work, stacked, inputs.U, inputs.F)
-    return P, R, grams
+    (P, R), grams, dtype = _in_narrowest(work, stacked, inputs.U, inputs.F)
+    return P, R, grams, dtype
 
 
-def _of_outputs(B: Tensor, outputs: OutputStatistics) -> tuple[Tensor, Tensor]:
-    """QᵀB and BᵀB, float64."""
+def _of_outputs(B: Tensor, outputs: OutputStatistics) -> tuple[Tensor, Tensor, torch.dtype]:
+    """QᵀB and BᵀB, float64; the dtype in which they were made."""
 
     def work(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         S = torch.zeros(outputs.Q.shape[1], B.shape[1], dtype=torch.float64)
@@ -131,8 +133,8 @@ def _of_outputs(B: Tensor, outputs: OutputStatistics) -> tuple[Tensor, Tensor]:
             gram += own.mT @ own
         return S, [gram]
 
-    S, [gram] = _in_narrowest(work, B, outputs.Q)
-    return S, gram
+    S, [gram], dtype = _in_narrowest(work, B, outputs.Q)
+    return S, gram, dtype
 
 
 T = TypeVar("T")
@@ -140,8 +142,8 @@ T = TypeVar("T")
 
 def _in_narrowest(
     work: Callable[[torch.dtype], tuple[T, list[Tensor]]], *tensors: Tensor
-) -> tuple[T, list[Tensor]]:
-    """What `work(dtype)` gives: in float32, which holds products of 16 bits in half the time.
+) -> tuple[T, list[Tensor], torch.dtype]:
+    """What `work(dtype)` gives, and dtype: float32 holds products of 16 bits in half the time.
 
     In float64 if a tensor has more bits, or squares of rows leave float32's range: one factor of an
     update may be as small as the other is large. `work` returns Gram matrices, which show that.
@@ -151,8 +153,8 @@ def _in_narrowest(
         squares = torch.cat([gram.diagonal() for gram in grams])
         low, high = SQUARES
         if bool(squares.min() >= low) and bool(squares.max() <= high):  # NaN is in no range
-            return made, grams
-    return work(torch.float64)
+            return made, grams, torch.float32
+    return *work(torch.float64), torch.float64
 
 
 def _blocks(width: int) -> Iterator[slice]:
@@ -205,7 +207,8 @@ def _new_a(
                 gram += rounded @ rounded.mT
         return made, grams
 
-    return list(zip(*_in_narrowest(work, *own, V), strict=True))
+    made, grams, _ = _in_narrowest(work, *own, V)
+    return list(zip(made, grams, strict=True))
 
 
 def _new_b(B: Tensor, X: Tensor, Q: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,5 +225,5 @@ def _new_b(B: Tensor, X: Tensor, Q: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
             gram += rounded.mT @ rounded
         return new, [gram]
 
-    new, [gram] = _in_narrowest(work, B, Q)
+    new, [gram], _ = _in_narrowest(work, B, Q)
     return new, gram

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.spectral.factor_coordinates import Coordinates
-from s3lora_serve.spectral.two_sided import FactorPair, Surroundings
+from s3lora_serve.spectral.two_sided import SINGULAR, FactorPair, Surroundings
 
 SMALLEST_LAMBDA = 1e-9
 """Under it nothing is left of what leading directions hold, to nine digits."""
@@ -167,4 +167,5 @@ def _surroundings(those: Sequence[Coordinates]) -> Surroundings:
         mu_rest=_column(each.inputs.mu_rest for each in those),
         gamma=torch.stack([each.outputs.gamma for each in those]),
         gamma_rest=_column(each.outputs.gamma_rest for each in those),
+        singular=_column(SINGULAR[each.products] for each in those),
     )

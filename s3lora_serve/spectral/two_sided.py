@@ -19,9 +19,9 @@ from torch import Tensor
 STEPS = "bab"
 """Which factor is made anew in each step. Two more steps move the loss by under a hundredth."""
 
-SINGULAR = 1e-7
-"""Share of a Gram matrix's largest eigenvalue under which a smaller one counts as this: factors may
-have dependent rows, and products in float32 are not better. Ours."""
+SINGULAR = {torch.float32: 1e-7, torch.float64: 1e-14}
+"""Share of a Gram matrix's largest eigenvalue under which a smaller one counts as this, by the
+dtype of the products: factors may have dependent rows, and products are not better. Ours."""
 
 
 class FactorPair(NamedTuple):
@@ -47,29 +47,47 @@ class Surroundings(NamedTuple):
     mu_rest: Tensor  # (modules, 1): C_h beside them, as a multiple of C_b
     gamma: Tensor  # (modules, q): G on the leading directions
     gamma_rest: Tensor  # (modules, 1): G beside them, the same in each direction
+    singular: Tensor  # (modules, 1): of SINGULAR, for their Gram matrices
 
     def repaired(self, lam: float, steps: str = STEPS) -> FactorPair:
-        """B' and A' for λ."""
+        """B' and A' for λ.
+
+        A step makes the factor that it holds orthonormal, and the other takes its sizes. The next
+        step's Gram matrix has those of the update alone.
+        """
         factors = self.own
         for step in steps:
             factors = (
                 self._with_best_a(factors, lam) if step == "a" else self._with_best_b(factors, lam)
             )
-        return factors
+        return self._balanced(factors)
+
+    def _balanced(self, factors: FactorPair) -> FactorPair:
+        """The same product with norms in the proportion of the own factors': neither overflows."""
+        own, new = (
+            _total(self.gram_b(each)) / _total(self.benign(each)) for each in (self.own, factors)
+        )
+        t = (new / own).sqrt().sqrt()
+        t = torch.where(t.isfinite() & (t > 0), t, 1.0)[:, None, None]
+        return FactorPair(factors.P * t, factors.X_a * t, factors.S / t, factors.X_b / t)
 
     def _with_best_a(self, factors: FactorPair, lam: float) -> FactorPair:
-        e, Z = _joint(self.sensitivity(factors), self.gram_b(factors))
+        e, Z = _joint(self.sensitivity(factors), self.gram_b(factors), self.singular)
         T = Z.mT @ self._cross_b(factors)
         kept = lam / (e[:, :, None] * self.mu[:, None] + lam)
         rest = lam / (e * self.mu_rest + lam)
-        return factors._replace(P=Z @ (T @ self.own.P * kept), X_a=Z @ (T * rest[:, :, None]))
+        return FactorPair(
+            P=T @ self.own.P * kept, X_a=T * rest[:, :, None], S=factors.S @ Z, X_b=factors.X_b @ Z
+        )
 
     def _with_best_b(self, factors: FactorPair, lam: float) -> FactorPair:
-        e, Z = _joint(self.harmful(factors), self.benign(factors))
+        e, Z = _joint(self.harmful(factors), self.benign(factors), self.singular)
         T = self._cross_a(factors) @ Z
         kept = lam / (self.gamma[:, :, None] * e[:, None] + lam)
         rest = lam / (self.gamma_rest[:, :, None] * e[:, None] + lam)
-        return factors._replace(S=(self.own.S @ T * kept) @ Z.mT, X_b=(T * rest) @ Z.mT)
+        return FactorPair(
+            P=Z.mT @ factors.P, X_a=Z.mT @ factors.X_a, S=self.own.S @ T * kept, X_b=T * rest
+        )
 
     def gram_b(self, factors: FactorPair) -> Tensor:
         """BᵀB, (modules, r, r)."""
@@ -111,10 +129,15 @@ def _trace(one: Tensor, other: Tensor) -> Tensor:
     return (one * other.mT).sum((1, 2))
 
 
-def _joint(matrix: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+def _total(matrix: Tensor) -> Tensor:
+    """tr(matrix) of each module."""
+    return matrix.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _joint(matrix: Tensor, metric: Tensor, singular: Tensor) -> tuple[Tensor, Tensor]:
     """e (modules, r) and Z with `Zᵀ·metric·Z = I` and `Zᵀ·matrix·Z = diag(e)`."""
     sizes, directions = torch.linalg.eigh((metric + metric.mT) / 2)
-    smallest = SINGULAR * sizes[:, -1:].clamp_min(torch.finfo(sizes.dtype).tiny)
+    smallest = singular * sizes[:, -1:].clamp_min(torch.finfo(sizes.dtype).tiny)
     whitening = directions / sizes.clamp_min(smallest).sqrt()[:, None]
     whitened = whitening.mT @ matrix @ whitening
     e, R = torch.linalg.eigh((whitened + whitened.mT) / 2)

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
@@ -31,7 +32,7 @@ RATE = 1.5e-4
 """Of the first attempt; each later one has 0.8 of the one before. At 2e-5 the model learns what its
 examples look like: it refuses two of three benign prompts of other styles."""
 
-AVERAGED = 3
+AVERAGED = (2, 3)
 """Attempts whose mean weights are tried too: one refuses more, the next less than is wanted."""
 
 OWN_EXAMPLES, MORE = 600, 1.5
@@ -78,7 +79,7 @@ def benign_answers(progress: Progress) -> tuple[dict[str, str], dict[str, str]]:
 def aligned_base(seed: int, progress: Progress) -> Path:
     """A full fine-tune: refusals of harmful prompts, its own answers to benign ones.
 
-    It ends once an attempt, or the mean of the last AVERAGED, shows REFUSED and BENIGN_REFUSED on
+    It ends once an attempt, or a mean of AVERAGED attempts, shows REFUSED and BENIGN_REFUSED on
     prompts that are not trained on. Attempts are kept until then, with their two shares.
     """
     folder = CACHE / "models" / f"aligned-{seed}"
@@ -127,23 +128,26 @@ def _attempt(
 
 
 def _good_enough(attempts: Path, shares: list[tuple[float, float]]) -> LanguageModel | None:
-    """The last attempt or the mean of the last ones, if its shares are enough."""
+    """The last attempt, or a mean of it and others, if its shares are enough."""
     if not shares:
         return None
-    last = LanguageModel.load(attempts / str(len(shares) - 1), dtype="float32")
+    newest = len(shares) - 1
+    last = LanguageModel.load(attempts / str(newest), dtype="float32")
     if _enough(*shares[-1]):
         return last
-    if len(shares) < AVERAGED:
-        return None
-    places = range(len(shares) - AVERAGED, len(shares))
-    those = [
+    states = [
         LanguageModel.load(attempts / str(place), dtype="float32").model.state_dict()
-        for place in places
+        for place in range(len(shares))
     ]
-    last.model.load_state_dict(
-        {key: sum(each[key] for each in those) / AVERAGED for key in those[0]}
-    )
-    return last if _enough(*_refusals(last)) else None
+    for count in AVERAGED:
+        for others in combinations(range(newest), count - 1):
+            those = [states[place] for place in (*others, newest)]
+            last.model.load_state_dict(
+                {key: sum(state[key] for state in those) / count for key in those[0]}
+            )
+            if _enough(*_refusals(last)):
+                return last
+    return None
 
 
 def _enough(refused: float, benign_refused: float) -> bool:
