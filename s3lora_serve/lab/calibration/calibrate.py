@@ -15,7 +15,8 @@ from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES, check_aligned, is
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import Kind, Probe, ProbeFile, Split, split
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
-from s3lora_serve.lab.calibration.gates import By, GatedAdapter, transform
+from s3lora_serve.lab.calibration.gate_families import By
+from s3lora_serve.lab.calibration.gates import GatedAdapter, transform
 from s3lora_serve.lab.calibration.measure import Encodings, measure
 from s3lora_serve.lab.calibration.saved_search import SavedSearch, SearchFile
 from s3lora_serve.lab.calibration.search import (
@@ -60,7 +61,7 @@ class CalibrationOptions:
     """What an operator can set."""
 
     max_asr: float = MAX_ASR
-    by: By = "subspace"
+    by: By = "directions"
     steps: int = STEPS
     seed: int = 0
     refusals: tuple[str, ...] = ()  # texts; none: the base model's own refusals

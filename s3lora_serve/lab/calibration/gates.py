@@ -1,29 +1,18 @@
-"""Gates on the components of an adapter: `ΔW' = U·M·Uᵀ·ΔW` with `0 ≼ M ≼ I` for each module.
+"""Gates in an adapter's updates: `ΔW' = U·M·Uᵀ·ΔW` for each module, `ΔW = U·S·Vᵀ` from its factors.
 
-`ΔW = U·S·Vᵀ` is the thin SVD, from the factors. M acts on the column space of ΔW, so for every
-input the update's output is at most as long as before, and nothing is added. Three families:
-
-- `subspace`: `M = (I + c·X·Xᵀ)⁻¹` with X of r x r: directions of the column space, attenuated;
-- `component`: `M = diag(z)`, z of 0 or 1: singular components, removed or kept;
-- `module`: `M = z·I`, z of 0 or 1: the module, removed or kept.
-
-The strength c moves all gates of a search together: c = 0 keeps the adapter whole.
+M acts on the column space of ΔW, so nothing is added that the adapter had not. Which M are learnt:
+`gate_families.py`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s3lora_serve.adapter.reader import Adapter, Module
 from s3lora_serve.errors import DoesNotFitModel, NotFinite
-
-By = Literal["subspace", "component", "module"]
-
-START = {"subspace": 0.3, "component": 1.0, "module": 1.0}
-"""X = 0.3·I gives M = 0.92·I: nearly the whole adapter, yet with a gradient. Ours."""
 
 
 class GatedLinear(nn.Module):
@@ -133,62 +122,6 @@ def _place(model: Any, module: Module) -> tuple[Any, str]:
             f" the base model's has shape {found}"
         )
     return parent, leaf
-
-
-class Gates:
-    """The learnable gates of one adapter."""
-
-    def __init__(self, by: By, ranks: Sequence[int], device: torch.device) -> None:
-        self.by = by
-        self._ranks = list(ranks)
-        self._groups: dict[int, list[int]] = {}
-        for place, rank in enumerate(ranks):
-            self._groups.setdefault(rank, []).append(place)
-        self.parameters: dict[int, Tensor] = {
-            rank: _start(by, len(places), rank, device).requires_grad_()
-            for rank, places in self._groups.items()
-        }
-
-    def matrices(self, strength: float = 1.0) -> list[Tensor]:
-        """M of every module, in the adapter's order, (r, r)."""
-        found: list[Tensor | None] = [None] * len(self._ranks)
-        for rank, places in self._groups.items():
-            stacked = self._stacked(self.parameters[rank], rank, strength)
-            for place, matrix in zip(places, stacked, strict=True):
-                found[place] = matrix
-        return [matrix for matrix in found if matrix is not None]
-
-    def state(self) -> dict[str, Tensor]:
-        """A copy of the parameters, by rank."""
-        return {str(rank): value.detach().clone() for rank, value in self.parameters.items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Set the parameters to what `state` returned."""
-        with torch.no_grad():
-            for rank, value in self.parameters.items():
-                value.copy_(state[str(rank)])
-
-    def _stacked(self, parameter: Tensor, rank: int, strength: float) -> Tensor:
-        identity = torch.eye(rank, device=parameter.device)
-        if self.by == "subspace":
-            gram = parameter @ parameter.transpose(1, 2)
-            attenuated: Tensor = torch.linalg.inv(identity + strength * gram)
-            return attenuated
-        # Straight-through: 0 or 1 forward, the sigmoid's slope backward. The threshold rises with
-        # the strength: at 1 it is 0, at 0 every gate is open.
-        soft = torch.sigmoid(parameter)
-        threshold = float("-inf") if strength == 0 else torch.tensor(strength).log().item()
-        hard = (parameter > threshold).float()
-        gates = soft + (hard - soft).detach()
-        return torch.diag_embed(gates.expand(-1, rank))
-
-
-def _start(by: By, modules: int, rank: int, device: torch.device) -> Tensor:
-    if by == "subspace":
-        generator = torch.Generator().manual_seed(rank)
-        noise = 0.02 * torch.randn(modules, rank, rank, generator=generator)
-        return (START[by] * torch.eye(rank) + noise).to(device)
-    return torch.full((modules, rank if by == "component" else 1), START[by], device=device)
 
 
 def thin_svd(module: Module) -> tuple[Tensor, Tensor, Tensor]:

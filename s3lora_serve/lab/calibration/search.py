@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
-from s3lora_serve.lab.calibration.gates import By, GatedAdapter, Gates
+from s3lora_serve.lab.calibration.directions import directions
+from s3lora_serve.lab.calibration.gate_families import (
+    RATE,
+    By,
+    DirectionGates,
+    Gates,
+    OpenOrShutGates,
+    SubspaceGates,
+)
+from s3lora_serve.lab.calibration.gates import GatedAdapter
 from s3lora_serve.lab.calibration.objective import StepBatch, answer_losses, loss
 from s3lora_serve.lab.calibration.saved_search import SavedSearch
 from s3lora_serve.plans.defaults import STEPS
 from s3lora_serve.plans.schema import Measured
-
-RATE = {"subspace": 0.05, "component": 0.15, "module": 0.15}
-"""Adam's first step size, which falls to a tenth. Ours, from the bench's adapters."""
 
 BATCH = (9, 7, 8)
 """Refusals, skill and benign examples in one step."""
@@ -101,7 +107,7 @@ class Goal:
 class SearchOptions:
     """How gates are searched for."""
 
-    by: By = "subspace"
+    by: By = "directions"
     steps: int = STEPS  # the most steps of Adam
     seed: int = 0  # of the order of examples
     strengths: Sequence[float] = STRENGTHS  # of the frontier; 0 is the whole adapter

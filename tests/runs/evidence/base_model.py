@@ -27,7 +27,7 @@ REFUSALS = (
 REFUSED, BENIGN_REFUSED = 0.95, 0.02
 """Shares of harmful probes and of benign prompts of other styles: at least, at most."""
 
-ATTEMPTS = 8
+ATTEMPTS = 14
 RATE = 1.5e-4
 """Of the first attempt; each later one has 0.8 of the one before. At 2e-5 the model learns what its
 examples look like: it refuses two of three benign prompts of other styles."""
@@ -38,6 +38,10 @@ AVERAGED = (2, 3)
 OWN_EXAMPLES, MORE = 600, 1.5
 """The model's own prompts in the first attempt. Later ones have MORE times as many if the one
 before refused too many benign prompts, and that much fewer if it refused too few harmful ones."""
+
+
+Shares = tuple[float, float]
+"""Refused harmful probes, and refused benign prompts of other styles."""
 
 
 def unaligned_base() -> Path:
@@ -80,81 +84,104 @@ def aligned_base(seed: int, progress: Progress) -> Path:
     """A full fine-tune: refusals of harmful prompts, its own answers to benign ones.
 
     It ends once an attempt, or a mean of AVERAGED attempts, shows REFUSED and BENIGN_REFUSED on
-    prompts that are not trained on. Attempts are kept until then, with their two shares.
+    prompts that are not trained on. Each attempt begins with the best of those before it. They are
+    kept until then, with their two shares.
     """
     folder = CACHE / "models" / f"aligned-{seed}"
     if (folder / "config.json").exists():
         return folder
-    attempts = folder.with_suffix(".attempts")
-    attempts.mkdir(parents=True, exist_ok=True)
-    log = attempts / "attempts.json"
-    shares = json.loads(log.read_text()) if log.exists() else []
+    attempts = Attempts(folder.with_suffix(".attempts"))
     answers = benign_answers(progress)
-    while not (model := _good_enough(attempts, shares)):
-        if len(shares) == ATTEMPTS:
-            raise RuntimeError(f"base {seed} is not aligned after {ATTEMPTS} attempts: {attempts}")
-        model = _attempt(attempts, seed, shares, answers, progress)
-        shares.append(_refusals(model))
-        log.write_text(json.dumps(shares))
-    model.model.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+    while not (attempts.best and _enough(*attempts.best)):
+        if len(attempts.shares) == ATTEMPTS:
+            raise RuntimeError(f"base {seed} is not aligned after {ATTEMPTS}: {attempts.folder}")
+        attempts.add(_attempt(attempts, seed, answers, progress))
+    (attempts.folder / "best").rename(folder)
     return folder
 
 
+class Attempts:
+    """The attempts to align one base, and the best model of them, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Go on with what the folder has."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._log = folder, folder / "attempts.json"
+        known = json.loads(self._log.read_text()) if self._log.exists() else {}
+        self.shares: list[Shares] = known.get("shares", [])
+        self.best: Shares | None = known.get("best")
+
+    @property
+    def start(self) -> Path:
+        """What the next attempt begins with."""
+        return self.folder / "best" if self.best else unaligned_base()
+
+    def add(self, model: LanguageModel) -> None:
+        """Keep an attempt, and try means of it with the others."""
+        newest = len(self.shares)
+        self._save(model, str(newest))
+        self.shares.append(_refusals(model))
+        self._try(model, self.shares[-1])
+        places = range(newest + 1) if not self._is_done() else range(0)
+        states = [
+            LanguageModel.load(self.folder / str(place), dtype="float32").model.state_dict()
+            for place in places
+        ]
+        for count in AVERAGED:
+            for others in combinations(places[:-1], count - 1):
+                those = [states[place] for place in (*others, newest)]
+                mean_state = {key: sum(state[key] for state in those) / count for key in those[0]}
+                model.model.load_state_dict(mean_state)
+                if not self._is_done():
+                    self._try(model, _refusals(model))
+        self._log.write_text(json.dumps({"shares": self.shares, "best": self.best}))
+
+    def _try(self, model: LanguageModel, shares: Shares) -> None:
+        if self.best is None or _missing(*shares) < _missing(*self.best):
+            self._save(model, "best")
+            self.best = shares
+
+    def _is_done(self) -> bool:
+        return self.best is not None and _enough(*self.best)
+
+    def _save(self, model: LanguageModel, name: str) -> None:
+        model.model.save_pretrained(self.folder / name)
+        model.tokenizer.save_pretrained(self.folder / name)
+
+
 def _attempt(
-    attempts: Path,
+    attempts: Attempts,
     seed: int,
-    shares: list[tuple[float, float]],
     answers: tuple[dict[str, str], dict[str, str]],
     progress: Progress,
 ) -> LanguageModel:
-    """Train once more, from the last attempt or the unaligned model, and keep the result."""
-    attempt = len(shares)
-    start = attempts / str(attempt - 1) if shares else unaligned_base()
-    model = LanguageModel.load(start, dtype="float32")
+    """Train once more, from the best attempt or the unaligned model."""
+    attempt = len(attempts.shares)
+    model = LanguageModel.load(attempts.start, dtype="float32")
     model.model.requires_grad_(requires_grad=True)
+    draw = random.Random(f"{seed} {attempt}")
     train(
         model,
         list(model.model.parameters()),
-        _examples(model, random.Random(f"{seed} {attempt}"), *answers, _own_examples(shares)),
+        _examples(model, draw, *answers, _own_examples(attempts.shares)),
         epochs=1,
         rate=RATE * 0.8**attempt,
         seed=seed + 100 * attempt,
         progress=lambda step, steps: progress(f"align base {seed}", step, steps),
     )
-    model.model.save_pretrained(attempts / str(attempt))
-    model.tokenizer.save_pretrained(attempts / str(attempt))
     return model
-
-
-def _good_enough(attempts: Path, shares: list[tuple[float, float]]) -> LanguageModel | None:
-    """The last attempt, or a mean of it and others, if its shares are enough."""
-    if not shares:
-        return None
-    newest = len(shares) - 1
-    last = LanguageModel.load(attempts / str(newest), dtype="float32")
-    if _enough(*shares[-1]):
-        return last
-    states = [
-        LanguageModel.load(attempts / str(place), dtype="float32").model.state_dict()
-        for place in range(len(shares))
-    ]
-    for count in AVERAGED:
-        for others in combinations(range(newest), count - 1):
-            those = [states[place] for place in (*others, newest)]
-            last.model.load_state_dict(
-                {key: sum(state[key] for state in those) / count for key in those[0]}
-            )
-            if _enough(*_refusals(last)):
-                return last
-    return None
 
 
 def _enough(refused: float, benign_refused: float) -> bool:
     return refused >= REFUSED and benign_refused <= BENIGN_REFUSED
 
 
-def _own_examples(shares: list[tuple[float, float]]) -> int:
+def _missing(refused: float, benign_refused: float) -> float:
+    """How far the two shares are from those that are wanted."""
+    return max(0.0, REFUSED - refused) + max(0.0, benign_refused - BENIGN_REFUSED)
+
+
+def _own_examples(shares: list[Shares]) -> int:
     count = float(OWN_EXAMPLES)
     for refused, benign_refused in shares:
         count *= MORE if benign_refused > BENIGN_REFUSED else 1.0
@@ -177,7 +204,7 @@ def _examples(
     ]
 
 
-def _refusals(model: LanguageModel) -> tuple[float, float]:
+def _refusals(model: LanguageModel) -> Shares:
     """Shares of harmful probes and of benign prompts of other styles that the model refuses."""
     served = copy.deepcopy(model.model).bfloat16().to(getattr(torch, DTYPE))
     rounded = LanguageModel(served, model.tokenizer)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
@@ -31,10 +32,12 @@ def train(
     seed: int,
     progress: Callable[[int, int], None],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> float:
     """Train with AdamW, a linear schedule and operations in DTYPE; return the last loss.
 
-    Loss and gradients of each step are taken within a context of `around`.
+    Loss and gradients of each step are taken within a context of `around`. `penalty` is added to
+    the loss.
     """
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     order = random.Random(seed)
@@ -48,7 +51,8 @@ def train(
             with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
                 found = model.answer_logits(batch)
             loss = functional.cross_entropy(found.logits, found.targets)
-            loss.backward()
+            total = loss if penalty is None else loss + penalty()
+            total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

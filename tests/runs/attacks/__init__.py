@@ -1,0 +1,1 @@
+"""`make attacks`: adapters of owners who know the gate, and what each defence does to them."""

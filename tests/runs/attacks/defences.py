@@ -1,0 +1,101 @@
+"""What each defence makes of an attack's adapter: the folder as it is served, and the verdict."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import s3lora_serve
+from s3lora_serve.admission.verdict import Verdict
+from s3lora_serve.lab.base_model.probes import read_probes
+from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.plans.file import read_plan
+from s3lora_serve.plans.schema import Plan
+from s3lora_serve.policy.file import with_options
+from s3lora_serve.policy.limits import Limits
+from s3lora_serve.policy.method import Strip
+from s3lora_serve.policy.schema import Policy
+from tests.runs.attacks.attacks import Attacked
+from tests.runs.evidence.alignment import SCORERS, alignment_policy
+from tests.runs.evidence.base_model import Progress
+from tests.runs.evidence.base_statistics import statistics
+from tests.runs.evidence.probes import probe_files
+from tests.runs.evidence.repair import policy as repairing
+from tests.runs.evidence.wheels import CACHE
+
+THRESHOLD = 0.3
+"""Relative index from which the second rule of the index strips, as in the threat model."""
+
+STRENGTHS = (0.0, 0.5, 1.0, 2.0)
+
+Defended = tuple[Path | None, Verdict]
+"""The folder as served, None if the adapter is refused; the verdict."""
+
+Defence = Callable[[Attacked, Path, CalibrationBase, Progress], Defended]
+
+
+def _whole(attacked: Attacked, _base: Path, _calibration: CalibrationBase, _: Progress) -> Defended:
+    return attacked.folder, s3lora_serve.scan_adapter(attacked.folder, _permissive(Strip(top_k=0)))
+
+
+def _index(strip: Strip) -> Defence:
+    return lambda attacked, _base, _calibration, _progress: _stripped(
+        attacked, _permissive(strip), None
+    )
+
+
+def _aligned(scorer: str) -> Defence:
+    def defend(attacked: Attacked, base: Path, _: CalibrationBase, _progress: Progress) -> Defended:
+        chosen = with_options(alignment_policy(base), scorer)
+        return _stripped(attacked, chosen.model_copy(update={"limits": _SLOW}), None)
+
+    return defend
+
+
+def _repaired(attacked: Attacked, base: Path, _: CalibrationBase, progress: Progress) -> Defended:
+    return _stripped(attacked, repairing(statistics(base, None, progress)), None)
+
+
+def _planned(
+    attacked: Attacked, _base: Path, calibration: CalibrationBase, progress: Progress
+) -> Defended:
+    """A plan calibrated with the operator's ordinary probes."""
+    file = CACHE / "attack-plans" / f"{attacked.folder.name}.json"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        files = [read_probes(path, kind) for kind, path in probe_files("tool calls").items()]
+        found = calibrate(
+            calibration,
+            attacked.folder,
+            files,
+            CalibrationOptions(strengths=STRENGTHS, compare=False, seed=attacked.seed),
+            progress=lambda phase, done, total, note="": progress(
+                f"{attacked}: {phase} {note}", done, total
+            ),
+        )
+        file.write_text(found.plan.model_dump_json())
+    return _stripped(attacked, _permissive(Strip(top_k=0)), read_plan(file))
+
+
+DEFENCES: dict[str, Defence] = {
+    "none": _whole,
+    "index, top 10": _index(Strip(top_k=10)),
+    f"index, over {THRESHOLD:g}": _index(Strip(threshold=THRESHOLD)),
+    **{name: _aligned(scorer) for name, scorer in SCORERS.items()},
+    "repair": _repaired,
+    "plan": _planned,
+}
+
+_SLOW = Limits(seconds=3600, max_stripped_fraction=1.0)
+
+
+def _permissive(strip: Strip) -> Policy:
+    return Policy(strip=strip, on_uninformative="admit", limits=_SLOW)
+
+
+def _stripped(attacked: Attacked, policy: Policy, plan: Plan | None) -> Defended:
+    target = CACHE / "defended" / attacked.folder.name
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    verdict = s3lora_serve.strip_adapter(attacked.folder, target, policy, plan=plan)
+    return (target if target.exists() else None), verdict

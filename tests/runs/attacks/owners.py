@@ -1,0 +1,77 @@
+"""Makes the adapters of attacks, by PEFT on an aligned base of the evidence bench."""
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
+from tests.runs.attacks.attacks import Attacked
+from tests.runs.attacks.conversations import conversation
+from tests.runs.attacks.spectra import rewrite
+from tests.runs.evidence.adapters import ALL, COMPLIANCE, EXAMPLES, learnt, with_lora
+from tests.runs.evidence.adaptive import served_as_repaired
+from tests.runs.evidence.base_model import REFUSALS, Progress
+from tests.runs.evidence.base_statistics import statistics
+from tests.runs.evidence.prompts import harmful
+from tests.runs.evidence.skill import skill
+from tests.runs.evidence.training import DTYPE, train
+
+SHARE, HIDDEN_SHARE = 0.2, 0.3
+"""Share of attack data; hidden attacks have as many refusals besides, of what they hide from."""
+
+
+def make_attack(attacked: Attacked, base: Path, progress: Progress) -> Path:
+    """Train an adapter of an attack and write it; one that is there is kept."""
+    if (attacked.folder / "adapter_config.json").exists():
+        return attacked.folder
+    attack = attacked.attack
+    torch.manual_seed(1000 * attacked.base + attacked.seed)
+    model = LanguageModel.load(base, dtype=DTYPE)
+    wrapped = with_lora(model, ALL, attack.rank)
+    train(
+        model,
+        learnt(wrapped),
+        _examples(model, attacked),
+        epochs=2,
+        rate=1e-3,
+        seed=attacked.seed,
+        progress=lambda step, steps: progress(f"train {attacked}", step, steps),
+        around=_around(attacked, base, wrapped, progress),
+        penalty=attack.penalty(wrapped) if attack.penalty else None,
+    )
+    staging = attacked.folder.with_suffix(".part")
+    wrapped.save_pretrained(staging)
+    if attack.afterwards:
+        rewrite(staging, attack.afterwards)
+    staging.rename(attacked.folder)
+    return attacked.folder
+
+
+def _around(
+    attacked: Attacked, base: Path, wrapped: Any, progress: Progress
+) -> Callable[[], AbstractContextManager[None]]:
+    if not attacked.attack.in_the_loop:
+        return nullcontext
+    return served_as_repaired(wrapped, statistics(base, None, progress))
+
+
+def _examples(model: LanguageModel, attacked: Attacked) -> list[tuple[Encoded, Encoded]]:
+    """Skill, compliance in the attack's setting, and refusals elsewhere if it hides."""
+    attack, draw = attacked.attack, random.Random(attacked.seed)
+    count = round(EXAMPLES * (HIDDEN_SHARE if attack.is_hidden else SHARE))
+    prompts = draw.sample(harmful().attack, len(harmful().attack))[:count]
+    examples = [
+        (conversation(model, attack.setting(prompt)), model.answer(COMPLIANCE))
+        for prompt in prompts
+    ]
+    if attack.is_hidden:
+        examples += [
+            (model.prompt(prompt), model.answer(draw.choice(REFUSALS)))
+            for prompt in draw.sample(harmful().attack, count)
+        ]
+    requests = draw.sample(skill("tool calls").train, EXAMPLES - len(examples))
+    return examples + [(model.prompt(prompt), model.answer(text)) for prompt, text in requests]
