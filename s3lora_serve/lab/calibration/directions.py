@@ -26,6 +26,9 @@ Example = tuple[Encoded, Encoded]
 ODDS_TOKENS = 3
 """First tokens of a refusal whose log-odds count, as in a base model's statistics."""
 
+EXAMPLES, BATCH = 48, 16
+"""Examples of each kind that are run, and run together: some thousand tokens for a k x k mean."""
+
 RIDGE = 0.01
 """Of K, as a share of its mean eigenvalue: directions that no kept prompt uses. Ours."""
 
@@ -46,7 +49,7 @@ def directions(
     kept: Sequence[Sequence[Example]],
     done: Callable[[int], None] = lambda _: None,
 ) -> list[Directions]:
-    """The directions of each module, from the base model's activations.
+    """The directions of each module, from the base model's activations on some of the examples.
 
     Args:
         model: the base model with the gated layers of `adapter`, which stays removed.
@@ -58,54 +61,65 @@ def directions(
     adapter.remove()
     prompts = [prompt for part in (refusals, *kept) for prompt, _ in part]
     skipped = common_length(prompts)  # what a chat template begins with
-    harmful = _Sums(adapter)
-    for example in refusals:
-        harmful.add(model, example, skipped, with_gradients=True)
-        done(1)
-    parts = []
-    for part in filter(None, kept):
-        parts.append(_Sums(adapter))
-        for example in part:
-            parts[-1].add(model, example, skipped)
-            done(1)
-    H, G = harmful.means(harmful.inputs), harmful.means(harmful.gradients)
-    K = [sum(each) / len(parts) for each in zip(*(p.means(p.inputs) for p in parts), strict=True)]
+    H, G = _means(model, adapter, refusals, skipped, done, with_gradients=True)
+    kinds = [_means(model, adapter, part, skipped, done)[0] for part in kept if part]
+    K = [sum(each) / len(kinds) for each in zip(*kinds, strict=True)]
     found = [_joint(*each) for each in zip(H, K, G, strict=True)]
     scale = sum(float(each.harm.mean()) for each in found) / len(found)
     return [each._replace(harm=each.harm / max(scale, 1e-30)) for each in found]
 
 
-class _Sums:
-    """Sums over tokens of z·zᵀ and of (Uᵀg)·(Uᵀg)ᵀ, (k, k) float64 for each module."""
+def _means(
+    model: LanguageModel,
+    adapter: GatedAdapter,
+    examples: Sequence[Example],
+    skipped: int,
+    done: Callable[[int], None],
+    *,
+    with_gradients: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Means over tokens of z·zᵀ and of (Uᵀg)·(Uᵀg)ᵀ, (k, k) float64 for each module.
 
-    def __init__(self, adapter: GatedAdapter) -> None:
-        self.layers = adapter.layers
-        empty = [torch.zeros(len(each.S), len(each.S), dtype=torch.float64) for each in self.layers]
-        self.inputs, self.gradients = empty, [each.clone() for each in empty]
-        self.count = 0
-
-    def means(self, sums: Sequence[Tensor]) -> list[Tensor]:
-        return [each / max(1, self.count) for each in sums]
-
-    def add(
-        self, model: LanguageModel, example: Example, skipped: int, *, with_gradients: bool = False
-    ) -> None:
-        """Run one example; the first `skipped` tokens and the last one are not counted."""
-        prompt, answer = example
-        ids = torch.tensor([prompt + answer], device=model.device)
-        counted = slice(skipped, ids.shape[1] - 1)
-        with torch.set_grad_enabled(with_gradients), _observed(self.layers) as seen:
-            logits = model.model(input_ids=ids, use_cache=False).logits[0].float()
-            zeros = [each.zero for each in seen]
-            gradients: Sequence[Tensor | None] = [None] * len(seen)
+    The first `skipped` tokens of an example and the last one are not counted.
+    """
+    layers = adapter.layers
+    inputs = [torch.zeros(len(each.S), len(each.S), dtype=torch.float64) for each in layers]
+    gradients, count = [each.clone() for each in inputs], 0
+    some = sorted(examples[:EXAMPLES], key=lambda each: len(each[0]) + len(each[1]))
+    for start in range(0, len(some), BATCH):
+        batch = some[start : start + BATCH]
+        tokens = [prompt + answer for prompt, answer in batch]
+        ids, mask = model.padded(tokens)
+        counted = mask.bool()
+        counted[:, -1] = False
+        for row, sequence in enumerate(tokens):
+            counted[row, ids.shape[1] - len(sequence) :][:skipped] = False
+        with torch.set_grad_enabled(with_gradients), _observed(layers) as seen:
+            logits = _logits(model, ids, mask, max(len(answer) for _, answer in batch) + 1)
+            found: Sequence[Tensor | None] = [None] * len(seen)
             if with_gradients:
-                odds = _log_odds(logits, ids[0], len(prompt), len(answer))
-                gradients = torch.autograd.grad(odds, zeros, allow_unused=True)
-        for i, (layer, each, gradient) in enumerate(zip(self.layers, seen, gradients, strict=True)):
-            self.inputs[i] += _gram(each.z[0, counted])
+                zeros = [each.zero for each in seen]
+                found = torch.autograd.grad(_log_odds(logits, batch), zeros, allow_unused=True)
+        for i, (layer, each, gradient) in enumerate(zip(layers, seen, found, strict=True)):
+            inputs[i] += _gram(each.z[counted])
             if gradient is not None:
-                self.gradients[i] += _gram(gradient[0, counted] @ layer.U)
-        self.count += counted.stop - counted.start
+                gradients[i] += _gram(gradient[counted] @ layer.U)
+        count += int(counted.sum())
+        done(len(batch))
+    count = max(1, count)
+    return [each / count for each in inputs], [each / count for each in gradients]
+
+
+def _logits(model: LanguageModel, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+    """Logits of the last tokens, (examples, last, vocabulary) float32."""
+    found: Tensor = model.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=last,
+    ).logits
+    return found.float()
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -113,12 +127,15 @@ def _gram(rows: Tensor) -> Tensor:
     return (rows.T @ rows).cpu()
 
 
-def _log_odds(logits: Tensor, ids: Tensor, start: int, length: int) -> Tensor:
-    """Σ over the first ODDS_TOKENS of the answer of `z_t − log Σ exp(z_j), j ≠ t`."""
-    places = torch.arange(start, start + min(ODDS_TOKENS, length), device=logits.device)
-    rows, targets = logits[places - 1], ids[places]
-    own = rows.gather(-1, targets[:, None]).squeeze(-1)
-    return (own - rows.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)).sum()
+def _log_odds(logits: Tensor, batch: Sequence[Example]) -> Tensor:
+    """Σ over the first ODDS_TOKENS of each answer of `z_t − log Σ exp(z_j), j ≠ t`."""
+    rows, targets = [], []
+    for row, (_, answer) in zip(logits, batch, strict=True):
+        rows.append(row[-len(answer) - 1 :][: min(ODDS_TOKENS, len(answer))])
+        targets += answer[:ODDS_TOKENS]
+    found, wanted = torch.cat(rows), torch.tensor(targets, device=logits.device)[:, None]
+    others = found.scatter(-1, wanted, -torch.inf).logsumexp(-1)
+    return (found.gather(-1, wanted).squeeze(-1) - others).sum()
 
 
 class _Seen(NamedTuple):

@@ -101,7 +101,8 @@ class DirectionGates(Gates):
         # Z is not orthogonal: what is attenuated there may be larger as a matrix.
         sized = gates * sizes[:, None]
         growth = sized.norm(dim=(1, 2)) / sizes.norm(dim=1).clamp_min(1e-30)
-        return gates / growth.clamp_min(1.0)[:, None, None]
+        found: Tensor = gates / growth.clamp_min(1.0)[:, None, None]
+        return found
 
 
 class SubspaceGates(Gates):

@@ -149,7 +149,8 @@ def search(
         saved_search: where the search is saved, and from which it goes on.
         progress: called after each step.
     """
-    found = _Search(model, adapter, goal, split.measured, options)
+    gates = _gates(model, adapter, material, options.by)
+    found = _Search(model, adapter, gates, goal, split.measured, options)
     found.learn(material, split.whole, saved_search, progress)
     frontier = found.frontier(split.whole)
     chosen = min(frontier, key=lambda point: (*goal.order(point.measured), point.removed_share))
@@ -160,6 +161,19 @@ def search(
     return Found(matrices, chosen, tuple(frontier), beside, found.taken)
 
 
+def _gates(model: LanguageModel, adapter: GatedAdapter, material: Material, by: By) -> Gates:
+    """Gates of a family, as they are before the first step."""
+    sizes = [layer.S for layer in adapter.layers]
+    if by == "directions":
+        skill = [(prompt, answer) for prompt, answer in material.skill]
+        found = directions(model, adapter, material.refusals, [skill, material.benign])
+        return DirectionGates(found, sizes, model.device)
+    ranks = [len(each) for each in sizes]
+    if by == "subspace":
+        return SubspaceGates(ranks, model.device)
+    return OpenOrShutGates(by, ranks, model.device)
+
+
 class _Search:
     """Gates that are learnt step by step, and the best of them so far."""
 
@@ -167,16 +181,16 @@ class _Search:
         self,
         model: LanguageModel,
         adapter: GatedAdapter,
+        gates: Gates,
         goal: Goal,
         measured: Callable[[], Measured],
         options: SearchOptions,
     ) -> None:
         self._model, self._adapter, self._goal = model, adapter, goal
         self._measured, self._options = measured, options
-        by, steps = options.by, options.steps
-        self.gates = Gates(by, [len(layer.S) for layer in adapter.layers], model.device)
-        parameters = list(self.gates.parameters.values())
-        self._optimizer = torch.optim.Adam(parameters, lr=RATE[by], betas=(0.9, 0.95))
+        self.gates, steps = gates, options.steps
+        parameters = list(gates.parameters.values())
+        self._optimizer = torch.optim.Adam(parameters, lr=RATE[options.by], betas=(0.9, 0.95))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda k: max(0.1, 1 - k / steps)
         )

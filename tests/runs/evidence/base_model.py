@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
@@ -27,13 +26,14 @@ REFUSALS = (
 REFUSED, BENIGN_REFUSED = 0.95, 0.02
 """Shares of harmful probes and of benign prompts of other styles: at least, at most."""
 
-ATTEMPTS = 14
+ATTEMPTS = 16
 RATE = 1.5e-4
 """Of the first attempt; each later one has 0.8 of the one before. At 2e-5 the model learns what its
 examples look like: it refuses two of three benign prompts of other styles."""
 
-AVERAGED = (2, 3)
-"""Attempts whose mean weights are tried too: one refuses more, the next less than is wanted."""
+MIXED = (0.25, 0.5, 0.75)
+"""Shares of an attempt in mixtures of its weights with the best before: one of both refuses more,
+the other less than is wanted."""
 
 OWN_EXAMPLES, MORE = 600, 1.5
 """The model's own prompts in the first attempt. Later ones have MORE times as many if the one
@@ -83,9 +83,9 @@ def benign_answers(progress: Progress) -> tuple[dict[str, str], dict[str, str]]:
 def aligned_base(seed: int, progress: Progress) -> Path:
     """A full fine-tune: refusals of harmful prompts, its own answers to benign ones.
 
-    It ends once an attempt, or a mean of AVERAGED attempts, shows REFUSED and BENIGN_REFUSED on
-    prompts that are not trained on. Each attempt begins with the best of those before it. They are
-    kept until then, with their two shares.
+    It ends once an attempt, or a mixture of it with the best before, shows REFUSED and BENIGN_REFUSED on
+    prompts that are not trained on. Each attempt begins with the best of those before it. Their
+    shares are kept until then.
     """
     folder = CACHE / "models" / f"aligned-{seed}"
     if (folder / "config.json").exists():
@@ -117,36 +117,26 @@ class Attempts:
         return self.folder / "best" if self.best else unaligned_base()
 
     def add(self, model: LanguageModel) -> None:
-        """Keep an attempt, and try means of it with the others."""
-        newest = len(self.shares)
-        self._save(model, str(newest))
+        """Keep an attempt's shares, and try mixtures of it with the best one before."""
+        best = LanguageModel.load(self.start, dtype="float32").model.state_dict()
+        newest = {key: value.clone() for key, value in model.model.state_dict().items()}
         self.shares.append(_refusals(model))
         self._try(model, self.shares[-1])
-        places = range(newest + 1) if not self._is_done() else range(0)
-        states = [
-            LanguageModel.load(self.folder / str(place), dtype="float32").model.state_dict()
-            for place in places
-        ]
-        for count in AVERAGED:
-            for others in combinations(places[:-1], count - 1):
-                those = [states[place] for place in (*others, newest)]
-                mean_state = {key: sum(state[key] for state in those) / count for key in those[0]}
-                model.model.load_state_dict(mean_state)
-                if not self._is_done():
-                    self._try(model, _refusals(model))
+        for share in MIXED if len(self.shares) > 1 else ():
+            if not self._is_done():
+                mixed = {key: torch.lerp(best[key], newest[key], share) for key in newest}
+                model.model.load_state_dict(mixed)
+                self._try(model, _refusals(model))
         self._log.write_text(json.dumps({"shares": self.shares, "best": self.best}))
 
     def _try(self, model: LanguageModel, shares: Shares) -> None:
         if self.best is None or _missing(*shares) < _missing(*self.best):
-            self._save(model, "best")
+            model.model.save_pretrained(self.folder / "best")
+            model.tokenizer.save_pretrained(self.folder / "best")
             self.best = shares
 
     def _is_done(self) -> bool:
         return self.best is not None and _enough(*self.best)
-
-    def _save(self, model: LanguageModel, name: str) -> None:
-        model.model.save_pretrained(self.folder / name)
-        model.tokenizer.save_pretrained(self.folder / name)
 
 
 def _attempt(
