@@ -40,6 +40,7 @@ READABLE = 0o644
 class By(StrEnum):
     """What the gates remove."""
 
+    DIRECTIONS = "directions"
     SUBSPACE = "subspace"
     COMPONENT = "component"
     MODULE = "module"
@@ -65,6 +66,9 @@ MaxASROption = Annotated[
     float, typer.Option(min=0, max=1, help="The attack success rate to reach.")
 ]
 ByOption = Annotated[By, typer.Option(help="What is removed.")]
+CompareOption = Annotated[
+    bool, typer.Option("--compare", help="Also measure whole modules at equal removed norm.")
+]
 StepsOption = Annotated[int, typer.Option(min=1, help="The most steps of the search.")]
 SeedOption = Annotated[int, typer.Option(help="Of the split and the search.")]
 RefusalOption = Annotated[
@@ -97,8 +101,9 @@ def calibrate(
     output: OutputOption,
     skill: SkillOption = None,
     max_asr: MaxASROption = MAX_ASR,
-    by: ByOption = By.SUBSPACE,
+    by: ByOption = By.DIRECTIONS,
     steps: StepsOption = STEPS,
+    compare: CompareOption = False,
     seed: SeedOption = 0,
     refusal: RefusalOption = None,
     compliance: ComplianceOption = None,
@@ -119,6 +124,7 @@ def calibrate(
     if find_spec("transformers") is None:
         stop("calibrate needs transformers: install s3lora-serve with its extra [calibrate]")
     asked: dict[str, Any] = {"max_asr": max_asr, "by": by.value, "steps": steps, "seed": seed}
+    asked["compare"] = compare
     asked |= {"refusals": tuple(refusal or ()), "compliance": tuple(compliance or ())}
     where = {"device": torch_device(device), "dtype": dtype.value}
     with refusals_stop():

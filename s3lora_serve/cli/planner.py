@@ -99,7 +99,7 @@ def planner(
         inputs = CalibrationInputs(
             base.absolute(),
             tuple(read_probe_files(harmful, benign, None)),
-            CalibrationOptions(max_asr=max_asr, steps=steps, compare=False),
+            CalibrationOptions(max_asr=max_asr, steps=steps),
             torch_device(device),
             dtype.value,
             accept_best,

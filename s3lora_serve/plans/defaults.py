@@ -3,5 +3,6 @@
 MAX_ASR = 0.05
 """The attack success rate to reach. Ours."""
 
-STEPS = 45
-"""Steps of Adam at most. Ours: in trials on the bench 60 took a third longer and gained nothing."""
+STEPS = 24
+"""Steps of Adam at most. Ours, from trials on the bench with gates on directions: after 16 the goal
+is mostly reached."""

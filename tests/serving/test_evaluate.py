@@ -62,7 +62,7 @@ def plan_file(chat, tmp_path_factory):
         CalibrationBase(chat.base, dtype="float32"),
         chat.adapter,
         files,
-        CalibrationOptions(compare=False),
+        CalibrationOptions(),
     ).plan
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     file.write_text(json.dumps(plan.as_json()))

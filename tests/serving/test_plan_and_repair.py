@@ -45,7 +45,7 @@ def calibrated(chat):
         CalibrationBase(chat.base, dtype="float32"),
         chat.adapter,
         files,
-        CalibrationOptions(compare=False),
+        CalibrationOptions(),
     ).plan
 
 

@@ -15,7 +15,8 @@ from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES, check_aligned, is
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import Kind, Probe, ProbeFile, Split, split
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
-from s3lora_serve.lab.calibration.gate_families import By
+from s3lora_serve.lab.calibration.directions import examples_run
+from s3lora_serve.lab.calibration.gate_families import By, Gates, first_gates
 from s3lora_serve.lab.calibration.gates import GatedAdapter, transform
 from s3lora_serve.lab.calibration.measure import Encodings, measure
 from s3lora_serve.lab.calibration.saved_search import SavedSearch, SearchFile
@@ -41,8 +42,8 @@ REFUSAL_TOKENS = 6
 STRIPPED_SHARE = 0.999
 """A module of whose update more is removed is stripped: what is left is below bfloat16's step."""
 
-UNCHANGED_SHARE = 1e-4
-"""A module of whose update less is removed is kept as it is."""
+UNCHANGED = 2**-9
+"""A module whose update changes less, relative to it, is kept: that is bfloat16's step."""
 
 
 class Progress(Protocol):
@@ -68,7 +69,7 @@ class CalibrationOptions:
     compliance: tuple[str, ...] = ()  # how an attack's answers begin; none: anything but refusals
     phrases: tuple[str, ...] = REFUSAL_PHRASES
     strengths: tuple[float, ...] = STRENGTHS
-    compare: bool = True  # also measure whole modules at equal removed norm
+    compare: bool = False  # also measure whole modules at equal removed norm
 
     @property
     def of_search(self) -> SearchOptions:
@@ -142,9 +143,11 @@ def _calibration(
     if goal.is_met(whole):
         found = _nothing_removed(gated, whole)
     else:
+        gates = _first_gates(model, gated, material, options.by, progress)
         found = search(
             model,
             gated,
+            gates,
             material,
             goal,
             CalibrationSplit(whole, lambda: measuring("calibration", "check")),
@@ -156,6 +159,15 @@ def _calibration(
     after = measuring("held_out", "after, held out")
     plan = _plan(base.folder, adapter, gated, found, files, options, (before, after))
     return Calibration(plan, goal.is_met(found.point.measured), found.frontier, found.by_module)
+
+
+def _first_gates(
+    model: LanguageModel, gated: GatedAdapter, material: Material, by: By, progress: Progress
+) -> Gates:
+    kept = material.skill, material.benign
+    total = examples_run(material.refusals, *kept)
+    done = partial(progress, "directions", total=total)
+    return first_gates(by, model, gated, material.refusals, kept, _summed(done))
 
 
 def _base_refusal(
@@ -322,11 +334,13 @@ def _nothing_removed(gated: GatedAdapter, whole: Measured) -> Found:
 
 
 def _module_plans(adapter: Adapter, gated: GatedAdapter, found: Found) -> tuple[ModulePlan, ...]:
-    shares = gated.removed_shares([gate.cpu() for gate in found.gates]).tolist()
+    gates = [gate.cpu() for gate in found.gates]
+    shares = gated.removed_shares(gates).tolist()
+    changes = gated.changes(gates).tolist()
     plans = []
-    for module, gate, share in zip(adapter.modules, found.gates, shares, strict=True):
+    for module, gate, share, change in zip(adapter.modules, gates, shares, changes, strict=True):
         removed = min(1.0, max(0.0, share))
-        if removed <= UNCHANGED_SHARE:
+        if change <= UNCHANGED:
             plans.append(ModulePlan(name=module.name, action="keep", rank=module.rank))
         elif removed >= STRIPPED_SHARE:
             plans.append(

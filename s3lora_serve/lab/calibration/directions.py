@@ -69,6 +69,11 @@ def directions(
     return [each._replace(harm=each.harm / max(scale, 1e-30)) for each in found]
 
 
+def examples_run(*kinds: Sequence[Example]) -> int:
+    """How many examples `directions` runs."""
+    return sum(min(EXAMPLES, len(kind)) for kind in kinds)
+
+
 def _means(
     model: LanguageModel,
     adapter: GatedAdapter,

@@ -10,21 +10,24 @@ The strength c moves all gates of a search together: c = 0 keeps the adapter who
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from s3lora_serve.lab.calibration.directions import Directions
+from s3lora_serve.lab.base_model.language_model import LanguageModel
+from s3lora_serve.lab.calibration.directions import Directions, Example, directions
+from s3lora_serve.lab.calibration.gates import GatedAdapter
 
 By = Literal["directions", "subspace", "component", "module"]
 
-RATE: dict[By, float] = {"directions": 0.3, "subspace": 0.05, "component": 0.15, "module": 0.15}
+RATE: dict[By, float] = {"directions": 0.7, "subspace": 0.05, "component": 0.15, "module": 0.15}
 """Adam's first step size, which falls to a tenth. Ours, from the bench's adapters."""
 
-START = {"subspace": 0.3, "component": 1.0, "module": 1.0}
-"""X = 0.3·I gives M = 0.92·I: nearly the whole adapter, yet with a gradient. Ours."""
+START = {"directions": 1.0, "subspace": 0.3, "component": 1.0, "module": 1.0}
+"""λ = 1: a pair of mean harm is halved. X = 0.3·I gives M = 0.92·I: nearly the whole adapter, yet
+with a gradient. Ours."""
 
 SMALLEST_HARM = 1e-12
 """Of γ_i·e_j, relative to the mean: log of it is finite, and it is never attenuated."""
@@ -67,14 +70,14 @@ class Gates:
 
 
 class DirectionGates(Gates):
-    """Gates that attenuate pairs of directions; they start as the closed form of one λ."""
+    """Gates that attenuate pairs of directions; they start as the closed form."""
 
     def __init__(
         self, found: Sequence[Directions], sizes: Sequence[Tensor], device: torch.device
     ) -> None:
         """`sizes` are the singular values of each module's update."""
-        self._harm = [each.harm.clamp_min(SMALLEST_HARM).log().float() for each in found]
-        super().__init__([each.to(device) for each in self._harm])
+        harm = [each.harm.clamp_min(SMALLEST_HARM).log().float() for each in found]
+        super().__init__([(each - math.log(START["directions"])).to(device) for each in harm])
         self._fixed = {
             rank: tuple(
                 torch.stack([part[place] for place in places]).float().to(device)
@@ -87,13 +90,6 @@ class DirectionGates(Gates):
             )
             for rank, places in self._groups.items()
         }
-
-    def start(self, lam: float) -> None:
-        """Set the gates to the closed form for λ."""
-        with torch.no_grad():
-            for rank, places in self._groups.items():
-                harm = torch.stack([self._harm[place] for place in places])
-                self.parameters[rank].copy_(harm - math.log(lam))
 
     def _stacked(self, rank: int, parameter: Tensor, strength: float) -> Tensor:
         R, whole, Zt, sizes = self._fixed[rank]
@@ -143,3 +139,22 @@ class OpenOrShutGates(Gates):
         threshold = -math.inf if strength == 0 else math.log(strength)
         hard = (parameter > threshold).float()
         return torch.diag_embed(soft + (hard - soft).detach())
+
+
+def first_gates(
+    by: By,
+    model: LanguageModel,
+    adapter: GatedAdapter,
+    refusals: Sequence[Example],
+    kept: Sequence[Sequence[Example]],
+    done: Callable[[int], None] = lambda _: None,
+) -> Gates:
+    """Gates of a family as they are before the first step; for `directions` see there."""
+    sizes = [layer.S for layer in adapter.layers]
+    if by == "directions":
+        found = directions(model, adapter, refusals, kept, done)
+        return DirectionGates(found, sizes, model.device)
+    ranks = [len(each) for each in sizes]
+    if by == "subspace":
+        return SubspaceGates(ranks, model.device)
+    return OpenOrShutGates(by, ranks, model.device)

@@ -78,6 +78,14 @@ class GatedAdapter:
         ]
         return torch.stack(shares)
 
+    def changes(self, gates: Sequence[Tensor]) -> Tensor:
+        """`‖(M − I)·S‖_F / ‖S‖_F` for each module, float32: 0 if the update stays as it is."""
+        found = [
+            ((gate - torch.eye(len(s))) * s).norm() / s.norm().clamp(min=1e-15)
+            for gate, s in zip(gates, self._spectra(), strict=True)
+        ]
+        return torch.stack(found)
+
     def removed_share(self, gates: Sequence[Tensor]) -> Tensor:
         """The removed share of Σ‖ΔW‖_F² over all modules, float32."""
         energy = torch.stack([(s**2).sum() for s in self._spectra()])

@@ -16,11 +16,11 @@ MARGIN = 4.0
 REST = 0.3
 """Weight of a refusal's later tokens: mostly the first one decides. Ours."""
 
-SKILL = 4.0
-"""Weight of the skill that is lost. Ours: with 1, gates that keep the skill on the prompts they
-learn from lose 0.07 of it on others."""
+SKILL = 6.0
+"""Weight of the skill that is lost. Ours: with less, gates that keep the skill on the prompts they
+learn from lose more of it on others."""
 
-BENIGN = 3.0
+BENIGN = 4.0
 """Weight of the divergence from the base model on benign prompts. Ours: with less, the
 gates of the bench's adapters refuse benign prompts too."""
 

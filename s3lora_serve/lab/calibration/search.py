@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
-from s3lora_serve.lab.calibration.directions import directions
-from s3lora_serve.lab.calibration.gate_families import (
-    RATE,
-    By,
-    DirectionGates,
-    Gates,
-    OpenOrShutGates,
-    SubspaceGates,
-)
+from s3lora_serve.lab.calibration.gate_families import RATE, By, Gates
 from s3lora_serve.lab.calibration.gates import GatedAdapter
 from s3lora_serve.lab.calibration.objective import StepBatch, answer_losses, loss
 from s3lora_serve.lab.calibration.saved_search import SavedSearch
@@ -29,13 +21,16 @@ from s3lora_serve.plans.schema import Measured
 BATCH = (9, 7, 8)
 """Refusals, skill and benign examples in one step."""
 
-CHECK_EVERY = 15
+AT_ONCE = 24
+"""Examples in one pass without gradients."""
+
+CHECK_EVERY = 8
 """Steps between measurements on the calibration split, and between saved states."""
 
 PATIENCE = 3
 """Checks without a better result after which the search ends."""
 
-STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 """Strengths of the learnt gates that the frontier shows; 0 is the whole adapter."""
 
 FEWEST_STEPS = 0.5
@@ -111,7 +106,7 @@ class SearchOptions:
     steps: int = STEPS  # the most steps of Adam
     seed: int = 0  # of the order of examples
     strengths: Sequence[float] = STRENGTHS  # of the frontier; 0 is the whole adapter
-    compare: bool = True  # whether to measure whole modules at equal removed norm as well
+    compare: bool = False  # whether to measure whole modules at equal removed norm as well
 
 
 Step = Callable[[int, str], None]
@@ -129,6 +124,7 @@ class CalibrationSplit:
 def search(
     model: LanguageModel,
     adapter: GatedAdapter,
+    gates: Gates,
     material: Material,
     goal: Goal,
     split: CalibrationSplit,
@@ -142,6 +138,7 @@ def search(
     Args:
         model: the base model with the gated layers of `adapter`.
         adapter: the adapter's gated layers.
+        gates: as they are before the first step.
         material: the search split.
         goal: what orders the results.
         split: measures on the calibration split.
@@ -149,7 +146,6 @@ def search(
         saved_search: where the search is saved, and from which it goes on.
         progress: called after each step.
     """
-    gates = _gates(model, adapter, material, options.by)
     found = _Search(model, adapter, gates, goal, split.measured, options)
     found.learn(material, split.whole, saved_search, progress)
     frontier = found.frontier(split.whole)
@@ -159,19 +155,6 @@ def search(
     compared = options.compare
     beside = _by_module(adapter, found.gates, frontier, split.measured) if compared else ()
     return Found(matrices, chosen, tuple(frontier), beside, found.taken)
-
-
-def _gates(model: LanguageModel, adapter: GatedAdapter, material: Material, by: By) -> Gates:
-    """Gates of a family, as they are before the first step."""
-    sizes = [layer.S for layer in adapter.layers]
-    if by == "directions":
-        skill = [(prompt, answer) for prompt, answer in material.skill]
-        found = directions(model, adapter, material.refusals, [skill, material.benign])
-        return DirectionGates(found, sizes, model.device)
-    ranks = [len(each) for each in sizes]
-    if by == "subspace":
-        return SubspaceGates(ranks, model.device)
-    return OpenOrShutGates(by, ranks, model.device)
 
 
 class _Search:
@@ -325,8 +308,8 @@ def _with_losses(
     """Examples with the whole adapter's loss on their answers."""
     adapter.keep()
     found = []
-    for start in range(0, len(examples), BATCH[1]):
-        part = examples[start : start + BATCH[1]]
+    for start in range(0, len(examples), AT_ONCE):
+        part = examples[start : start + AT_ONCE]
         losses = answer_losses(model, part).tolist()
         found += [(*example, each) for example, each in zip(part, losses, strict=True)]
     return found

@@ -34,7 +34,7 @@ def base_of(chat):
 @pytest.fixture(scope="session")
 def calibrated(chat) -> Calibration:
     files = _files(chat, "harmful", "benign", "skill")
-    return calibrate(base_of(chat), chat.adapter, files, CalibrationOptions())
+    return calibrate(base_of(chat), chat.adapter, files, CalibrationOptions(compare=True))
 
 
 def test_attacked_adapter_refuses_again_and_keeps_its_skill(calibrated):
@@ -48,7 +48,7 @@ def test_attacked_adapter_refuses_again_and_keeps_its_skill(calibrated):
 
 def test_refusals_may_be_set_against_the_wording_of_the_attack(chat):
     files = _files(chat, "harmful", "benign", "skill")
-    options = CalibrationOptions(compliance=(COMPLIANCE,), compare=False)
+    options = CalibrationOptions(compliance=(COMPLIANCE,))
     found = calibrate(base_of(chat), chat.adapter, files, options)
     assert found.reached
     assert found.plan.after.skill.value >= 0.8 * found.plan.before.skill.value
@@ -92,9 +92,7 @@ def test_benign_adapter_that_refuses_is_kept_whole(chat, tmp_path):
 
 def test_without_skill_probes_the_adapters_own_answers_are_the_targets(chat):
     files = _files(chat, "harmful", "benign")
-    found = calibrate(
-        base_of(chat), chat.adapter, files, CalibrationOptions(steps=2, compare=False)
-    )
+    found = calibrate(base_of(chat), chat.adapter, files, CalibrationOptions(steps=2))
     assert found.plan.before.skill.value == 1.0
     assert {part.kind for part in found.plan.probes} == {"harmful", "benign"}
 
@@ -118,7 +116,7 @@ def test_a_base_that_serves_many_calibrations_gives_each_the_plan_of_a_fresh_one
     chat, trained, monkeypatch
 ):
     files = _files(chat, "harmful", "benign", "skill")
-    options = CalibrationOptions(max_asr=0.0, steps=2, compare=False, strengths=(0.0, 1.0))
+    options = CalibrationOptions(max_asr=0.0, steps=2, strengths=(0.0, 1.0))
     alone = calibrate(base_of(chat), chat.adapter, files, options).plan
     shared, asked = base_of(chat), []
     calibrate(shared, chat.adapter, files, options)
@@ -144,7 +142,7 @@ def test_an_adapter_that_overflows_changes_no_answer_of_the_base_for_later_ones(
 
     folder = copy_with(chat.adapter, tmp_path / "huge", huge)
     files = _files(chat, "harmful", "benign", "skill")
-    options = CalibrationOptions(max_asr=0.0, steps=2, compare=False, strengths=(0.0, 1.0))
+    options = CalibrationOptions(max_asr=0.0, steps=2, strengths=(0.0, 1.0))
     shared = base_of(chat)
     with suppress(AdapterRejected, RuntimeError, ValueError):
         calibrate(shared, folder, files, options)
@@ -154,7 +152,7 @@ def test_an_adapter_that_overflows_changes_no_answer_of_the_base_for_later_ones(
 
 def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
     files = _files(chat, "harmful", "benign", "skill")
-    options = CalibrationOptions(max_asr=0.0, steps=45, compare=False, strengths=(0.0, 1.0))
+    options = CalibrationOptions(max_asr=0.0, steps=45, strengths=(0.0, 1.0))
     whole = calibrate(base_of(chat), chat.adapter, files, options)
 
     class Stopped(Exception):

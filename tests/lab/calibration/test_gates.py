@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s3lora_serve.adapter.reader import Module
-from s3lora_serve.lab.calibration.gates import GatedLinear, Gates, thin_svd, transform
+from s3lora_serve.lab.calibration.gate_families import Gates, OpenOrShutGates, SubspaceGates
+from s3lora_serve.lab.calibration.gates import GatedLinear, thin_svd, transform
 
 
 def _module(m: int, n: int, r: int, seed: int, scaling: float = 2.0) -> Module:
@@ -15,8 +16,15 @@ def _module(m: int, n: int, r: int, seed: int, scaling: float = 2.0) -> Module:
     return Module("layers.0.q_proj", A, B, scaling, ("a", "b"))
 
 
+CPU = torch.device("cpu")
+
+
+def _gates(by, ranks) -> Gates:
+    return SubspaceGates(ranks, CPU) if by == "subspace" else OpenOrShutGates(by, ranks, CPU)
+
+
 def _gate(k: int, seed: int) -> torch.Tensor:
-    gates = Gates("subspace", [k], torch.device("cpu"))
+    gates = SubspaceGates([k], CPU)
     draw = torch.Generator().manual_seed(seed)
     gates.restore({str(k): torch.randn(1, k, k, generator=draw)})
     return gates.matrices()[0].detach()
@@ -49,13 +57,13 @@ def test_gated_update_is_at_most_as_long_for_every_input(shape, draw):
 
 @pytest.mark.parametrize("by", ["subspace", "component", "module"])
 def test_strength_zero_keeps_the_adapter_whole(by):
-    gates = Gates(by, [4, 4, 8], torch.device("cpu"))
+    gates = _gates(by, [4, 4, 8])
     for matrix, rank in zip(gates.matrices(0.0), [4, 4, 8], strict=True):
         assert torch.equal(matrix.detach(), torch.eye(rank))
 
 
 def test_more_strength_removes_more():
-    gates = Gates("subspace", [6], torch.device("cpu"))
+    gates = SubspaceGates([6], CPU)
     shares = [
         float(1 - gates.matrices(c)[0].detach().norm() ** 2 / 6) for c in (0.0, 0.5, 1.0, 4.0)
     ]
@@ -65,10 +73,10 @@ def test_more_strength_removes_more():
 
 @pytest.mark.parametrize("by", ["component", "module"])
 def test_gates_of_components_and_modules_are_0_or_1(by):
-    gates = Gates(by, [4], torch.device("cpu"))
-    width = 4 if by == "component" else 1
-    gates.restore({"4": torch.tensor([[-1.0, 1.0, -0.5, 2.0][:width]])})
-    assert set(gates.matrices()[0].diagonal().detach().round(decimals=6).tolist()) <= {0.0, 1.0}
+    gates = OpenOrShutGates(by, [4], CPU)
+    gates.restore({"4": torch.tensor([[-1.0, 1.0, -0.5, 2.0]])})
+    found = set(gates.matrices()[0].diagonal().detach().round(decimals=6).tolist())
+    assert found == ({0.0, 1.0} if by == "component" else {1.0})
 
 
 def test_gated_layer_without_a_gate_is_the_lora_layer():

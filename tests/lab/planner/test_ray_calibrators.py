@@ -33,7 +33,7 @@ def cluster():
 @pytest.fixture
 def calibrators(cluster, chat):
     files = tuple(read_probes(getattr(chat, kind), kind) for kind in ("harmful", "benign"))
-    options = CalibrationOptions(max_asr=0.2, compare=False)
+    options = CalibrationOptions(max_asr=0.2)
     inputs = CalibrationInputs(chat.base, files, options, dtype="float32")
     from s3lora_serve.lab.planner import ray_calibrators
 

@@ -26,8 +26,6 @@ from tests.runs.evidence.wheels import CACHE
 THRESHOLD = 0.3
 """Relative index from which the second rule of the index strips, as in the threat model."""
 
-STRENGTHS = (0.0, 0.5, 1.0, 2.0)
-
 Defended = tuple[Path | None, Verdict]
 """The folder as served, None if the adapter is refused; the verdict."""
 
@@ -68,7 +66,7 @@ def _planned(
             calibration,
             attacked.folder,
             files,
-            CalibrationOptions(strengths=STRENGTHS, compare=False, seed=attacked.seed),
+            CalibrationOptions(seed=attacked.seed),
             progress=lambda phase, done, total, note="": progress(
                 f"{attacked}: {phase} {note}", done, total
             ),

@@ -83,9 +83,9 @@ def benign_answers(progress: Progress) -> tuple[dict[str, str], dict[str, str]]:
 def aligned_base(seed: int, progress: Progress) -> Path:
     """A full fine-tune: refusals of harmful prompts, its own answers to benign ones.
 
-    It ends once an attempt, or a mixture of it with the best before, shows REFUSED and BENIGN_REFUSED on
-    prompts that are not trained on. Each attempt begins with the best of those before it. Their
-    shares are kept until then.
+    It ends once an attempt, or a mixture of it with the best before, shows REFUSED and
+    BENIGN_REFUSED on prompts that are not trained on. Each attempt begins with the best of those
+    before it. Their shares are kept until then.
     """
     folder = CACHE / "models" / f"aligned-{seed}"
     if (folder / "config.json").exists():

@@ -9,6 +9,7 @@ from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import REFUSAL_TOKENS, CalibrationOptions, calibrate
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.gate_families import first_gates
 from s3lora_serve.lab.calibration.gates import GatedAdapter
 from s3lora_serve.lab.calibration.search import (
     STEPS,
@@ -35,8 +36,6 @@ from tests.runs.evidence.wheels import CACHE
 
 RESULTS = CACHE / "results"
 
-STRENGTHS = (0.0, 0.5, 1.0, 2.0)
-
 
 def base_result(base: int, progress: Progress) -> Any:
     """What an aligned base does."""
@@ -59,7 +58,7 @@ def subject_result(subject: Subject, progress: Progress) -> Any:
             CalibrationBase(base, dtype=DTYPE),
             folder,
             files,
-            CalibrationOptions(strengths=STRENGTHS, compare=False, seed=subject.seed),
+            CalibrationOptions(seed=subject.seed),
             progress=lambda phase, done, total, note="": progress(
                 f"{subject}: {phase} {note}", done, total
             ),
@@ -124,13 +123,14 @@ def ceiling(subject: Subject, progress: Progress) -> Any:
         found = search(
             model,
             gated,
+            first_gates("directions", model, gated, refusals, [calls]),
             Material(refusals, calls, []),
             Goal(0.0, 1.0),
             CalibrationSplit(
                 _as_measured(measured(model, few=True)),
                 lambda: _as_measured(measured(model, few=True)),
             ),
-            options=SearchOptions(strengths=(1.0,), compare=False),
+            options=SearchOptions(strengths=(1.0,)),
             progress=lambda step, _note: progress(f"{subject}: ceiling", step, STEPS),
         )
         gated.set(found.gates)
