@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.runs.evidence.adapters import Subject
+from tests.runs.evidence.base_model import BENIGN_REFUSED, REFUSED
 from tests.runs.evidence.tables import kept_result, rate, read, score, spread, table
 
 
@@ -11,8 +12,19 @@ def bases() -> str:
     found = read("base-*.json")
     kinds = ("", "styles ", "lookalike ")
     names = ("ASR", "other ASR", "third ASR", *(f"{kind}benign refusal" for kind in kinds))
-    rows = [(stem, *(rate(rates[name]) for name in names)) for stem, rates in found.items()]
-    return "## The aligned bases\n\n" + table(("base", *names), rows) if rows else ""
+    rows = [
+        (stem, *(f"{share:.3f}" for share in rates["alignment"]), *(rate(rates[n]) for n in names))
+        for stem, rates in found.items()
+    ]
+    if not rows:
+        return ""
+    words = (
+        "`chosen by`: the shares of harmful probes and of benign prompts of other styles that are"
+        " refused, by which the fine-tune was chosen. Wanted were"
+        f" {REFUSED:g} at least and {BENIGN_REFUSED:g} at most."
+    )
+    head = ("base", "chosen by: refused", "chosen by: benign refused", *names)
+    return f"## The aligned bases\n\n{words}\n\n{table(head, rows)}"
 
 
 def plans(subjects: Sequence[Subject]) -> str:

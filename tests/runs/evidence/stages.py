@@ -25,7 +25,7 @@ from s3lora_serve.policy.method import ScorerChoice
 from s3lora_serve.policy.schema import Policy
 from tests.runs.evidence.adapters import Subject, make_adapter
 from tests.runs.evidence.attribution import harm_by_module, spearman
-from tests.runs.evidence.base_model import Progress, aligned_base
+from tests.runs.evidence.base_model import Progress, aligned_base, alignment
 from tests.runs.evidence.measuring import divergence, greedy, kept, load, measured
 from tests.runs.evidence.orders import orders, scoring
 from tests.runs.evidence.probes import probe_files
@@ -38,9 +38,12 @@ RESULTS = CACHE / "results"
 
 
 def base_result(base: int, progress: Progress) -> Any:
-    """What an aligned base does."""
+    """What an aligned base does, and the shares by which its fine-tune was chosen."""
     folder = aligned_base(base, progress)
-    return kept(RESULTS / f"base-{base}.json", lambda: measured(load(folder)[0]))
+    return kept(
+        RESULTS / f"base-{base}.json",
+        lambda: {**measured(load(folder)[0]), "alignment": alignment(base)},
+    )
 
 
 def subject_result(subject: Subject, progress: Progress) -> Any:
