@@ -22,11 +22,12 @@ def frontier_page(
     plan: Plan, frontier: Sequence[FrontierPoint], by_module: Sequence[FrontierPoint]
 ) -> str:
     """The page as HTML without scripts. It loads no other file and needs no network."""
+    named = ("gates", frontier), ("whole modules", by_module)
     actions = [module.action for module in plan.modules]
     return html_of(
         "frontier.html",
         __package__,
         plan=plan,
-        series=(("gates", frontier), ("whole modules", by_module)),
+        series=[(name, points) for name, points in named if points],
         counts={action: actions.count(action) for action in ("keep", "transform", "strip")},
     )

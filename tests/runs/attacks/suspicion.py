@@ -146,7 +146,10 @@ def write_page() -> None:
         harm: mean(e["ASR"] for e in found.values() if e["is_harmful"] is harm)
         for harm in (True, False)
     }
-    counts = f"{len(usual)} adapters, {len(attacks)} attacks; mean ASR of harmful ones {asr[True]:.2f}, of the others {asr[False]:.2f}.\n\n"
+    counts = (
+        f"{len(usual)} adapters, {len(attacks)} attacks; mean ASR of harmful ones {asr[True]:.2f},"
+        f" of the others {asr[False]:.2f}.\n\n"
+    )
     PAGE.write_text(
         HEAD + counts + _families(usual, attacks, families) + "\n" + _single(usual, names)
     )
