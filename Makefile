@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-all load load-fleet architectures compat fuzz generate dashboard-check lint format bench gpu-pack gpu-kernels bench-alignment bench-repair bench-admission bench-signing bench-serving bench-scan evidence shares clean
+.PHONY: demo test test-fast test-all load load-fleet architectures compat fuzz generate dashboard-check lint format bench gpu-pack gpu-kernels bench-alignment bench-repair bench-admission bench-signing bench-serving bench-scan evidence attacks suspicion shares clean
 
 demo: $(READY)  ## serve adapters on a real vLLM under the gate, and show what it did
 	$(BIN)/python -m deploy.demo
@@ -84,6 +84,12 @@ bench-scan: $(READY)  ## scanning many adapters beside reading them: 5 GB of fil
 
 evidence: $(READY)  ## what the index and a calibrated plan do on a real aligned model: up to 90 minutes, goes on where it was
 	$(BIN)/python -m tests.runs.evidence
+
+attacks: $(READY)  ## adapters of owners who know the gate, under each defence: some two hours, goes on where it was
+	$(BIN)/python -m tests.runs.attacks
+
+suspicion: $(READY)  ## what tells harmful adapters apart at admission: about an hour, goes on where it was
+	$(BIN)/python -m tests.runs.attacks.suspicion
 
 shares: $(READY)  ## the smallest share of an adapter's update that any module has, by training: half an hour on two idle cores, goes on where it was
 	$(BIN)/python -m tests.runs.evidence.shares
