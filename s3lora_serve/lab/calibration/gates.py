@@ -74,25 +74,26 @@ class GatedAdapter:
         """`1 − ‖M·S‖_F² / ‖S‖_F²` for each module, float32."""
         shares = [
             1 - ((gate * s) ** 2).sum() / (s**2).sum().clamp(min=1e-30)
-            for gate, s in zip(gates, self._spectra(), strict=True)
+            for gate, s in zip(gates, self._spectra(gates), strict=True)
         ]
         return torch.stack(shares)
 
     def changes(self, gates: Sequence[Tensor]) -> Tensor:
         """`‖(M − I)·S‖_F / ‖S‖_F` for each module, float32: 0 if the update stays as it is."""
         found = [
-            ((gate - torch.eye(len(s))) * s).norm() / s.norm().clamp(min=1e-15)
-            for gate, s in zip(gates, self._spectra(), strict=True)
+            (gate * s - s.diag()).norm() / s.norm().clamp(min=1e-15)
+            for gate, s in zip(gates, self._spectra(gates), strict=True)
         ]
         return torch.stack(found)
 
     def removed_share(self, gates: Sequence[Tensor]) -> Tensor:
         """The removed share of Σ‖ΔW‖_F² over all modules, float32."""
-        energy = torch.stack([(s**2).sum() for s in self._spectra()])
+        energy = torch.stack([(s**2).sum() for s in self._spectra(gates)])
         return (self.removed_shares(gates) * energy).sum() / energy.sum().clamp(min=1e-30)
 
-    def _spectra(self) -> list[Tensor]:
-        return [layer.S for layer in self.layers]
+    def _spectra(self, gates: Sequence[Tensor]) -> list[Tensor]:
+        """The singular values of each update, where its gate is."""
+        return [layer.S.to(gate.device) for layer, gate in zip(self.layers, gates, strict=True)]
 
 
 def attach(model: Any, adapter: Adapter) -> GatedAdapter:
