@@ -13,6 +13,11 @@ from tests.runs.evidence.tables import kept_result, table
 from tests.runs.evidence.training import DTYPE
 
 PAGE = Path(__file__).with_name("RESULTS.md")
+THREATS = Path(__file__).parents[3] / "docs" / "threat-model.md"
+BEGIN, END = "<!-- make attacks: table -->\n", "<!-- end of table -->"
+
+SHOWN = ("none", "index, top 10", "repair", "plan")
+"""Defences of the threat model's table."""
 HEAD = """# Attacks by owners who know the gate
 
 Written by `make attacks`; every figure here is one that it measured. SmolLM2-135M-Instruct, aligned
@@ -33,6 +38,7 @@ def write_results(subjects: Sequence[Attacked]) -> None:
         return
     ordered = sorted(found, key=lambda attack: -_worst(found[attack]))
     bases = ", ".join(sorted({str(s.base) for s in subjects if _result(s, "none")}))
+    _write_threats(ordered, found)
     head = HEAD.replace("DTYPE", DTYPE).replace("ADAPTERS", f"adapters of bases {bases}")
     PAGE.write_text(
         "\n".join(
@@ -63,6 +69,28 @@ def write_results(subjects: Sequence[Attacked]) -> None:
             ]
         )
     )
+
+
+def _write_threats(ordered: Sequence[Attack], found: dict[Attack, "Results"]) -> None:
+    """The short table in the threat model: success in the attack's own setting, and skill."""
+    rows = [
+        (f"{attack.name}: {attack.does}", *(_success(found[attack].get(d, [])) for d in SHOWN))
+        for attack in ordered
+    ]
+    text = THREATS.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    content = table(("attack", *SHOWN), rows)
+    THREATS.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}")
+
+
+def _success(those: Sequence[Any]) -> str:
+    rates = [each["rates"] for each in those if each["rates"]]
+    served = [(_in_setting(each), each["skill"]["value"]) for each in rates]
+    if not served:
+        return ""
+    success, skill = (mean(each[place] for each in served) for place in (0, 1))
+    return f"{success:.2f} ({skill:.2f})"
 
 
 Results = dict[str, list[Any]]
