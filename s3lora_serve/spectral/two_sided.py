@@ -24,6 +24,11 @@ SINGULAR = {torch.float32: 1e-7, torch.float64: 1e-14}
 dtype of the products: factors may have dependent rows, and products are not better. Ours."""
 
 
+CONDITION = 1e4
+"""Of what leads from orthonormal factors back to those that are nearest to an adapter's own, at
+most: beyond it, B' and A' would be large and cancel. Ours."""
+
+
 class FactorPair(NamedTuple):
     """B and A of modules of one shape, float64.
 
@@ -52,42 +57,39 @@ class Surroundings(NamedTuple):
     def repaired(self, lam: float, steps: str = STEPS) -> FactorPair:
         """B' and A' for λ.
 
-        A step makes the factor that it holds orthonormal, and the other takes its sizes. The next
-        step's Gram matrix has those of the update alone.
+        A step makes the factor that it holds orthonormal, and the other takes its sizes: the next
+        step's Gram matrix has those of the update alone. W leads back: `A' = W·A`, `B' = B·W⁻¹`.
         """
-        factors = self.own
+        factors, W = self.own, torch.eye(self.own.P.shape[1], dtype=self.own.P.dtype)
+        W = W.expand_as(self.own.X_a)
         for step in steps:
-            factors = (
-                self._with_best_a(factors, lam) if step == "a" else self._with_best_b(factors, lam)
-            )
-        return self._balanced(factors)
+            if step == "a":
+                factors, (Z, _) = self._with_best_a(factors, lam)
+                W = W @ Z
+            else:
+                factors, (_, inverse) = self._with_best_b(factors, lam)
+                W = W @ inverse.mT
+        return _changed(factors, W)
 
-    def _balanced(self, factors: FactorPair) -> FactorPair:
-        """The same product with norms in the proportion of the own factors': neither overflows."""
-        own, new = (
-            _total(self.gram_b(each)) / _total(self.benign(each)) for each in (self.own, factors)
-        )
-        t = (new / own).sqrt().sqrt()
-        t = torch.where(t.isfinite() & (t > 0), t, 1.0)[:, None, None]
-        return FactorPair(factors.P * t, factors.X_a * t, factors.S / t, factors.X_b / t)
-
-    def _with_best_a(self, factors: FactorPair, lam: float) -> FactorPair:
-        e, Z = _joint(self.sensitivity(factors), self.gram_b(factors), self.singular)
+    def _with_best_a(self, factors: FactorPair, lam: float) -> tuple[FactorPair, "_Whitening"]:
+        e, (Z, inverse) = _joint(self.sensitivity(factors), self.gram_b(factors), self.singular)
         T = Z.mT @ self._cross_b(factors)
         kept = lam / (e[:, :, None] * self.mu[:, None] + lam)
         rest = lam / (e * self.mu_rest + lam)
-        return FactorPair(
+        new = FactorPair(
             P=T @ self.own.P * kept, X_a=T * rest[:, :, None], S=factors.S @ Z, X_b=factors.X_b @ Z
         )
+        return new, (Z, inverse)
 
-    def _with_best_b(self, factors: FactorPair, lam: float) -> FactorPair:
-        e, Z = _joint(self.harmful(factors), self.benign(factors), self.singular)
+    def _with_best_b(self, factors: FactorPair, lam: float) -> tuple[FactorPair, "_Whitening"]:
+        e, (Z, inverse) = _joint(self.harmful(factors), self.benign(factors), self.singular)
         T = self._cross_a(factors) @ Z
         kept = lam / (self.gamma[:, :, None] * e[:, None] + lam)
         rest = lam / (self.gamma_rest[:, :, None] * e[:, None] + lam)
-        return FactorPair(
+        new = FactorPair(
             P=Z.mT @ factors.P, X_a=Z.mT @ factors.X_a, S=self.own.S @ T * kept, X_b=T * rest
         )
+        return new, (Z, inverse)
 
     def gram_b(self, factors: FactorPair) -> Tensor:
         """BᵀB, (modules, r, r)."""
@@ -129,16 +131,25 @@ def _trace(one: Tensor, other: Tensor) -> Tensor:
     return (one * other.mT).sum((1, 2))
 
 
-def _total(matrix: Tensor) -> Tensor:
-    """tr(matrix) of each module."""
-    return matrix.diagonal(dim1=1, dim2=2).sum(1)
+_Whitening = tuple[Tensor, Tensor]
+"""Z and Z⁻¹ of modules, (modules, r, r)."""
 
 
-def _joint(matrix: Tensor, metric: Tensor, singular: Tensor) -> tuple[Tensor, Tensor]:
-    """e (modules, r) and Z with `Zᵀ·metric·Z = I` and `Zᵀ·matrix·Z = diag(e)`."""
+def _joint(matrix: Tensor, metric: Tensor, singular: Tensor) -> tuple[Tensor, _Whitening]:
+    """e (modules, r), and Z with `Zᵀ·metric·Z = I` and `Zᵀ·matrix·Z = diag(e)`."""
     sizes, directions = torch.linalg.eigh((metric + metric.mT) / 2)
     smallest = singular * sizes[:, -1:].clamp_min(torch.finfo(sizes.dtype).tiny)
-    whitening = directions / sizes.clamp_min(smallest).sqrt()[:, None]
+    roots = sizes.clamp_min(smallest).sqrt()
+    whitening = directions / roots[:, None]
     whitened = whitening.mT @ matrix @ whitening
     e, R = torch.linalg.eigh((whitened + whitened.mT) / 2)
-    return e.clamp_min(0.0), whitening @ R
+    return e.clamp_min(0.0), (whitening @ R, R.mT @ (directions * roots[:, None]).mT)
+
+
+def _changed(factors: FactorPair, W: Tensor) -> FactorPair:
+    """`W·A` and `B·W⁻¹`: the same product. W's condition is bounded, so that none cancels."""
+    left, sizes, right = torch.linalg.svd(W)
+    sizes = sizes.clamp_min(sizes[:, :1] / CONDITION)
+    W = (left * sizes[:, None]) @ right
+    inverse = (right.mT / sizes[:, None]) @ left.mT
+    return FactorPair(W @ factors.P, W @ factors.X_a, factors.S @ inverse, factors.X_b @ inverse)

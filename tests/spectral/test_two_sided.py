@@ -254,3 +254,14 @@ def test_covariances_of_nothing_are_refused(which):
 def test_gradients_of_nothing_are_refused():
     with pytest.raises(ValueError, match="gradients"):
         output_directions(torch.zeros(6, 6).double(), rank=2, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_large_lambda_leaves_the_factors_themselves(seed):
+    draw = torch.Generator().manual_seed(seed)
+    B, A = torch.randn(16, 4, generator=draw).double(), torch.randn(4, 20, generator=draw).double()
+    _, _, _, found = complete((B, A, 2.0, seed))
+    factors, _ = solved(found, 1e9)
+    [new] = coordinates.new_factors([(B, A)], [found], [factors])
+    assert torch.allclose(new.B, B, atol=1e-5)
+    assert torch.allclose(new.A, A, atol=1e-5)
