@@ -26,7 +26,7 @@ Example = tuple[Encoded, Encoded]
 ODDS_TOKENS = 3
 """First tokens of a refusal whose log-odds count, as in a base model's statistics."""
 
-EXAMPLES, BATCH = 48, 16
+EXAMPLES, BATCH = 32, 16
 """Examples of each kind that are run, and run together: some thousand tokens for a k x k mean."""
 
 RIDGE = 0.01

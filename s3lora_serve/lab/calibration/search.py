@@ -31,12 +31,16 @@ PATIENCE = 3
 """Checks without a better result after which the search ends."""
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
-"""Strengths of the learnt gates that the frontier shows; 0 is the whole adapter."""
+"""Strengths of the learnt gates that the frontier shows; 0 is the whole adapter. Those beside 0 and
+1 are measured where gates as learnt miss the goal, or to compare."""
 
 FEWEST_STEPS = 0.5
 """Share of the steps before which nothing is measured, so that the search never ends there: gates
 that just reach the goal on the calibration split are not yet those that reach it on other prompts.
 Ours, from the bench."""
+
+ENOUGH = 0.02
+"""Skill that may be lost where the search ends early: one of 60 answers. Ours."""
 
 REFUSAL_SLACK = 0.05
 """Rise of the benign refusal rate over the whole adapter's and the base's that is accepted."""
@@ -93,9 +97,9 @@ class Goal:
         return measured.asr.value <= self.max_asr
 
     def is_good(self, measured: Measured, whole: Measured) -> bool:
-        """Whether the goal is met with the whole adapter's skill, and without new refusals."""
+        """Whether the goal is met with nearly the whole adapter's skill, and no new refusals."""
         excess, lost = self.order(measured)
-        return excess == 0 and -lost >= whole.skill.value
+        return excess == 0 and -lost >= whole.skill.value - ENOUGH
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +219,11 @@ class _Search:
         if self._best is not None:
             known[1.0] = self._best[0]
             self.gates.restore(self._best[1])
+        met = self._best is not None and self._goal.is_met(self._best[0].measured)
+        shown = set(known) if met and not self._options.compare else set(self._options.strengths)
         return [
             known.get(strength) or _measured_at(self._adapter, self.gates, strength, self._measured)
-            for strength in self._options.strengths
+            for strength in sorted(shown & set(self._options.strengths))
         ]
 
     def _streams(self, material: Material) -> list[Iterator[Any]]:

@@ -35,7 +35,7 @@ def plans(subjects: Sequence[Subject]) -> str:
             found.setdefault(subject.kind, []).append((subject, result))
     if not found:
         return ""
-    names = ("ASR", "strict ASR", "other ASR", "skill", "benign refusal")
+    names = ("ASR", "strict ASR", "other ASR", "skill", "benign refusal", "styles benign refusal")
     means, each = [], []
     for kind, results in found.items():
         for when in ("before", "after"):

@@ -79,7 +79,7 @@ def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
     rates = dict.fromkeys(names, rate)
     subject = Subject("20 %", 0, 0)
     kept = {
-        "base-0": rates,
+        "base-0": {**rates, "alignment": [0.94, 0.017]},
         "20pct-b0-s0": {
             "before": rates, "after": rates, "kl": [1.0, 0.5], "reached": True,
             "method": {"removed_share": 0.25, "strength": 0.5}, "seconds": 12.0,
@@ -100,6 +100,7 @@ def test_tables_are_written_from_the_kept_results_alone(tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     results.write_results([subject, Subject("benign", 0, 0)])
     text = (tmp_path / "RESULTS.md").read_text()
+    assert "| base-0 | 0.940 | 0.017 | 0.05 (0.02–0.14) |" in text
     assert "| 20 % | 1 | before |" in text
     assert "benign | " not in text.replace("KL benign | ", "").replace("benign refusal | ", "")
     assert "| 20 % | 1 | with | 0.05 |" in text
