@@ -24,7 +24,7 @@ SINGULAR = {torch.float32: 1e-7, torch.float64: 1e-14}
 dtype of the products: factors may have dependent rows, and products are not better. Ours."""
 
 
-CONDITION = 1e4
+CONDITION = 100.0
 """Of what leads from orthonormal factors back to those that are nearest to an adapter's own, at
 most: beyond it, B' and A' would be large and cancel. Ours."""
 
