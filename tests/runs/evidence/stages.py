@@ -1,5 +1,6 @@
 """The stages of the bench. Each keeps its result in a file, so that a run goes on where it was."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,10 @@ def subject_result(subject: Subject, progress: Progress) -> Any:
 def served_folder(folder: Path, plan: Path) -> Path:
     """The adapter as the gate serves it under a plan, written by `s3lora strip --plan`."""
     target = CACHE / "served" / folder.name
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        policy = Policy(on_uninformative="admit")
-        s3lora_serve.strip_adapter(folder, target, policy, plan=read_plan(plan))
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier plan
+    target.parent.mkdir(exist_ok=True)
+    policy = Policy(on_uninformative="admit")
+    s3lora_serve.strip_adapter(folder, target, policy, plan=read_plan(plan))
     return target
 
 
