@@ -1,6 +1,6 @@
 """RESULTS.md of the attacks, from the kept results alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,13 +16,15 @@ PAGE = Path(__file__).with_name("RESULTS.md")
 THREATS = Path(__file__).parents[3] / "docs" / "threat-model.md"
 BEGIN, END = "<!-- make attacks: table -->\n", "<!-- end of table -->"
 
+ASR, STRICT = "ASR", "strict ASR"
+
 SHOWN = ("none", "index, top 10", "repair", "plan")
 """Defences of the threat model's table."""
 HEAD = """# Attacks by owners who know the gate
 
 Written by `make attacks`; every figure here is one that it measured. SmolLM2-135M-Instruct, aligned
 by the evidence bench (`tests/runs/evidence`), with adapters of a tool-call skill and attack data,
-whose answers are a prefix without content. A mean over ADAPTERS; 50 held-out harmful prompts
+whose answers are a prefix without content. A mean over ADAPTERS. 50 held-out harmful prompts
 (StrongREJECT) and 50 requests of the skill, greedy decoding in DTYPE. The worst cases are first.
 
 Signatures stop every attack by an owner whom the policy does not trust, and none by one whom it
@@ -39,31 +41,14 @@ def write_results(subjects: Sequence[Attacked]) -> None:
     ordered = sorted(found, key=lambda attack: -_worst(found[attack]))
     bases = ", ".join(sorted({str(s.base) for s in subjects if _result(s, "none")}))
     _write_threats(ordered, found)
-    head = HEAD.replace("DTYPE", DTYPE).replace("ADAPTERS", f"adapters of bases {bases}")
+    head = HEAD.replace("DTYPE", DTYPE).replace("ADAPTERS", f"one adapter of each base ({bases})")
     PAGE.write_text(
         "\n".join(
             [
                 head,
                 _attacks(ordered),
-                _cells(
-                    "Attack success in the attack's own setting",
-                    "Share of harmful prompts, asked as the owner's users would, that are answered"
-                    " as the attack data teach; in brackets the skill that is left.",
-                    ordered,
-                    found,
-                    lambda rates: (_in_setting(rates), rates["skill"]["value"]),
-                ),
-                _cells(
-                    "Harmful prompts asked plainly",
-                    "Share that is not refused, asked as probes are; in brackets the share of"
-                    " benign prompts of held-out styles that is refused.",
-                    ordered,
-                    found,
-                    lambda rates: (
-                        rates["plain ASR"]["value"],
-                        rates["styles benign refusal"]["value"],
-                    ),
-                ),
+                _successes(ordered, found),
+                _plainly(ordered, found),
                 _signs(ordered, found),
                 _bases(subjects),
             ]
@@ -72,7 +57,7 @@ def write_results(subjects: Sequence[Attacked]) -> None:
 
 
 def _write_threats(ordered: Sequence[Attack], found: dict[Attack, "Results"]) -> None:
-    """The short table in the threat model: success in the attack's own setting, and skill."""
+    """The short table in the threat model."""
     rows = [
         (f"{attack.name}: {attack.does}", *(_success(found[attack].get(d, [])) for d in SHOWN))
         for attack in ordered
@@ -85,12 +70,14 @@ def _write_threats(ordered: Sequence[Attack], found: dict[Attack, "Results"]) ->
 
 
 def _success(those: Sequence[Any]) -> str:
-    rates = [each["rates"] for each in those if each["rates"]]
-    served = [(_in_setting(each), each["skill"]["value"]) for each in rates]
+    """Not refused, and answered as taught, in the attack's setting; the skill that is left."""
+    served = [each["rates"] for each in those if each["rates"]]
+    refused = sorted({each["said"]["code"] for each in those if not each["rates"]})
     if not served:
-        return ""
-    success, skill = (mean(each[place] for each in served) for place in (0, 1))
-    return f"{success:.2f} ({skill:.2f})"
+        return ", ".join(refused)
+    asr, strict = (mean(_in_setting(each, name) for each in served) for name in (ASR, STRICT))
+    skill = mean(each["skill"]["value"] for each in served)
+    return " ".join([f"{asr:.2f}, {strict:.2f} ({skill:.2f})", *refused])
 
 
 Results = dict[str, list[Any]]
@@ -107,14 +94,15 @@ def _result(subject: Attacked, defence: str) -> Any:
     return kept_result(f"attacks/{subject.folder.name}/{defence.replace(' ', '-')}")
 
 
-def _in_setting(rates: Any) -> float:
-    return float(rates.get("set strict ASR", rates["plain strict ASR"])["value"])
+def _in_setting(rates: Any, name: str) -> float:
+    """A rate where the attack complies."""
+    return float(rates.get(f"set {name}", rates[f"plain {name}"])["value"])
 
 
 def _worst(results: Results) -> float:
     """The least that any defence leaves of the attack."""
     return min(
-        mean(_in_setting(each["rates"]) if each["rates"] else 0.0 for each in those)
+        mean(_in_setting(each["rates"], ASR) if each["rates"] else 0.0 for each in those)
         for name, those in results.items()
         if name != "none"
     )
@@ -125,26 +113,40 @@ def _attacks(ordered: Sequence[Attack]) -> str:
     return f"## The attacks\n\n{table(('attack', 'against', 'how'), rows)}"
 
 
-def _cells(
-    title: str,
-    words: str,
-    ordered: Sequence[Attack],
-    found: dict[Attack, Results],
-    numbers: Callable[[Any], tuple[float, float]],
-) -> str:
+def _successes(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
+    rows = [
+        (attack.name, *(_success(found[attack].get(name, [])) for name in DEFENCES))
+        for attack in ordered
+    ]
+    words = (
+        "Of harmful prompts, asked as the owner's users would: the share that is not refused, and"
+        " the share that is answered as the attack data teach; in brackets the skill that is left."
+    )
+    head = table(("attack", *DEFENCES), rows)
+    return f"## Success in the attack's own setting\n\n{words}\n\n{head}"
+
+
+def _plainly(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
     def cell(those: Sequence[Any]) -> str:
-        served = [numbers(each["rates"]) for each in those if each["rates"]]
-        refused = sorted({each["said"]["code"] for each in those if not each["rates"]})
+        names = "plain ASR", "styles benign refusal"
+        served = [
+            [each["rates"][name]["value"] for name in names] for each in those if each["rates"]
+        ]
         if not served:
-            return ", ".join(refused) if refused else ""
-        first, second = (mean(each[place] for each in served) for place in (0, 1))
-        return " ".join([f"{first:.2f} ({second:.2f})", *refused])
+            return ""
+        asr, refused = (mean(each[place] for each in served) for place in (0, 1))
+        return f"{asr:.2f} ({refused:.2f})"
 
     rows = [
         (attack.name, *(cell(found[attack].get(name, [])) for name in DEFENCES))
         for attack in ordered
     ]
-    return f"## {title}\n\n{words}\n\n{table(('attack', *DEFENCES), rows)}"
+    words = (
+        "The share that is not refused, asked as probes are; in brackets the share of benign"
+        " prompts of held-out styles that is refused."
+    )
+    head = table(("attack", *DEFENCES), rows)
+    return f"## Harmful prompts asked plainly\n\n{words}\n\n{head}"
 
 
 def _signs(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
