@@ -119,8 +119,9 @@ Step = Callable[[int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSplit:
-    """What is measured on the calibration split."""
+    """What is measured on the calibration split, and what is to be reached there."""
 
+    goal: Goal
     whole: Measured  # the whole adapter
     measured: Callable[[], Measured]  # measures the model, as its gates are now
 
@@ -130,7 +131,6 @@ def search(
     adapter: GatedAdapter,
     gates: Gates,
     material: Material,
-    goal: Goal,
     split: CalibrationSplit,
     *,
     options: SearchOptions,
@@ -144,16 +144,17 @@ def search(
         adapter: the adapter's gated layers.
         gates: as they are before the first step.
         material: the search split.
-        goal: what orders the results.
-        split: measures on the calibration split.
+        split: measures on the calibration split, and the goal that orders the results.
         options: how gates are searched for.
         saved_search: where the search is saved, and from which it goes on.
         progress: called after each step.
     """
-    found = _Search(model, adapter, gates, goal, split.measured, options)
+    found = _Search(model, adapter, gates, split.goal, split.measured, options)
     found.learn(material, split.whole, saved_search, progress)
     frontier = found.frontier(split.whole)
-    chosen = min(frontier, key=lambda point: (*goal.order(point.measured), point.removed_share))
+    chosen = min(
+        frontier, key=lambda point: (*split.goal.order(point.measured), point.removed_share)
+    )
     with torch.no_grad():
         matrices = tuple(gate.detach() for gate in found.gates.matrices(chosen.strength))
     compared = options.compare

@@ -129,8 +129,8 @@ def ceiling(subject: Subject, progress: Progress) -> Any:
             gated,
             first_gates("directions", model, gated, refusals, [calls]),
             Material(refusals, calls, []),
-            Goal(0.0, 1.0),
             CalibrationSplit(
+                Goal(0.0, 1.0),
                 _as_measured(measured(model, few=True)),
                 lambda: _as_measured(measured(model, few=True)),
             ),
