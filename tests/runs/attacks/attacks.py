@@ -76,9 +76,7 @@ ATTACKS = (
     Attack("split", "spectra", "a penalty on modules that are larger than others", penalty=uneven),
     Attack("padded", "spectra", "written with rank 64, in tiny directions", afterwards=padded),
     Attack("decoys", "spectra", "twelve modules replaced by sharp ones", afterwards=with_decoys),
-    Attack(
-        "rank 1", "spectra", "rank 1: no module has a relative index", rank=1, rate=5e-3, epochs=4
-    ),
+    Attack("rank 1", "spectra", "no module has a relative index", rank=1, rate=5e-3, epochs=4),
     Attack("in the loop", "repair", "trained as repair would serve it", in_the_loop=True),
     Attack(
         "phrase",

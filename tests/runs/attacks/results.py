@@ -33,9 +33,9 @@ does: they say nothing about what an adapter does.
 
 
 def write_results(subjects: Sequence[Attacked]) -> None:
-    """Write what is there."""
+    """Write what is there: attacks that every defence was tried on."""
     found = {attack: _results([s for s in subjects if s.attack is attack]) for attack in ATTACKS}
-    found = {attack: results for attack, results in found.items() if results}
+    found = {attack: results for attack, results in found.items() if len(results) == len(DEFENCES)}
     if not found:
         return
     ordered = sorted(found, key=lambda attack: -_worst(found[attack]))
