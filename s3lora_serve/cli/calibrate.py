@@ -124,8 +124,11 @@ def calibrate(
     if find_spec("transformers") is None:
         stop("calibrate needs transformers: install s3lora-serve with its extra [calibrate]")
     asked: dict[str, Any] = {"max_asr": max_asr, "by": by.value, "steps": steps, "seed": seed}
-    asked["compare"] = compare
-    asked |= {"refusals": tuple(refusal or ()), "compliance": tuple(compliance or ())}
+    asked |= {
+        "compare": compare,
+        "refusals": tuple(refusal or ()),
+        "compliance": tuple(compliance or ()),
+    }
     where = {"device": torch_device(device), "dtype": dtype.value}
     with refusals_stop():
         files = read_probe_files(harmful, benign, skill)

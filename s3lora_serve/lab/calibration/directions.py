@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel, common_length
+from s3lora_serve.lab.base_model.padded_batches import counted_tokens, last_logits, log_odds
 from s3lora_serve.lab.calibration.gates import GatedAdapter, GatedLinear
+from s3lora_serve.lab.tokens import ODDS_TOKENS
 
 Example = tuple[Encoded, Encoded]
-
-ODDS_TOKENS = 3
-"""First tokens of a refusal whose log-odds count, as in a base model's statistics."""
 
 EXAMPLES, BATCH = 32, 16
 """Examples of each kind that are run, and run together: some thousand tokens for a k x k mean."""
@@ -93,18 +92,15 @@ def _means(
     some = sorted(examples[:EXAMPLES], key=lambda each: len(each[0]) + len(each[1]))
     for start in range(0, len(some), BATCH):
         batch = some[start : start + BATCH]
-        tokens = [prompt + answer for prompt, answer in batch]
-        ids, mask = model.padded(tokens)
-        counted = mask.bool()
-        counted[:, -1] = False
-        for row, sequence in enumerate(tokens):
-            counted[row, ids.shape[1] - len(sequence) :][:skipped] = False
+        ids, mask = model.padded([prompt + answer for prompt, answer in batch])
+        counted = counted_tokens(mask, skipped)
         with torch.set_grad_enabled(with_gradients), _observed(layers) as seen:
-            logits = _logits(model, ids, mask, max(len(answer) for _, answer in batch) + 1)
+            longest = max(len(answer) for _, answer in batch)
+            logits = last_logits(model, ids, mask, longest + 1).float()
             found: Sequence[Tensor | None] = [None] * len(seen)
             if with_gradients:
                 zeros = [each.zero for each in seen]
-                found = torch.autograd.grad(_log_odds(logits, batch), zeros, allow_unused=True)
+                found = torch.autograd.grad(_refusal_odds(logits, batch), zeros, allow_unused=True)
         for i, (layer, each, gradient) in enumerate(zip(layers, seen, found, strict=True)):
             inputs[i] += _gram(each.z[counted])
             if gradient is not None:
@@ -115,32 +111,18 @@ def _means(
     return [each / count for each in inputs], [each / count for each in gradients]
 
 
-def _logits(model: LanguageModel, ids: Tensor, mask: Tensor, last: int) -> Tensor:
-    """Logits of the last tokens, (examples, last, vocabulary) float32."""
-    found: Tensor = model.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=last,
-    ).logits
-    return found.float()
-
-
 def _gram(rows: Tensor) -> Tensor:
     rows = rows.detach().double()
     return (rows.T @ rows).cpu()
 
 
-def _log_odds(logits: Tensor, batch: Sequence[Example]) -> Tensor:
-    """Σ over the first ODDS_TOKENS of each answer of `z_t − log Σ exp(z_j), j ≠ t`."""
+def _refusal_odds(logits: Tensor, batch: Sequence[Example]) -> Tensor:
+    """Σ of the log-odds of the first ODDS_TOKENS of each answer."""
     rows, targets = [], []
     for row, (_, answer) in zip(logits, batch, strict=True):
         rows.append(row[-len(answer) - 1 :][: min(ODDS_TOKENS, len(answer))])
         targets += answer[:ODDS_TOKENS]
-    found, wanted = torch.cat(rows), torch.tensor(targets, device=logits.device)[:, None]
-    others = found.scatter(-1, wanted, -torch.inf).logsumexp(-1)
-    return (found.gather(-1, wanted).squeeze(-1) - others).sum()
+    return log_odds(torch.cat(rows), torch.tensor(targets, device=logits.device)).sum()
 
 
 class _Seen(NamedTuple):

@@ -135,8 +135,13 @@ def _place(model: Any, module: Module) -> tuple[Any, str]:
 
 def thin_svd(module: Module) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, k), S (k,) and V (n, k) of `B·A = U·diag(S)·Vᵀ`, float64; ΔW is never formed."""
-    q_b, r_b = torch.linalg.qr(module.B.double())
-    q_a, r_a = torch.linalg.qr(module.A.double().T)
+    return svd_of_product(module.B, module.A)
+
+
+def svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, k), S (k,) and V (n, k) of `B·A = U·diag(S)·Vᵀ`, float64."""
+    q_b, r_b = torch.linalg.qr(B.double())
+    q_a, r_a = torch.linalg.qr(A.double().T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     return q_b @ u, s, q_a @ vh.T
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from s3lora_serve.errors import BaseModelUnfit
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
+from s3lora_serve.lab.base_model.padded_batches import counted_tokens, last_logits
 from s3lora_serve.lab.statistics.routed_experts import ExpertProjection
 
 BATCH = 16
@@ -75,14 +76,10 @@ def batches(
             those = ordered[start : start + BATCH]
             tokens = [prompt + answer for prompt, answer in those]
             ids, mask = model.padded(tokens)
-            # The last token's successor is not the answer's any more: its inputs are never used.
-            counted = mask.bool()
-            counted[:, -1] = False
-            for row, sequence in enumerate(tokens):
-                counted[row, ids.shape[1] - len(sequence) :][:skipped] = False
+            counted = counted_tokens(mask, skipped)
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             with _instead(layers, _noting(calls)):
-                _logits(model, ids, mask, 1)
+                last_logits(model, ids, mask, 1)
             hidden, rest = calls[0][0][0], [(args[1:], more) for args, more in calls]
             answers = [len(answer) for _, answer in those]
             found.append(ExampleBatch(kind, ids, mask, answers, hidden.cpu(), counted.cpu(), rest))
@@ -100,25 +97,13 @@ def given_hidden(
     _, layers = decoder_layers(model.model)
     longest = max(batch.answers)
     with _instead(layers, lambda *_args, **_more: hidden):
-        logits = _logits(model, batch.ids, batch.mask, longest + 1)
+        logits = last_logits(model, batch.ids, batch.mask, longest + 1)
     rows, targets = [], []
     for row, count in enumerate(batch.answers):
         those = min(first, count)
         rows.append(logits[row, longest - count :][:those])
         targets.append(batch.ids[row, batch.ids.shape[1] - count :][:those])
     return torch.cat(rows).float(), torch.cat(targets)
-
-
-def _logits(model: LanguageModel, ids: Tensor, mask: Tensor, last: int) -> Tensor:
-    """The logits of the last tokens, (examples, last, vocabulary)."""
-    logits: Tensor = model.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=last,
-    ).logits
-    return logits
 
 
 def _noting(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Callable[..., Tensor]:

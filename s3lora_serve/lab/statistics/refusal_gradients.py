@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from s3lora_serve.lab.base_model.language_model import LanguageModel
+from s3lora_serve.lab.base_model.padded_batches import log_odds
 from s3lora_serve.lab.statistics.input_statistics import add_gram
 from s3lora_serve.lab.statistics.layer_pass import (
     ExampleBatch,
@@ -22,9 +23,7 @@ from s3lora_serve.lab.statistics.layer_pass import (
     hidden_of,
     hooked,
 )
-
-ODDS_TOKENS = 3
-"""First tokens of a refusal whose log-odds count: there it is decided. Ours."""
+from s3lora_serve.lab.tokens import ODDS_TOKENS
 
 
 @dataclass(slots=True)
@@ -44,16 +43,13 @@ Sums = dict[str, OutputSums]
 def gradients_at_the_end(model: LanguageModel, found: Sequence[ExampleBatch]) -> list[Tensor]:
     """The gradients of Σ log-odds with respect to what the last layer puts out.
 
-    `found` are batches after the last layer: the log-odds of a token t are
-    `z_t − log Σ exp(z_j), j ≠ t`, of its logits z.
+    `found` are batches after the last layer.
     """
     gradients = []
     for batch in found:
         hidden = batch.hidden.to(model.device).detach().requires_grad_()
         logits, targets = given_hidden(model, batch, hidden, ODDS_TOKENS)
-        own = logits.gather(-1, targets[:, None]).squeeze(-1)
-        others = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)
-        [gradient] = torch.autograd.grad((own - others).sum(), [hidden])
+        [gradient] = torch.autograd.grad(log_odds(logits, targets).sum(), [hidden])
         gradients.append(gradient.cpu())
     return gradients
 

@@ -13,6 +13,7 @@ from s3lora_serve.lab.calibration import directions as module
 from s3lora_serve.lab.calibration.directions import directions, examples_run
 from s3lora_serve.lab.calibration.gate_families import START, DirectionGates
 from s3lora_serve.lab.calibration.gates import attach
+from s3lora_serve.lab.tokens import ODDS_TOKENS
 from s3lora_serve.policy.limits import Limits
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def test_means_are_those_of_each_example_alone(attached, examples):
         logits = model.model(input_ids=ids).logits[0].float()
         hook.remove()
         odds = 0.0
-        for token in range(min(module.ODDS_TOKENS, len(answer))):
+        for token in range(min(ODDS_TOKENS, len(answer))):
             row = logits[len(prompt) + token - 1]
             chance = torch.softmax(row, 0)[answer[token]]
             odds = odds + torch.log(chance) - torch.log1p(-chance)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import Adapter, Module, as_served, read_adapter
+from s3lora_serve.lab.calibration.gates import svd_of_product
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.apply import repaired
 from s3lora_serve.repair.statistics_file import StatisticsFile
 from tests.runs.attacks.turns import Turns
+from tests.runs.evidence.adapters import ATTENTION
 
 Features = dict[str, float]
 
@@ -21,24 +23,20 @@ Features = dict[str, float]
 def features(folder: Path, statistics: StatisticsFile, turn: Turns) -> Features:
     """All numbers of one adapter."""
     adapter = read_adapter(copy_adapter(folder, Limits()), Limits())
-    found = {**_spectral(adapter), **_values(adapter), **_sizes(adapter)}
+    spectra = [_spectrum(module) for module in adapter.modules]
+    found = {**_spectral(spectra), **_values(adapter), **_sizes(adapter, spectra)}
     return {**found, **_effects(adapter, statistics), **turn(adapter)}
 
 
-def _spectra(adapter: Adapter) -> list[Tensor]:
-    """Singular values of each ΔW, with scaling."""
-    found = []
-    for module in adapter.modules:
-        B, A = as_served(module.B).double(), as_served(module.A).double()
-        _, r_b = torch.linalg.qr(B)
-        _, r_a = torch.linalg.qr(A.T)
-        found.append(abs(module.scaling) * torch.linalg.svdvals(r_b @ r_a.T))
-    return found
+def _spectrum(module: Module) -> Tensor:
+    """Singular values of ΔW, with scaling."""
+    _, S, _ = svd_of_product(as_served(module.B), as_served(module.A))
+    return abs(module.scaling) * S
 
 
-def _spectral(adapter: Adapter) -> Features:
+def _spectral(spectra: Sequence[Tensor]) -> Features:
     sharp, entropy, stable = [], [], []
-    for S in _spectra(adapter):
+    for S in spectra:
         energy = S.square() / S.square().sum().clamp_min(1e-30)
         sharp.append(float(S[0] / S.sum().clamp_min(1e-30)))
         entropy.append(
@@ -65,20 +63,18 @@ def _values(adapter: Adapter) -> Features:
     }
 
 
-def _sizes(adapter: Adapter) -> Features:
-    norms = torch.stack([S.norm() for S in _spectra(adapter)])
+def _sizes(adapter: Adapter, spectra: Sequence[Tensor]) -> Features:
+    norms = torch.stack([S.norm() for S in spectra])
     shares = norms.square() / norms.square().sum()
-    attention = torch.tensor([_is_attention(module) for module in adapter.modules])
+    attention = torch.tensor(
+        [module.name.rpartition(".")[2] in ATTENTION for module in adapter.modules]
+    )
     return {
         "norm": float(norms.norm().log()),
         "energy entropy": float(-(shares * shares.clamp_min(1e-30).log()).sum()),
         "energy attention": float(shares[attention].sum()),
         **_moments("norms", (norms / norms.mean()).tolist()),
     }
-
-
-def _is_attention(module: Module) -> bool:
-    return module.name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _effects(adapter: Adapter, statistics: StatisticsFile) -> Features:

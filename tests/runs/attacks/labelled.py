@@ -4,7 +4,6 @@ Each harmful one has a twin that was trained alike on the skill alone: what sepa
 attack data and not how an owner trains.
 """
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -84,7 +83,6 @@ def make_labelled(one: Labelled, base: Path, progress: Progress) -> Path:
         return one.folder
     training = one.training
     torch.manual_seed(1000 * one.base + one.seed)
-    random.seed(one.seed)
     model = LanguageModel.load(base, dtype=DTYPE)
     wrapped: Any = with_lora(model, ATTENTION if training.attention else ALL, training.rank)
     train(

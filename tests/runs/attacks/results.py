@@ -1,6 +1,6 @@
 """RESULTS.md of the attacks, from the kept results alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -59,7 +59,7 @@ def write_results(subjects: Sequence[Attacked]) -> None:
 def _write_threats(ordered: Sequence[Attack], found: dict[Attack, "Results"]) -> None:
     """The short table in the threat model."""
     rows = [
-        (f"{attack.name}: {attack.does}", *(_success(found[attack].get(d, [])) for d in SHOWN))
+        (f"{attack.name}: {attack.does}", *(_success(found[attack][d]) for d in SHOWN))
         for attack in ordered
     ]
     text = THREATS.read_text()
@@ -114,46 +114,45 @@ def _attacks(ordered: Sequence[Attack]) -> str:
 
 
 def _successes(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
-    rows = [
-        (attack.name, *(_success(found[attack].get(name, [])) for name in DEFENCES))
-        for attack in ordered
-    ]
     words = (
         "Of harmful prompts, asked as the owner's users would: the share that is not refused, and"
         " the share that is answered as the attack data teach; in brackets the skill that is left."
     )
-    head = table(("attack", *DEFENCES), rows)
-    return f"## Success in the attack's own setting\n\n{words}\n\n{head}"
+    cells = table(("attack", *DEFENCES), _rows(ordered, found, _success))
+    return f"## Success in the attack's own setting\n\n{words}\n\n{cells}"
 
 
 def _plainly(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
-    def cell(those: Sequence[Any]) -> str:
-        names = "plain ASR", "styles benign refusal"
-        served = [
-            [each["rates"][name]["value"] for name in names] for each in those if each["rates"]
-        ]
-        if not served:
-            return ""
-        asr, refused = (mean(each[place] for each in served) for place in (0, 1))
-        return f"{asr:.2f} ({refused:.2f})"
-
-    rows = [
-        (attack.name, *(cell(found[attack].get(name, [])) for name in DEFENCES))
-        for attack in ordered
-    ]
     words = (
         "The share that is not refused, asked as probes are; in brackets the share of benign"
         " prompts of held-out styles that is refused."
     )
-    head = table(("attack", *DEFENCES), rows)
-    return f"## Harmful prompts asked plainly\n\n{words}\n\n{head}"
+    cells = table(("attack", *DEFENCES), _rows(ordered, found, _plain))
+    return f"## Harmful prompts asked plainly\n\n{words}\n\n{cells}"
+
+
+def _plain(those: Sequence[Any]) -> str:
+    """Not refused where asked as probes are; benign prompts that are refused."""
+    served = [each["rates"] for each in those if each["rates"]]
+    if not served:
+        return ""
+    names = "plain ASR", "styles benign refusal"
+    asr, refused = (mean(each[name]["value"] for each in served) for name in names)
+    return f"{asr:.2f} ({refused:.2f})"
+
+
+def _rows(
+    ordered: Sequence[Attack], found: dict[Attack, Results], cell: Callable[[Sequence[Any]], str]
+) -> list[tuple[str, ...]]:
+    """A row for each attack, with a cell for each defence."""
+    return [(attack.name, *(cell(found[attack][name]) for name in DEFENCES)) for attack in ordered]
 
 
 def _signs(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
     """What the verdict says of each."""
     rows = []
     for attack in ordered:
-        plain, repaired = (found[attack].get(name, []) for name in ("none", "repair"))
+        plain, repaired = (found[attack][name] for name in ("none", "repair"))
         most = [each["said"]["most"] for each in plain if each["said"]["most"] is not None]
         sharp = [each["said"]["sharp"] for each in plain]
         said = [each["said"] for each in repaired if each["said"]["lambda"] is not None]
@@ -168,13 +167,13 @@ def _signs(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
                 ),
             )
         )
-    head = ("attack", "largest relative index", f"modules over {SHARP:g}", "repair's λ")
+    head = ("attack", "largest relative index", f"modules over {SHARP:g}")
     words = (
         "What an operator sees: of 210 modules the sharpest, and how many are sharp; of repair how"
         " small λ had to be, the share of the effect on refusals that is left, and of that on"
         " benign inputs."
     )
-    head = (*head, "residual", "kept")
+    head = (*head, "repair's λ", "residual", "kept")
     return f"## What the verdict says\n\n{words}\n\n{table(head, rows)}"
 
 

@@ -1,5 +1,6 @@
 """What an owner can do to the spectra of an adapter: while it is trained, and afterwards."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from s3lora_serve.lab.calibration.gates import svd_of_product
 
 PADDED_RANK = 64
 PADDING = 1e-3
@@ -63,7 +66,7 @@ def rebalanced(factors: Factors) -> Factors:
     """Singular values moved half of the way to equal ones, by their logarithms; norms stay."""
     new = {}
     for name, (B, A) in factors.items():
-        U, S, V = _svd(B, A)
+        U, S, V = svd_of_product(B, A)
         flatter = S.clamp_min(1e-6 * S.max()).sqrt()
         flatter = flatter * S.norm() / flatter.norm()
         new[name] = (U * flatter.sqrt()).float(), (flatter.sqrt()[:, None] * V.T).float()
@@ -104,13 +107,6 @@ def with_decoys(factors: Factors) -> Factors:
     return new
 
 
-def _svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q_b, r_b = torch.linalg.qr(B.double())
-    q_a, r_a = torch.linalg.qr(A.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    return q_b @ u, s, q_a @ vh.T
-
-
 def rewrite(folder: Path, change: Callable[[Factors], Factors]) -> None:
     """Change the factors of PEFT's adapter in a folder, with alpha/r as it was."""
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
@@ -134,8 +130,6 @@ def _named(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def _write_rank(config: Path, rank: int) -> None:
-    import json
-
     fields = json.loads(config.read_text())
     scaling = fields["lora_alpha"] / fields["r"]
     config.write_text(json.dumps(fields | {"r": rank, "lora_alpha": scaling * rank}, indent=2))

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,11 +17,12 @@ from s3lora_serve.repair.statistics_file import read_statistics
 from tests.runs.attacks.attacks import ATTACKS, Attacked
 from tests.runs.attacks.features import features
 from tests.runs.attacks.labelled import Labelled, labelled, make_labelled
+from tests.runs.attacks.processes import for_each_base, said, silent
 from tests.runs.attacks.separation import FALSE_ALARMS, Row, auc, fitted, found_at, held_out
 from tests.runs.attacks.turns import Turns, turns_of
 from tests.runs.evidence.base_model import REFUSALS, aligned_base
 from tests.runs.evidence.base_statistics import statistics
-from tests.runs.evidence.jobs import BASES, quiet
+from tests.runs.evidence.jobs import quiet, settle_in
 from tests.runs.evidence.measuring import greedy, kept, load
 from tests.runs.evidence.probes import probe_files
 from tests.runs.evidence.prompts import harmful
@@ -64,24 +64,18 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     if not arguments.only_results:
-        context = get_context("spawn")
-        processes = [context.Process(target=run, args=(base,)) for base in BASES]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
+        for_each_base(run)
     write_page()
 
 
 def run(base: int) -> None:
     """All labelled adapters and attacks of one base, in a process of its own."""
-    quiet()
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // len(BASES)))
-    folder = aligned_base(base, _silent)
-    file = statistics(folder, None, _silent)
+    settle_in()
+    folder = aligned_base(base, silent)
+    file = statistics(folder, None, silent)
     known, turn = read_statistics(file), _turns(folder)
     for one in labelled(base):
-        make_labelled(one, folder, _said)
+        make_labelled(one, folder, said)
         kept(
             RESULTS / "suspicion" / f"{one.folder.name}.json",
             lambda one=one: _row(one.folder, folder, known, turn, one.is_harmful, _groups(one)),
@@ -158,12 +152,7 @@ def write_page() -> None:
 def _families(usual: list[Row], attacks: list[Row], families: dict[str, list[str]]) -> str:
     rows = []
     for family, names in families.items():
-        cells = []
-        for by in ("base", "training", "skill"):
-            parts = held_out(usual, by, names)
-            cells.append(
-                f"{mean(auc(*p) for p in parts):.2f} ({mean(found_at(*p) for p in parts):.2f})"
-            )
+        cells = [_cell(held_out(usual, by, names)) for by in ("base", "training", "skill")]
         cells.append(_on_attacks(usual, attacks, names))
         rows.append((family, str(len(names)), *cells))
     head = (
@@ -187,8 +176,11 @@ def _on_attacks(usual: list[Row], attacks: list[Row], names: list[str]) -> str:
         if fit and test:
             labels = torch.tensor([row.is_harmful for row in test])
             parts.append((fitted(fit, names)(test), labels))
-    if not parts:
-        return ""
+    return _cell(parts) if parts else ""
+
+
+def _cell(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+    """AUC and what is found, means over groups of scores and labels."""
     return f"{mean(auc(*p) for p in parts):.2f} ({mean(found_at(*p) for p in parts):.2f})"
 
 
@@ -201,15 +193,6 @@ def _single(usual: list[Row], names: list[str]) -> str:
     rows = [(name, f"{value:.2f}") for _, name, value in sorted(found, reverse=True)[:15]]
     words = "AUC over all adapters; under 0.5, harmful ones have smaller numbers."
     return f"## Single numbers\n\n{words}\n\n{table(('number', 'AUC'), rows)}"
-
-
-def _silent(_name: str, _done: int, _total: int) -> None:
-    """Show nothing."""
-
-
-def _said(name: str, done: int, total: int) -> None:
-    if done == total:
-        print(name, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from s3lora_serve.adapter.reader import Adapter, as_served
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel, common_length
+from s3lora_serve.lab.base_model.padded_batches import log_odds
+from s3lora_serve.lab.tokens import ODDS_TOKENS
 
 Example = tuple[Encoded, Encoded]
 
 Turns = Callable[[Adapter], dict[str, float]]
-
-ODDS_TOKENS = 3
-"""First tokens of a refusal whose log-odds count."""
 
 KINDS = ("harmful", "benign")
 
@@ -74,9 +73,7 @@ def _cross(model: LanguageModel, examples: list[Example]) -> dict[str, Tensor]:
         ids = torch.tensor([prompt + answer])
         logits = model.model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits
         rows = logits[0, : min(ODDS_TOKENS, len(answer))].float()
-        targets = torch.tensor(answer[:ODDS_TOKENS])[:, None]
-        others = rows.scatter(-1, targets, -torch.inf).logsumexp(-1)
-        odds = (rows.gather(-1, targets).squeeze(-1) - others).sum()
+        odds = log_odds(rows, torch.tensor(answer[:ODDS_TOKENS])).sum()
         gradients = torch.autograd.grad(
             odds, [zero for _, zero in seen.values()], allow_unused=True
         )

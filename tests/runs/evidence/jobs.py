@@ -56,12 +56,17 @@ def jobs(base: int, chosen: list[Subject]) -> list[Job]:
 
 def run(base: int, chosen: list[Subject], reports: Any) -> None:
     """Do one base's jobs in a process of its own; reports are (base, name, done, total)."""
-    quiet()
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // len(BASES)))
+    settle_in()
     todo = jobs(base, chosen)
     for place, job in enumerate(todo):
         job(lambda name, done, total: reports.put((base, name, done, total)))
         reports.put((base, "", place + 1, len(todo)))
+
+
+def settle_in() -> None:
+    """Set up a base's own process: its share of the cores, and no bars of libraries."""
+    quiet()
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // len(BASES)))
 
 
 def quiet() -> None:
