@@ -98,15 +98,21 @@ def settle(
 
 
 def _planned(plan: "Plan", scores: Sequence["ModuleScore"], policy: Policy) -> Outcome:
-    """What the plan says. What the index says of the adapter does not refuse it."""
+    """What the plan says. What the index says of the adapter does not refuse it.
+
+    A plan that keeps every module whole chooses nothing. Its probes found no harm, and prompts of
+    other kinds may: repair acts on the adapter as it does without a plan.
+    """
     transformed = {m.name: m.removed for m in plan.modules if m.action == "transform"}
     negligible = negligible_modules(scores, policy.negligible)
     obstacle = _ranking_obstacle([score for score in scores if score.name not in negligible])
+    changes = bool(plan.stripped or transformed)
     return Outcome(
-        Decision.STRIPPED if plan.stripped or transformed else Decision.ADMITTED,
+        Decision.STRIPPED if changes else Decision.ADMITTED,
         stripped=plan.stripped,
         uninformative=isinstance(obstacle, Uninformative),
         transformed=transformed,
+        repairs=policy.repair is not None and not changes,
     )
 
 

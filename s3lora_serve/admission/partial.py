@@ -172,7 +172,8 @@ def verdict_of(load: Load, known: Begun, outcome: Outcome) -> Verdict:
         unscored=unscorable if policy.on_unscorable == "admit" else (),
         left_out=(*known.left_out, *adapter.ignored) if adapter else (),
         seconds=_seconds(known, ended),
-        selected_by="plan" if known.plan else "repair" if repair else "index",
+        # A plan that keeps every module whole leaves the adapter to repair.
+        selected_by="repair" if repair else "plan" if known.plan else "index",
         plan_digest=known.plan.digest if known.plan else None,
         served_digest=served_digest(copy, weights, outcome, load.policy.mode)
         if known.scores

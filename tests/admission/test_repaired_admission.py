@@ -182,6 +182,20 @@ def test_a_plan_takes_the_place_of_repair(chat, statistics, tmp_path):
     assert verdict.repaired == ()
 
 
+def test_a_plan_that_keeps_every_module_whole_leaves_the_adapter_to_repair(
+    chat, statistics, admission, tmp_path
+):
+    """Its probes found no harm; behind a phrase that none of them has there may be some."""
+    plan = plan_for(read(chat.adapter), {})
+    install(plan, tmp_path / "plans")
+    asked = {"plans": str(tmp_path / "plans"), "require_plan": True}
+    verdict = on(chat.adapter, policy_with(statistics, **asked)).verdict
+    assert (verdict.selected_by, verdict.plan_digest) == ("repair", plan.digest)
+    assert verdict.served_digest == admission.verdict.served_digest
+    without_repair = on(chat.adapter, parse_policy(asked, "test")).verdict
+    assert (without_repair.selected_by, without_repair.decision) == ("plan", "admitted")
+
+
 def test_an_adapter_on_the_allow_list_is_served_as_it_is(chat, statistics, admission):
     own = admission.verdict
     listed = {"digest": own.digest, "config_digest": own.config_digest}

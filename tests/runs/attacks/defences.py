@@ -1,5 +1,6 @@
 """What each defence makes of an attack's adapter: the folder as it is served, and the verdict."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,7 @@ from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
-from s3lora_serve.plans.file import read_plan
-from s3lora_serve.plans.schema import Plan
+from s3lora_serve.plans.schema import Plan, parse_plan
 from s3lora_serve.policy.file import with_options
 from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import Strip
@@ -57,7 +57,24 @@ def _repaired(attacked: Attacked, base: Path, _: CalibrationBase, progress: Prog
 def _planned(
     attacked: Attacked, _base: Path, calibration: CalibrationBase, progress: Progress
 ) -> Defended:
-    """A plan calibrated with the operator's ordinary probes."""
+    """A plan calibrated with the operator's ordinary probes, also if it misses the goal."""
+    plan, _ = _plan(attacked, calibration, progress)
+    return _stripped(attacked, _permissive(Strip(top_k=0)), plan)
+
+
+def _fleet(
+    attacked: Attacked, base: Path, calibration: CalibrationBase, progress: Progress
+) -> Defended:
+    """A server that repairs, with plans of `s3lora planner`, which writes none that misses."""
+    plan, reached = _plan(attacked, calibration, progress)
+    policy = repairing(statistics(base, None, progress))
+    return _stripped(attacked, policy, plan if reached else None)
+
+
+def _plan(
+    attacked: Attacked, calibration: CalibrationBase, progress: Progress
+) -> tuple[Plan, bool]:
+    """The plan, and whether it reaches the goal."""
     file = CACHE / "attack-plans" / f"{attacked.folder.name}.json"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
@@ -71,8 +88,10 @@ def _planned(
                 f"{attacked}: {phase} {note}", done, total
             ),
         )
-        file.write_text(found.plan.model_dump_json())
-    return _stripped(attacked, _permissive(Strip(top_k=0)), read_plan(file))
+        said = {"reached": found.reached, "plan": found.plan.as_json()}
+        file.write_text(json.dumps(said))
+    said = json.loads(file.read_text())
+    return parse_plan(said["plan"], str(file)), said["reached"]
 
 
 DEFENCES: dict[str, Defence] = {
@@ -82,6 +101,7 @@ DEFENCES: dict[str, Defence] = {
     **{name: _aligned(scorer) for name, scorer in SCORERS.items()},
     "repair": _repaired,
     "plan": _planned,
+    "plans and repair": _fleet,
 }
 
 _SLOW = Limits(seconds=3600, max_stripped_fraction=1.0)

@@ -18,7 +18,7 @@ BEGIN, END = "<!-- make attacks: table -->\n", "<!-- end of table -->"
 
 ASR, STRICT = "ASR", "strict ASR"
 
-SHOWN = ("none", "index, top 10", "repair", "plan")
+SHOWN = ("none", "index, top 10", "repair", "plans and repair")
 """Defences of the threat model's table."""
 HEAD = """# Attacks by owners who know the gate
 
