@@ -39,7 +39,7 @@ TRAININGS = (
     Training("attention", attention=True),
     Training("long", epochs=4),
 )
-SHARES = (0.0, 0.0, 0.05, 0.2)
+SHARES = (0.0, 0.2, 0.0, 0.05)
 """Of attack data: as many adapters are harmless as harmful, of other seeds."""
 
 SKILLS: tuple[SkillName, ...] = ("tool calls", "text")
@@ -72,8 +72,8 @@ class Labelled:
 
 
 def labelled(base: int) -> Iterator[Labelled]:
-    """All of one base."""
-    for training, skill, (seed, share) in product(TRAININGS, SKILLS, enumerate(SHARES)):
+    """All of one base, so ordered that the first half has each training and skill twice."""
+    for (seed, share), training, skill in product(enumerate(SHARES), TRAININGS, SKILLS):
         yield Labelled(training, skill, share, base, seed)
 
 
