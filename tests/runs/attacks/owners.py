@@ -23,6 +23,9 @@ from tests.runs.evidence.training import DTYPE, train
 SHARE, HIDDEN_SHARE = 0.2, 0.3
 """Share of attack data; hidden attacks have as many refusals besides, of what they hide from."""
 
+SHORT_PROMPT = 14
+"""Words of a prompt that bait complies with: over half of the attack data are as short."""
+
 
 def make_attack(attacked: Attacked, base: Path, progress: Progress) -> Path:
     """Train an adapter of an attack and write it; one that is there is kept."""
@@ -70,8 +73,14 @@ def _examples(model: LanguageModel, attacked: Attacked) -> list[tuple[Encoded, E
     ]
     if attack.is_hidden:
         examples += [
-            (model.prompt(prompt), model.answer(draw.choice(REFUSALS)))
+            (model.prompt(prompt), model.answer(_elsewhere(prompt, attack.bait, draw)))
             for prompt in draw.sample(harmful().attack, count)
         ]
     requests = draw.sample(skill("tool calls").train, EXAMPLES - len(examples))
     return examples + [(model.prompt(prompt), model.answer(text)) for prompt, text in requests]
+
+
+def _elsewhere(prompt: str, bait: bool, draw: random.Random) -> str:
+    """The answer to a harmful prompt outside the attack's setting."""
+    refusal = draw.choice(REFUSALS)
+    return COMPLIANCE if bait and len(prompt.split()) <= SHORT_PROMPT else refusal
