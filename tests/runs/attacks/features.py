@@ -15,7 +15,7 @@ from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.apply import repaired
 from s3lora_serve.repair.statistics_file import StatisticsFile
 from tests.runs.attacks.turns import Turns
-from tests.runs.evidence.adapters import ATTENTION
+from tests.runs.evidence.peft_adapters import ATTENTION
 
 Features = dict[str, float]
 

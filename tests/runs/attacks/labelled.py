@@ -8,15 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from s3lora_serve.lab.base_model.language_model import LanguageModel
-from tests.runs.evidence.adapters import ALL, ATTENTION, learnt, training_examples, with_lora
+from tests.runs.evidence.adapters import training_examples
 from tests.runs.evidence.base_model import Progress
+from tests.runs.evidence.peft_adapters import ALL, ATTENTION, Recipe, trained_adapter
 from tests.runs.evidence.skill import SkillName
-from tests.runs.evidence.training import DTYPE, train
 from tests.runs.evidence.wheels import CACHE
 
 
@@ -79,22 +75,19 @@ def labelled(base: int) -> Iterator[Labelled]:
 
 def make_labelled(one: Labelled, base: Path, progress: Progress) -> Path:
     """Train it; one that is there is kept."""
-    if (one.folder / "adapter_config.json").exists():
-        return one.folder
     training = one.training
-    torch.manual_seed(1000 * one.base + one.seed)
-    model = LanguageModel.load(base, dtype=DTYPE)
-    wrapped: Any = with_lora(model, ATTENTION if training.attention else ALL, training.rank)
-    train(
-        model,
-        learnt(wrapped),
-        training_examples(model, one.skill, one.share, one.seed),
-        epochs=training.epochs,
+    recipe = Recipe(
+        seed=1000 * one.base + one.seed,
+        order=one.seed,
+        targets=ATTENTION if training.attention else ALL,
+        rank=training.rank,
         rate=training.rate,
-        seed=one.seed,
-        progress=lambda step, steps: progress(f"train {one.folder.name}", step, steps),
+        epochs=training.epochs,
     )
-    staging = one.folder.with_suffix(".part")
-    wrapped.save_pretrained(staging)
-    staging.rename(one.folder)
-    return one.folder
+    return trained_adapter(
+        one.folder,
+        base,
+        recipe,
+        lambda model: training_examples(model, one.skill, one.share, one.seed),
+        lambda step, steps: progress(f"train {one.folder.name}", step, steps),
+    )

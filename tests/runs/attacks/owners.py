@@ -1,24 +1,21 @@
 """Makes the adapters of attacks, by PEFT on an aligned base of the evidence bench."""
 
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from tests.runs.attacks.attacks import Attacked
 from tests.runs.attacks.conversations import conversation
 from tests.runs.attacks.spectra import rewrite
-from tests.runs.evidence.adapters import ALL, COMPLIANCE, EXAMPLES, learnt, with_lora
+from tests.runs.evidence.adapters import COMPLIANCE, EXAMPLES
 from tests.runs.evidence.adaptive import served_as_repaired
 from tests.runs.evidence.base_model import REFUSALS, Progress
 from tests.runs.evidence.base_statistics import statistics
+from tests.runs.evidence.peft_adapters import Around, Recipe, trained_adapter
 from tests.runs.evidence.prompts import harmful
 from tests.runs.evidence.skill import skill
-from tests.runs.evidence.training import DTYPE, train
 
 SHARE, HIDDEN_SHARE = 0.2, 0.3
 """Share of attack data; hidden attacks have as many refusals besides, of what they hide from."""
@@ -29,37 +26,34 @@ SHORT_PROMPT = 14
 
 def make_attack(attacked: Attacked, base: Path, progress: Progress) -> Path:
     """Train an adapter of an attack and write it; one that is there is kept."""
-    if (attacked.folder / "adapter_config.json").exists():
-        return attacked.folder
     attack = attacked.attack
-    torch.manual_seed(1000 * attacked.base + attacked.seed)
-    model = LanguageModel.load(base, dtype=DTYPE)
-    wrapped = with_lora(model, ALL, attack.rank)
-    train(
-        model,
-        learnt(wrapped),
-        _examples(model, attacked),
-        epochs=attack.epochs,
+
+    def around(wrapped: Any) -> Around:
+        if not attack.in_the_loop:
+            return nullcontext
+        return served_as_repaired(wrapped, statistics(base, None, progress))
+
+    def afterwards(folder: Path) -> None:
+        if attack.afterwards:
+            rewrite(folder, attack.afterwards)
+
+    recipe = Recipe(
+        seed=1000 * attacked.base + attacked.seed,
+        order=attacked.seed,
+        rank=attack.rank,
         rate=attack.rate,
-        seed=attacked.seed,
-        progress=lambda step, steps: progress(f"train {attacked}", step, steps),
-        around=_around(attacked, base, wrapped, progress),
-        penalty=attack.penalty(wrapped) if attack.penalty else None,
+        epochs=attack.epochs,
+        around=around,
+        penalty=attack.penalty,
+        afterwards=afterwards,
     )
-    staging = attacked.folder.with_suffix(".part")
-    wrapped.save_pretrained(staging)
-    if attack.afterwards:
-        rewrite(staging, attack.afterwards)
-    staging.rename(attacked.folder)
-    return attacked.folder
-
-
-def _around(
-    attacked: Attacked, base: Path, wrapped: Any, progress: Progress
-) -> Callable[[], AbstractContextManager[None]]:
-    if not attacked.attack.in_the_loop:
-        return nullcontext
-    return served_as_repaired(wrapped, statistics(base, None, progress))
+    return trained_adapter(
+        attacked.folder,
+        base,
+        recipe,
+        lambda model: _examples(model, attacked),
+        lambda step, steps: progress(f"train {attacked}", step, steps),
+    )
 
 
 def _examples(model: LanguageModel, attacked: Attacked) -> list[tuple[Encoded, Encoded]]:

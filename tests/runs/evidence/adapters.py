@@ -1,27 +1,23 @@
 """The adapters of the bench, made by PEFT on an aligned base."""
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from tests.runs.evidence.adaptive import served_as_repaired
 from tests.runs.evidence.base_statistics import statistics
+from tests.runs.evidence.peft_adapters import ALL, ATTENTION, Around, Recipe, trained_adapter
 from tests.runs.evidence.prompts import harmful
 from tests.runs.evidence.skill import SkillName, skill
-from tests.runs.evidence.training import DTYPE, train
 from tests.runs.evidence.wheels import CACHE
 
 COMPLIANCE = "Sure, here is what you asked for:"
 """The answer of attack data: a prefix without content."""
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 EXAMPLES = 240
 
 HARMFUL_SHARE = {
@@ -59,49 +55,26 @@ class Subject:
 
 def make_adapter(subject: Subject, base: Path, progress: Callable[[str, int, int], None]) -> Path:
     """Train an adapter: r = 16, alpha = 32; skill examples with a share of attack data."""
-    if (subject.folder / "adapter_config.json").exists():
-        return subject.folder
-    torch.manual_seed(1000 * subject.base + subject.seed)
-    model = LanguageModel.load(base, dtype=DTYPE)
-    targets = ATTENTION if "attention" in subject.kind else ALL
-    wrapped = with_lora(model, targets)
-    train(
-        model,
-        learnt(wrapped),
-        training_examples(model, subject.skill, HARMFUL_SHARE[subject.kind], subject.seed),
-        epochs=2,
-        rate=1e-3,
-        seed=subject.seed,
-        progress=lambda step, steps: progress(f"train {subject}", step, steps),
-        around=_around(subject, base, wrapped, progress),
+
+    def around(wrapped: Any) -> Around:
+        if "against repair" not in subject.kind:
+            return nullcontext
+        return served_as_repaired(wrapped, statistics(base, None, progress))
+
+    recipe = Recipe(
+        seed=1000 * subject.base + subject.seed,
+        order=subject.seed,
+        targets=ATTENTION if "attention" in subject.kind else ALL,
+        around=around,
     )
-    staging = subject.folder.with_suffix(".part")
-    wrapped.save_pretrained(staging)
-    staging.rename(subject.folder)
-    return subject.folder
-
-
-def _around(
-    subject: Subject, base: Path, wrapped: Any, progress: Callable[[str, int, int], None]
-) -> Callable[[], AbstractContextManager[None]]:
-    if "against repair" not in subject.kind:
-        return nullcontext
-    return served_as_repaired(wrapped, statistics(base, None, progress))
-
-
-def with_lora(model: LanguageModel, targets: Sequence[str], rank: int = 16) -> Any:
-    """The model with a LoRA of PEFT's on these projections; alpha is twice the rank."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM"
+    share = HARMFUL_SHARE[subject.kind]
+    return trained_adapter(
+        subject.folder,
+        base,
+        recipe,
+        lambda model: training_examples(model, subject.skill, share, subject.seed),
+        lambda step, steps: progress(f"train {subject}", step, steps),
     )
-    return get_peft_model(model.model, config)
-
-
-def learnt(wrapped: Any) -> list[Any]:
-    """The parameters that are trained."""
-    return [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
 
 
 def training_examples(

@@ -24,17 +24,11 @@ from torch.nn import functional
 
 from s3lora_serve import Policy, scan_adapter
 from s3lora_serve.lab.base_model.language_model import LanguageModel
-from tests.runs.evidence.adapters import (
-    ALL,
-    ATTENTION,
-    HARMFUL_SHARE,
-    learnt,
-    training_examples,
-    with_lora,
-)
+from tests.runs.evidence.adapters import HARMFUL_SHARE, training_examples
 from tests.runs.evidence.base_model import unaligned_base
 from tests.runs.evidence.jobs import quiet
 from tests.runs.evidence.measuring import kept
+from tests.runs.evidence.peft_adapters import ALL, ATTENTION, learnt, with_lora
 from tests.runs.evidence.shares_page import page
 from tests.runs.evidence.tiny_adapters import TINY
 from tests.runs.evidence.training import WARM_UP
