@@ -182,6 +182,11 @@ def _sharpness() -> list[Panel]:
             "Of each repaired adapter's effect. Low: it acts where harmful prompts do.",
             f"sum by (le) (increase(s3lora_repair_kept_bucket{{HERE}}{RATE}))",
         ).height(10),
+        distribution(
+            "Suspicion",
+            "Log-odds of refusals that each adapter takes away before repair. See S3LoRASuspicion.",
+            f"sum by (le) (increase(s3lora_suspicion_bucket{{HERE}}{RATE}))",
+        ).height(10),
     ]
 
 

@@ -48,6 +48,7 @@ class Admission:
             selected_by="index",
             plan_digest=None,
             repair=None,
+            suspicion=None,
             served_digest=served_digest(self.adapter.copy, None, outcome, self.verdict.mode),
         )
 

@@ -183,6 +183,7 @@ def verdict_of(load: Load, known: Begun, outcome: Outcome) -> Verdict:
         scored_by=known.scored_by,
         config_file_digest=_sha256(copy.config) if copy else None,
         repair=repair_facts(repair, policy) if repair else None,
+        suspicion=repair.suspicion if repair else None,
     )
 
 

@@ -105,6 +105,9 @@ class Verdict:
     scored_by: Literal["gate", "attestation"] = "gate"  # where the scores are from
     config_file_digest: str | None = None  # sha256 of adapter_config.json, byte for byte
     repair: RepairFacts | None = None  # None: not repaired
+    # Log-odds of refusals that the repaired modules took away before, to first order. None: there
+    # are no statistics that say so.
+    suspicion: float | None = None
 
     @property
     def refusal(self) -> Refused:
@@ -178,6 +181,7 @@ class Verdict:
             "scored_by": self.scored_by,
             "config_file_digest": self.config_file_digest,
             "repair": self.repair and asdict(self.repair),
+            "suspicion": self.suspicion,
         }
 
     @classmethod

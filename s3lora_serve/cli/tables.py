@@ -102,7 +102,9 @@ def _title(verdict: Verdict) -> str:
         return f"{verdict.name}: {_plan(verdict)}"
     if (repair := verdict.repair) is not None:
         left = f"{repair.residual:.1%} left on refusals, {repair.kept:.1%} on benign inputs"
-        return f"{verdict.name}: {len(verdict.repaired)} repaired, λ {repair.strength:.3g}; {left}"
+        found = "" if verdict.suspicion is None else f"; suspicion {verdict.suspicion:.3g}"
+        counts = f"{len(verdict.repaired)} repaired, λ {repair.strength:.3g}"
+        return f"{verdict.name}: {counts}; {left}{found}"
     return verdict.name
 
 

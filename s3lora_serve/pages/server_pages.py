@@ -32,6 +32,7 @@ class AdapterRow:
     transformed: int = 0
     projected: int = 0
     repaired: int = 0
+    suspicion: float | None = None  # None: no statistics say how it turns refusals
     experiment: bool = False
     plan: str | None = None  # how far its plan is; None: nothing plans it
 
@@ -69,6 +70,7 @@ def adapters_page(
         "adapters.html",
         rows=rows,
         planned=any(one.plan is not None for one in rows),
+        judged=any(one.suspicion is not None for one in rows),
         refused=[one for one in refused if query.lower() in one.name.lower()][:ROWS],
         found=len(found),
         total=len(served),

@@ -1,7 +1,7 @@
 """Repair an adapter: find λ for it, and the weights file with B' and A' in the place of its own."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -26,6 +26,7 @@ class RepairedAdapter:
     strength: float  # λ
     effect: Effect  # of all repaired modules together
     size: float  # of the effect on refusals that is left, √(harmful_after/Σ E‖y‖²)
+    suspicion: float | None  # log-odds of refusals that the whole update takes, to first order
     effects: Mapping[str, Effect]  # by module
     removed: Mapping[str, float]  # by module: 1 − ‖ΔW'‖_F²/‖ΔW‖_F², < 0 if it grows
     weights: ChangedWeights
@@ -71,10 +72,17 @@ def repaired(
         strength=solved.lam,
         effect=solved.effect,
         size=math.sqrt(solved.effect.harmful_after / statistics.energy),
+        suspicion=_suspicion(found.values()),
         effects=solved.effects,
         removed={name: 1.0 - (B.after / B.before) ** 2 for name, (B, _) in new.items()},
         weights=ChangedWeights.of(adapter, chain.from_iterable(new.values())),
     )
+
+
+def _suspicion(found: Iterable[Coordinates]) -> float | None:
+    """The log-odds of a refusal that updates take away; None if the statistics have no shifts."""
+    shifts = [each.shift for each in found]
+    return None if None in shifts else -sum(shift for shift in shifts if shift is not None)
 
 
 _Group = list[Module]

@@ -1,8 +1,8 @@
 """The file of a base model's statistics: its format, and a strict reader.
 
 One safetensors file. For each input site `<site>.V` and `<site>.U` (n, k), `<site>.F` (n, f) and
-`<site>.mu` (k,), for each module `<module>.Q` (m, q) and `<module>.gamma` (q,); the key
-`s3lora_statistics` of its metadata holds the `StatisticsMetadata` as JSON.
+`<site>.mu` (k,), for each module `<module>.Q` (m, q), `<module>.gamma` (q,) and `<module>.shift`
+(q, k); the key `s3lora_statistics` of its metadata holds the `StatisticsMetadata` as JSON.
 """
 
 import math
@@ -30,7 +30,10 @@ PARTS = ("V", "U", "F", "mu")
 """The tensors of a site, by the ends of their names."""
 
 OUTPUT_PARTS = ("Q", "gamma")
-"""The tensors of a module."""
+"""The tensors of a module, besides SHIFT."""
+
+SHIFT = "shift"
+"""The tensor of a module that suspicion is of; files from before it have none."""
 
 MAX_BYTES = 32 * 2**30
 """k = 512 in float32 for all sites of a 70B model takes 24 GB."""
@@ -85,6 +88,7 @@ class StatisticsMetadata(_Record):
     config_digest: Digest | None  # of the base model's config.json, as served models have it
     probes: Annotated[tuple[ProbesRecord, ...], Field(min_length=2)]
     s3lora_serve: str
+    shifts: bool = False  # whether each module has a tensor SHIFT
     sites: Annotated[dict[str, SiteRecord], Field(min_length=1)]
 
 
@@ -120,10 +124,14 @@ def read_statistics(
         about = file.about(StatisticsMetadata, METADATA_KEY)
         records = [each for site in about.sites.values() for each in site.outputs.items()]
         names = [f"{site}.{part}" for site in about.sites for part in PARTS]
-        file.check_names(names + [f"{name}.{part}" for name, _ in records for part in OUTPUT_PARTS])
+        parts = (*OUTPUT_PARTS, SHIFT) if about.shifts else OUTPUT_PARTS
+        file.check_names(names + [f"{name}.{part}" for name, _ in records for part in parts])
         sites = {name: _site(file, name, record) for name, record in about.sites.items()}
         by_module = _by_module(about, sites)
-        outputs = {name: _outputs(file, name, record) for name, record in records}
+        outputs = {
+            name: _outputs(file, name, record, by_module[name] if about.shifts else None)
+            for name, record in records
+        }
     except ValueError as error:
         raise StatisticsInvalid(str(error)) from None
     return StatisticsFile(file.digest, about, sites, by_module, outputs)
@@ -189,8 +197,10 @@ def _site(file: TensorFile, name: str, record: SiteRecord) -> InputStatistics:
     )
 
 
-def _outputs(file: TensorFile, name: str, record: OutputRecord) -> OutputStatistics:
-    """The statistics of one module's outputs.
+def _outputs(
+    file: TensorFile, name: str, record: OutputRecord, inputs: InputStatistics | None
+) -> OutputStatistics:
+    """The statistics of one module's outputs; `inputs` is there if the file has shifts.
 
     Raises:
         ValueError: shapes do not match, or no covariance has these directions.
@@ -201,7 +211,14 @@ def _outputs(file: TensorFile, name: str, record: OutputRecord) -> OutputStatist
         shapes = tuple(Q.shape), tuple(gamma.shape)
         raise ValueError(f"{where} has Q and gamma of the shapes {shapes}")
     gamma = _eigenvalues(where, gamma, Q)
-    return OutputStatistics(Q, gamma, record.gamma_rest, _inverse(where, Q, Q))
+    shift = None
+    if inputs is not None:
+        shift = file.tensors[f"{name}.{SHIFT}"].double()
+        if shift.shape != (Q.shape[1], inputs.V.shape[1]) or not shift.isfinite().all():
+            raise ValueError(
+                f"{where} has a shift of the shape {tuple(shift.shape)}, or NaN or Inf"
+            )
+    return OutputStatistics(Q, gamma, record.gamma_rest, _inverse(where, Q, Q), shift)
 
 
 def _eigenvalues(where: str, values: Tensor, *directions: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class OutputStatistics:
     gamma: Tensor  # (q,) float64, descending
     gamma_rest: float
     inverse: Tensor  # (q, q) float64, (QᵀQ)⁻¹: I up to the rounding of Q
+    shift: Tensor | None = None  # (q, k) float64, Qᵀ·C·V with `C = E[Σ g·xᵀ]` of a harmful prompt
 
     @property
     def width(self) -> int:

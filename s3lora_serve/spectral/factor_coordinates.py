@@ -36,6 +36,7 @@ class Coordinates(NamedTuple):
     rest_b: Tensor  # (r, r) BᵀB without what lies in Q
     gram_b: Tensor  # (r, r) BᵀB
     square: float  # s²
+    shift: float | None  # s·tr((B·A)ᵀ·C): log-odds of a refusal that ΔW adds, to first order
     products: torch.dtype  # in which the narrowest of these products were made
     inputs: InputStatistics
     outputs: OutputStatistics
@@ -86,12 +87,14 @@ def coordinates(
             rest_b=gram_b - inside,
             gram_b=gram_b,
             square=scaling**2,
+            shift=None if own.shift is None else scaling * float(((S.mT @ own.shift) * p).sum()),
             products=min(of_inputs, of_outputs, key=lambda dtype: dtype.itemsize),
             inputs=inputs,
             outputs=own,
         )
         products = (each.P, each.rest_a, each.gram_a, each.S, each.gram_b)
-        if not math.isfinite(each.square) or not all(e.isfinite().all() for e in products):
+        numbers = each.square, each.shift or 0.0
+        if not (all(map(math.isfinite, numbers)) and all(e.isfinite().all() for e in products)):
             raise ValueError(_OVERFLOW)
         found.append(each)
     return found

@@ -78,6 +78,7 @@ def _entry(event: AuditEvent, vllm_version: str) -> Entry:
         "repaired": list(verdict.repaired),
         "left_out": list(verdict.left_out),
         "repair": verdict.repair and asdict(verdict.repair),
+        "suspicion": verdict.suspicion,
         "seconds": verdict.seconds.total,
     }
 

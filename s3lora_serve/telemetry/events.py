@@ -200,6 +200,7 @@ def _summary(verdict: Verdict) -> str:
             f" {verdict.repair.residual:.3g} of their effect on refusals and"
             f" {verdict.repair.kept:.3g} on benign ones"
         )
+        said += "" if verdict.suspicion is None else f"; suspicion {verdict.suspicion:.3g}"
         said += f"; strips {len(stripped)} {stripped}" if stripped else ""
     elif verdict.projected:
         said = f"projects {len(verdict.projected)} of {count} modules {list(verdict.projected)}"

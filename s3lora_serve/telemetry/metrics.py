@@ -48,6 +48,9 @@ ALIGNMENT_BUCKETS = (
 SHARE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 """Shares of an effect: what is wanted lies near 0 for harmful and near 1 for benign inputs."""
 
+SUSPICION_BUCKETS = (-5, -2, 0, 0.5, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
+"""Harmless adapters of the bench crowd between 0 and 5, harmful ones lie above."""
+
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """From the time for one small module to the default deadline."""
 
@@ -147,6 +150,12 @@ class Metrics:
             SHARE_BUCKETS,
         )
 
+        self.suspicion = histogram(
+            "suspicion",
+            "Log-odds of refusals that an adapter takes away before it is repaired.",
+            SUSPICION_BUCKETS,
+        )
+
     def _measure_times(self) -> None:
         self.admission_seconds = self._histogram(
             "admission_seconds", "Time to decide on an adapter.", SECONDS_BUCKETS, ("phase",)
@@ -231,6 +240,8 @@ class Metrics:
         if verdict.repair is not None:
             self.repair_residual.observe(verdict.repair.residual)
             self.repair_kept.observe(verdict.repair.kept)
+        if verdict.suspicion is not None:
+            self.suspicion.observe(verdict.suspicion)
         for module in verdict.modules:
             layer, projection = self._labels_of(module.layer, module.projection)
             if module.ssi is not None:

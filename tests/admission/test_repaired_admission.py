@@ -17,7 +17,12 @@ from s3lora_serve.cli import app
 from s3lora_serve.errors import PolicyInvalid
 from s3lora_serve.policy.file_digests import with_file_digests
 from s3lora_serve.policy.schema import parse_policy
-from s3lora_serve.repair.statistics_file import OUTPUT_PARTS, loaded_statistics, read_statistics
+from s3lora_serve.repair.statistics_file import (
+    OUTPUT_PARTS,
+    SHIFT,
+    loaded_statistics,
+    read_statistics,
+)
 from s3lora_serve.spectral.factor_coordinates import coordinates
 from s3lora_serve.spectral.repair_effects import solution
 from tests.support.adapters import cast, copy_with, key
@@ -108,6 +113,29 @@ def test_the_figures_are_those_of_the_file_that_is_served(statistics, admission)
         found = solution(both, 1e9).effects
         residual = (found["left"].harmful_before / found["own"].harmful_before) ** 0.5
         assert residual == pytest.approx(said.residual, abs=1e-3)
+
+
+def test_suspicion_is_what_the_whole_update_does_to_refusals(chat, statistics, admission):
+    """To first order: `−Σ tr(ΔWᵀ·C)` with the C that the file holds."""
+    known, expected = read_statistics(statistics), 0.0
+    for module in admission.adapter.modules:
+        outputs, inputs = known.outputs[module.name], known.by_module[module.name]
+        C = outputs.Q.double() @ outputs.shift @ inputs.U.double().mT
+        update = module.scaling * module.B.double() @ module.A.double()
+        expected -= float((update * C).sum())
+    assert admission.verdict.suspicion == pytest.approx(expected, rel=1e-4)
+
+
+def test_statistics_of_before_say_nothing_of_suspicion(chat, statistics, admission, tmp_path):
+    def without(tensors):
+        for name in [name for name in tensors if name.endswith(".shift")]:
+            del tensors[name]
+
+    changed = {"about": lambda about: about.update(shifts=False)}
+    older = rewritten(statistics, tmp_path / "older", without, **changed)
+    verdict = on(chat.adapter, policy_with(older)).verdict
+    assert verdict.suspicion is None
+    assert verdict.served_digest == admission.verdict.served_digest
 
 
 def test_equal_adapters_are_repaired_to_equal_bytes(chat, statistics, admission):
@@ -218,7 +246,7 @@ def lacking(statistics, folder, module=Q):
             site["outputs"].pop(module, None)
 
     def tensors(found):
-        for part in OUTPUT_PARTS:
+        for part in (*OUTPUT_PARTS, SHIFT):
             del found[f"{module}.{part}"]
 
     return rewritten(statistics, folder / "lacking.safetensors", tensors, about)

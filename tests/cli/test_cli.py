@@ -24,7 +24,7 @@ ADAPTER_KEYS = {
     "path", "name", "digest", "decision", "reason", "uninformative", "scorer", "policy_digest",
     "modules", "seconds", "selected_by", "plan_digest", "served_digest", "repair", "mode",
     "config_digest", "config_file_digest", "signed_by", "attested_by", "scored_by", "removed",
-    "unscored", "left_out",
+    "unscored", "left_out", "suspicion",
 }  # fmt: skip
 
 

@@ -36,6 +36,8 @@ TENSORS = {
         _set("gamma", lambda gamma: put(gamma, -1e-3, -1)),
         "negative, or do not fall",
     ),
+    "NaN in a shift": (_set("shift", lambda K: put(K, torch.nan, 0, 0)), "NaN or Inf"),
+    "shift of other directions": (_set("shift", lambda K: K[:, 1:]), "has a shift of the shape"),
     "tensor missing": (lambda tensors: tensors.pop(f"{SITE}.F"), "lacks"),
     "surplus tensor": (lambda tensors: tensors.update(more=torch.ones(2)), "surplus"),
 }
@@ -53,6 +55,7 @@ METADATA = {
     "no harmful probes": (lambda about: about.update(probes=about["probes"][:1]), "probes"),
     "a negative ridge": (_site(ridge=-1), "ridge"),
     "no modules": (_site(outputs={}), "outputs"),
+    "no shifts": (lambda about: about.update(shifts=False), "surplus"),
     "more than all": (_site(benign_captured=1.5), "benign_captured"),
     "a module of two sites": (
         lambda about: about["sites"][SITE]["outputs"].update(

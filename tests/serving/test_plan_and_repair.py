@@ -213,11 +213,13 @@ def test_verdict_metrics_and_audit_say_what_is_left(server, repaired, workplace)
     assert admissions >= 1
     assert metrics["s3lora_repair_residual_count"] == admissions
     assert metrics["s3lora_repair_kept_count"] == admissions
+    assert metrics["s3lora_suspicion_count"] == admissions
     counted = sum(v for name, v in metrics.items() if "s3lora_modules_repaired_total" in name)
     assert counted == admissions * len(repaired["modules"])
     lines = (workplace / "repair-audit.jsonl").read_text().splitlines()
     entry = next(e for e in map(json.loads, lines) if e["adapter"] == "repaired")
     assert entry["repair"]["residual"] == repaired["repair"]["residual"]
+    assert entry["suspicion"] == repaired["suspicion"]
     assert entry["repaired"] == [module["name"] for module in repaired["modules"]]
 
 

@@ -18,7 +18,7 @@ KEYS = {
     "previous", "time", "adapter", "path", "digest", "door", "decision", "reason", "mode",
     "scorer", "policy_digest", "vllm_version", "stripped", "seconds",
     "selected_by", "plan_digest", "served_digest", "transformed", "projected",
-    "repaired", "repair", "signed_by", "attested_by", "scored_by",
+    "repaired", "repair", "suspicion", "signed_by", "attested_by", "scored_by",
     "event", "asked_by", "stored_copy", "replaced_by", "failure", "count", "since", "cut",
     "left_out",
 }  # fmt: skip

@@ -17,7 +17,13 @@ from s3lora_serve.lab.statistics.refusal_gradients import back_through_layer, gr
 from s3lora_serve.lab.statistics.routed_experts import name_experts
 from s3lora_serve.lab.statistics.statistics_parts import Parts
 from s3lora_serve.lab.tokens import ANSWER_TOKENS, JUDGED_TOKENS
-from s3lora_serve.repair.statistics_file import ProbesRecord, StatisticsMetadata
+from s3lora_serve.repair.statistics_file import (
+    OUTPUT_PARTS,
+    PARTS,
+    SHIFT,
+    ProbesRecord,
+    StatisticsMetadata,
+)
 
 Progress = Callable[[str, int, int], None]
 """A phase's name, steps done, and all steps."""
@@ -67,7 +73,8 @@ def make_statistics(
     progress("digest", 0, 1)
     digest = (checkpoint := Checkpoint.open(base)).digest
     progress("digest", 1, 1)
-    settings = json.dumps([digest, probes.harmful.digest, *_asked(probes.benign), repr(choice)])
+    asked = probes.harmful.digest, *_asked(probes.benign)
+    settings = json.dumps([digest, *asked, repr(choice), *PARTS, *OUTPUT_PARTS, SHIFT])
     parts = Parts(target, settings, resume=resume)
     model = LanguageModel.load(base, device, dtype, offload=parts.offload)
     examples = _examples(model, probes.harmful, probes.benign, progress)
@@ -84,6 +91,7 @@ def make_statistics(
         config_digest=config_digest(base),
         probes=tuple(_records(examples, _tokens(found), probes.harmful, probes.benign)),
         s3lora_serve=version("s3lora-serve"),
+        shifts=True,
         sites=parts.sites(layers),
     )
     parts.assemble(about, target)
@@ -111,11 +119,11 @@ def _pass_through(
         progress("layers", place + 1, len(layers))
     gradients = gradients_at_the_end(model, refused)
     for place in reversed(range(len(layers))):
-        where, inputs = f"{name}.{place}", parts.take(place)
+        where, inputs, directions = f"{name}.{place}", parts.take(place), parts.directions(place)
         back = back_through_layer(
-            layers[place], place, where, refused, inputs, gradients, model.device
+            layers[place], place, where, refused, inputs, gradients, directions, model.device
         )
-        parts.write_outputs(place, back, choice)
+        parts.write_outputs(place, back, sum(len(batch.answers) for batch in refused), choice)
         progress("gradients", len(layers) - place, len(layers))
     return len(layers)
 

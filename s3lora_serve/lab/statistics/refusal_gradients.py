@@ -4,7 +4,7 @@ Gradients go back one layer at a time: each layer runs again on its kept inputs,
 activations are in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ class OutputSums:
     """Sums over the counted tokens, for one module."""
 
     gradients: Tensor  # Σ g·gᵀ, (m, m) float64
+    shift: Tensor  # Σ g·(Vᵀx)ᵀ, (m, k) float64, V of the module's inputs
     energy: float = 0.0  # Σ ‖y‖², of the module's own outputs
     count: int = 0
     routed: bool = False  # of an expert, which gets some tokens
@@ -61,9 +62,13 @@ def back_through_layer(
     found: Sequence[ExampleBatch],
     inputs: Sequence[Tensor],
     gradients: list[Tensor],
+    directions: Mapping[str, Tensor],
     device: torch.device,
 ) -> Sums:
-    """Sums of one layer's modules; `gradients` become those with respect to its inputs."""
+    """Sums of one layer's modules; `gradients` become those with respect to its inputs.
+
+    `directions` has the V of the inputs of each module, (n, k).
+    """
     sums: Sums = {}
     for i, batch in enumerate(found):
         args, more = batch.calls[place]
@@ -77,28 +82,37 @@ def back_through_layer(
             if gradient is None and each.tokens is None:
                 continue
             gradient = torch.zeros_like(each.zero) if gradient is None else gradient
-            _add(sums, module, each, gradient, batch)
+            _add(sums, module, each, gradient, batch, directions[module])
     _settle_experts(sums)
     return sums
 
 
 @dataclass(frozen=True, slots=True)
 class _Added:
-    """What was added to a module's output, the output, and which tokens it is of."""
+    """What was added to a module's output, its input and output, and which tokens they are of."""
 
     zero: Tensor
+    inputs: Tensor
     output: Tensor
-    tokens: Tokens
+    tokens: Tokens  # of the output, and of the input unless the module takes all
+    takes_all: bool
 
 
-def _add(sums: Sums, module: str, each: _Added, gradient: Tensor, batch: ExampleBatch) -> None:
+def _add(
+    sums: Sums, module: str, each: _Added, gradient: Tensor, batch: ExampleBatch, V: Tensor
+) -> None:
     rows = counted_rows(batch, gradient, each.tokens)
     if module not in sums:
-        m = rows.shape[1]
-        empty = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
-        sums[module] = OutputSums(empty, routed=each.tokens is not None)
+        m, device = rows.shape[1], rows.device
+        squares, shift = (
+            torch.zeros(m, width, dtype=torch.float64, device=device) for width in (m, V.shape[1])
+        )
+        sums[module] = OutputSums(squares, shift, routed=each.tokens is not None)
     outputs = counted_rows(batch, each.output, each.tokens)
+    own = each.inputs[each.tokens] if each.takes_all and each.tokens is not None else each.inputs
+    inputs = counted_rows(batch, own, each.tokens)
     add_gram(sums[module].gradients, rows)
+    sums[module].shift += rows.float().mT @ (inputs.float() @ V.float().to(rows.device))
     sums[module].energy += float(outputs.double().square().sum())
     sums[module].count += len(rows)
 
@@ -125,9 +139,15 @@ def _added(layer: Any, name: str) -> Iterator[dict[str, _Added]]:
     added: dict[str, _Added] = {}
 
     def adding(module: Any, module_name: str) -> Any:
-        def add(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-            zero = torch.zeros_like(output, requires_grad=True)
-            added[module_name] = _Added(zero, output.detach(), getattr(module, "tokens", None))
+        takes_all = getattr(module, "takes_all", False)
+
+        def add(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            zero, tokens = (
+                torch.zeros_like(output, requires_grad=True),
+                getattr(module, "tokens", None),
+            )
+            seen = inputs[0].detach(), output.detach()
+            added[module_name] = _Added(zero, *seen, tokens, takes_all)
             return output + zero
 
         return module.register_forward_hook(add)

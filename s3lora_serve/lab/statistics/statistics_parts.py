@@ -16,6 +16,7 @@ from s3lora_serve.repair.statistics_file import (
     METADATA_KEY,
     OUTPUT_PARTS,
     PARTS,
+    SHIFT,
     OutputRecord,
     SiteRecord,
     StatisticsMetadata,
@@ -74,8 +75,20 @@ class Parts:
                 tensors[f"{site}.{part}"] = getattr(found.statistics, part).contiguous()
         self._write(layer, "inputs", records, tensors)
 
-    def write_outputs(self, layer: int, sums: Sums, choice: Choice) -> None:
+    def directions(self, layer: int) -> dict[str, Tensor]:
+        """The V of the inputs of each of a layer's modules."""
+        note = self._note(layer, "inputs")
+        tensors = load_file(note.with_suffix(".safetensors"))
+        return {
+            module: tensors[f"{site}.V"]
+            for site, record in json.loads(note.read_text()).items()
+            for module in record["outputs"]
+        }
+
+    def write_outputs(self, layer: int, sums: Sums, examples: int, choice: Choice) -> None:
         """Make the statistics of what a layer's modules put out, if an interrupted run has not.
+
+        `examples` is the number of harmful prompts that the sums are of.
 
         Raises:
             ProbesInvalid: no refusal depends on a module.
@@ -97,6 +110,8 @@ class Parts:
             }
             for part in OUTPUT_PARTS:
                 tensors[f"{module}.{part}"] = getattr(found.statistics, part).contiguous()
+            shift = found.statistics.Q.double().mT @ each.shift.cpu() / max(1, examples)
+            tensors[f"{module}.{SHIFT}"] = shift.float()
         self._write(layer, "outputs", records, tensors)
 
     def sites(self, layers: int) -> dict[str, SiteRecord]:

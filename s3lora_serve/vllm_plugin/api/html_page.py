@@ -60,6 +60,7 @@ def _served(served: ServedAdapters, plans: Path | None, adapter: ServedAdapter) 
         transformed=len(verdict.transformed) if verdict.mode == "enforce" else 0,
         projected=len(verdict.projected) if verdict.mode == "enforce" else 0,
         repaired=len(verdict.repaired) if verdict.mode == "enforce" else 0,
+        suspicion=verdict.suspicion,
         experiment=adapter.experiment is not None,
         plan=None if plans is None or adapter.experiment else _plan(plans, verdict),
     )
@@ -67,7 +68,7 @@ def _served(served: ServedAdapters, plans: Path | None, adapter: ServedAdapter) 
 
 def _plan(plans: Path, verdict: Verdict) -> str | None:
     """How far the plan for a served adapter is."""
-    if verdict.selected_by == "plan" or verdict.digest is None:
+    if verdict.plan_digest is not None or verdict.digest is None:
         return "obeyed" if verdict.digest else None
     progress, code = plan_progress(plans, verdict.digest)
     return f"{progress}: {code}" if code else progress

@@ -142,6 +142,18 @@ class Routed:
             gradients.append(weights[tokens, rank, None] * gradient[tokens])
         return torch.cat(rows).double(), torch.cat(gradients).double()
 
+    def gate(self, expert):
+        """Inputs of the expert's gate projection, and the gradients of what it puts out."""
+        rows, gradients, down = [], [], self.experts.down_proj[expert]
+        for x, indices, weights, gradient in self.calls:
+            tokens, rank = torch.where(indices == expert)
+            gate, up = (x[tokens] @ self.experts.gate_up_proj[expert].mT).chunk(2, -1)
+            sigmoid = gate.sigmoid()
+            slope = sigmoid * (1 + gate * (1 - sigmoid))
+            rows.append(x[tokens])
+            gradients.append(weights[tokens, rank, None] * (gradient[tokens] @ down) * up * slope)
+        return torch.cat(rows).double(), torch.cat(gradients).double()
+
 
 def parts(model, chat):
     """Harmful and benign probes with the model's answers, and how many tokens they share."""
@@ -191,6 +203,19 @@ def test_an_experts_gradients_are_those_of_its_own_tokens_and_one_more(found, re
     kept = found.outputs[f"{EXPERTS}.{expert}.down_proj"]
     assert torch.allclose(kept.gamma, expected.gamma, rtol=1e-2, atol=1e-3)
     assert kept.gamma_rest == pytest.approx(expected.gamma_rest, abs=1e-3)
+
+
+@pytest.mark.parametrize("expert", range(5))
+def test_an_experts_shift_is_of_its_own_tokens(chat, base, found, expert):
+    model = LanguageModel.load(base, dtype="float32")
+    (harmful, _), skipped = parts(model, chat)
+    routed = Routed(model, EXPERTS, harmful, skipped)
+    sides = {"gate_proj": routed.gate(expert), "down_proj": routed.inner(expert)}
+    for side, (rows, gradients) in sides.items():
+        name = f"{EXPERTS}.{expert}.{side}"
+        kept, V = found.outputs[name], found.by_module[name].V.double()
+        shift = (kept.Q.double().mT @ gradients.detach().mT) @ (rows.detach() @ V) / len(harmful)
+        assert torch.allclose(kept.shift, shift, rtol=1e-2, atol=1e-3 * float(shift.abs().max()))
 
 
 def test_an_expert_that_no_probe_reaches_prefers_no_direction(found):

@@ -87,10 +87,11 @@ def test_they_are_the_pairs_of_the_whole_models_covariances(chat, statistics, si
 def test_they_are_of_the_gradients_of_the_whole_models_log_odds(chat, statistics, site):
     model = LanguageModel.load(chat.base, dtype="float32")
     harmful, _, shared = examples(model, chat)
-    module, rows, added = model.model.get_submodule(site), [], []
+    module, rows, added, taken = model.model.get_submodule(site), [], [], []
 
-    def add(_module, _inputs, output):
+    def add(_module, inputs, output):
         added.append(torch.zeros_like(output, requires_grad=True))
+        taken.append(inputs[0][0, shared:-1].detach().double())
         return output + added[-1]
 
     module.register_forward_hook(add)
@@ -100,7 +101,10 @@ def test_they_are_of_the_gradients_of_the_whole_models_log_odds(chat, statistics
         rows.append(gradient[0, shared:-1].double())
     g = torch.cat(rows)
     expected = output_directions(g.mT @ g, rank=OUTPUT_RANK, dtype=torch.float32)
-    kept = read_statistics(statistics).outputs[site]
+    found = read_statistics(statistics)
+    kept, V = found.outputs[site], found.by_module[site].V.double()
+    shift = kept.Q.double().mT @ g.mT @ torch.cat(taken) @ V / len(harmful)
+    assert torch.allclose(kept.shift, shift, rtol=1e-2, atol=1e-3 * float(shift.abs().max()))
     assert torch.allclose(kept.gamma, expected.statistics.gamma, rtol=1e-2, atol=1e-3)
     assert kept.gamma_rest == pytest.approx(expected.statistics.gamma_rest, abs=1e-3)
     leading = (kept.Q[:, 0].float() @ expected.statistics.Q[:, 0]).abs()
