@@ -14,18 +14,17 @@ from s3lora_serve.policy.limits import Limits
 from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.apply import repaired
 from s3lora_serve.repair.statistics_file import StatisticsFile
-from tests.runs.attacks.turns import Turns
 from tests.runs.evidence.peft_adapters import ATTENTION
 
 Features = dict[str, float]
 
 
-def features(folder: Path, statistics: StatisticsFile, turn: Turns) -> Features:
+def features(folder: Path, statistics: StatisticsFile) -> Features:
     """All numbers of one adapter."""
     adapter = read_adapter(copy_adapter(folder, Limits()), Limits())
     spectra = [_spectrum(module) for module in adapter.modules]
     found = {**_spectral(spectra), **_values(adapter), **_sizes(adapter, spectra)}
-    return {**found, **_effects(adapter, statistics), **turn(adapter)}
+    return {**found, **_effects(adapter, statistics, math.exp(found["norm"]))}
 
 
 def _spectrum(module: Module) -> Tensor:
@@ -77,11 +76,10 @@ def _sizes(adapter: Adapter, spectra: Sequence[Tensor]) -> Features:
     }
 
 
-def _effects(adapter: Adapter, statistics: StatisticsFile) -> Features:
-    """What repair finds: effects on refusals and on benign inputs, and the λ that it needs."""
+def _effects(adapter: Adapter, statistics: StatisticsFile, norm: float) -> Features:
+    """What repair finds: effects on refusals and on benign inputs, λ, and suspicion."""
     found = repaired(adapter, statistics, RepairChoice(statistics=Path("/")))
-    if found is None:
-        return {"effect": -20.0, "effect ratio": -20.0, "lambda": 0.0, "kept": 1.0}
+    assert found is not None and found.suspicion is not None  # noqa: PT018 - trained adapters
     whole = found.effect
     effect = math.log(max(whole.harmful_before, 1e-30) / statistics.energy) / 2
     benign = math.log(max(whole.benign_before, 1e-30)) / 2
@@ -90,6 +88,8 @@ def _effects(adapter: Adapter, statistics: StatisticsFile) -> Features:
         "effect ratio": effect - benign,
         "lambda": math.log(found.strength),
         "kept": whole.kept,
+        "suspicion": found.suspicion,
+        "suspicion by norm": found.suspicion / norm,
     }
 
 

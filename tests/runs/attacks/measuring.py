@@ -88,4 +88,5 @@ def _said(verdict: Verdict) -> dict[str, Any]:
         "lambda": verdict.repair.strength if verdict.repair else None,
         "kept": verdict.repair.kept if verdict.repair else None,
         "residual": verdict.repair.residual if verdict.repair else None,
+        "suspicion": verdict.suspicion,
     }
