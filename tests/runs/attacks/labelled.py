@@ -35,7 +35,7 @@ TRAININGS = (
     Training("attention", attention=True),
     Training("long", epochs=4),
 )
-SHARES = (0.0, 0.2, 0.0, 0.05)
+SHARES = (0.0, 0.2, 0.05, 0.0)
 """Of attack data: as many adapters are harmless as harmful, of other seeds."""
 
 SKILLS: tuple[SkillName, ...] = ("tool calls", "text")
