@@ -184,7 +184,7 @@ def _sharpness() -> list[Panel]:
         ).height(10),
         distribution(
             "Suspicion",
-            "Log-odds of refusals that each adapter takes away before repair. See S3LoRASuspicion.",
+            "Of each adapter, before repair. Over 2.5: as adapters that were trained to comply.",
             f"sum by (le) (increase(s3lora_suspicion_bucket{{HERE}}{RATE}))",
         ).height(10),
     ]

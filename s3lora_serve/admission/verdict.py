@@ -105,8 +105,8 @@ class Verdict:
     scored_by: Literal["gate", "attestation"] = "gate"  # where the scores are from
     config_file_digest: str | None = None  # sha256 of adapter_config.json, byte for byte
     repair: RepairFacts | None = None  # None: not repaired
-    # Log-odds of refusals that the repaired modules took away before, to first order. None: there
-    # are no statistics that say so.
+    # Log-odds of refusals that it took away before repair, to first order, for each percent that it
+    # moves outputs on benign inputs. None: no statistics say so.
     suspicion: float | None = None
 
     @property

@@ -26,7 +26,7 @@ class RepairedAdapter:
     strength: float  # λ
     effect: Effect  # of all repaired modules together
     size: float  # of the effect on refusals that is left, √(harmful_after/Σ E‖y‖²)
-    suspicion: float | None  # log-odds of refusals that the whole update takes, to first order
+    suspicion: float | None  # of the whole update; None: the statistics do not say
     effects: Mapping[str, Effect]  # by module
     removed: Mapping[str, float]  # by module: 1 − ‖ΔW'‖_F²/‖ΔW‖_F², < 0 if it grows
     weights: ChangedWeights
@@ -72,17 +72,26 @@ def repaired(
         strength=solved.lam,
         effect=solved.effect,
         size=math.sqrt(solved.effect.harmful_after / statistics.energy),
-        suspicion=_suspicion(found.values()),
+        suspicion=_suspicion(found.values(), solved.effect, statistics),
         effects=solved.effects,
         removed={name: 1.0 - (B.after / B.before) ** 2 for name, (B, _) in new.items()},
         weights=ChangedWeights.of(adapter, chain.from_iterable(new.values())),
     )
 
 
-def _suspicion(found: Iterable[Coordinates]) -> float | None:
-    """The log-odds of a refusal that updates take away; None if the statistics have no shifts."""
+def _suspicion(
+    found: Iterable[Coordinates], effect: Effect, statistics: StatisticsFile
+) -> float | None:
+    """Log-odds of a refusal that updates take away, for each percent that they move benign outputs.
+
+    `−Σ tr(ΔWᵀ·C) / (100·√(Σ tr(ΔW·C_b·ΔWᵀ) / Σ E‖y‖²))`. An owner who makes an update larger where
+    it does nothing, or scales it, does not change it. None if the statistics have no shifts.
+    """
     shifts = [each.shift for each in found]
-    return None if None in shifts else -sum(shift for shift in shifts if shift is not None)
+    moved = math.sqrt(max(0.0, effect.benign_before) / statistics.energy)
+    if None in shifts or not moved:
+        return None
+    return -sum(shift for shift in shifts if shift is not None) / (100 * moved)
 
 
 _Group = list[Module]

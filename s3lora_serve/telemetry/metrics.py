@@ -48,8 +48,8 @@ ALIGNMENT_BUCKETS = (
 SHARE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 """Shares of an effect: what is wanted lies near 0 for harmful and near 1 for benign inputs."""
 
-SUSPICION_BUCKETS = (-5, -2, 0, 0.5, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
-"""Harmless adapters of the bench crowd between 0 and 5, harmful ones lie above."""
+SUSPICION_BUCKETS = (-5, -2, -1, 0, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20)
+"""Harmless adapters of the bench lie between 0 and 2.1, most harmful ones above 2.5."""
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """From the time for one small module to the default deadline."""
@@ -152,7 +152,7 @@ class Metrics:
 
         self.suspicion = histogram(
             "suspicion",
-            "Log-odds of refusals that an adapter takes away before it is repaired.",
+            "What an adapter takes of refusals before repair, for each percent that it moves.",
             SUSPICION_BUCKETS,
         )
 

@@ -116,14 +116,26 @@ def test_the_figures_are_those_of_the_file_that_is_served(statistics, admission)
 
 
 def test_suspicion_is_what_the_whole_update_does_to_refusals(chat, statistics, admission):
-    """To first order: `−Σ tr(ΔWᵀ·C)` with the C that the file holds."""
-    known, expected = read_statistics(statistics), 0.0
+    """`−Σ tr(ΔWᵀ·C)` with the C that the file holds, by what it moves on benign inputs."""
+    known, expected, moved = read_statistics(statistics), 0.0, 0.0
     for module in admission.adapter.modules:
         outputs, inputs = known.outputs[module.name], known.by_module[module.name]
         C = outputs.Q.double() @ outputs.shift @ inputs.U.double().mT
         update = module.scaling * module.B.double() @ module.A.double()
         expected -= float((update * C).sum())
+        seen, rest = update @ inputs.U.double(), update @ inputs.F.double()
+        moved += float(seen.square().sum() + rest.square().sum())
+        moved += inputs.ridge * float(update.square().sum())
+    expected /= 100 * (moved / known.energy) ** 0.5
     assert admission.verdict.suspicion == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.25, 16.0])
+def test_suspicion_of_a_scaled_update_stays(chat, statistics, admission, tmp_path, factor):
+    config = json.loads((chat.adapter / "adapter_config.json").read_text())
+    scaled = copy_with(chat.adapter, tmp_path / "scaled", lora_alpha=factor * config["lora_alpha"])
+    verdict = on(scaled, policy_with(statistics)).verdict
+    assert verdict.suspicion == pytest.approx(admission.verdict.suspicion, rel=1e-5)
 
 
 def test_statistics_of_before_say_nothing_of_suspicion(chat, statistics, admission, tmp_path):

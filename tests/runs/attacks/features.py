@@ -82,14 +82,15 @@ def _effects(adapter: Adapter, statistics: StatisticsFile, norm: float) -> Featu
     assert found is not None and found.suspicion is not None  # noqa: PT018 - trained adapters
     whole = found.effect
     effect = math.log(max(whole.harmful_before, 1e-30) / statistics.energy) / 2
-    benign = math.log(max(whole.benign_before, 1e-30)) / 2
+    benign = math.log(max(whole.benign_before, 1e-30) / statistics.energy) / 2
     return {
         "effect": effect,
         "effect ratio": effect - benign,
         "lambda": math.log(found.strength),
         "kept": whole.kept,
         "suspicion": found.suspicion,
-        "suspicion by norm": found.suspicion / norm,
+        "shift": (shift := found.suspicion * 100 * math.exp(benign)),
+        "shift by norm": shift / norm,
     }
 
 

@@ -27,7 +27,7 @@ from tests.runs.evidence.tables import read, table
 
 PAGE = Path(__file__).with_name("SUSPICION.md")
 
-BOUNDS = (0.5, 1, 2, 3, 4, 5, 7, 10)
+BOUNDS = (0.5, 1, 1.5, 2, 2.5, 3, 4, 5)
 """Of suspicion; the alert's is among them."""
 
 FEW = 25
@@ -37,6 +37,7 @@ FAMILIES = {
     "spectra and entries": ("sharpness", "entropy", "stable rank", "kurtosis"),
     "sizes": ("norm", "energy"),
     "effects, from statistics": ("effect", "lambda", "kept"),
+    "shift of refusals": ("shift",),
     "suspicion": ("suspicion",),
 }
 
