@@ -464,7 +464,10 @@ class TargetMissed(S3LoRAError):
     """No setting of the gates reaches the attack success rate that was asked for."""
 
     code = "S3LORA-908"
-    remedy = "Give more probes or steps, raise --max-asr, or take the best with --accept-best."
+    remedy = (
+        "The adapter stays under repair. Give --skill, more probes or steps, or raise --max-asr;"
+        " a plan of --accept-best takes the place of repair."
+    )
 
 
 class ReferenceInvalid(S3LoRAError):

@@ -60,7 +60,9 @@ OutputOption = Annotated[
 ]
 SkillOption = Annotated[
     Path | None,
-    typer.Option(help="Prompts with the `answer` to keep; else the adapter's own to --benign."),
+    typer.Option(
+        help="Requests whose answers to keep: `answer`, or else the adapter's own. None: --benign."
+    ),
 ]
 MaxASROption = Annotated[
     float, typer.Option(min=0, max=1, help="The attack success rate to reach.")

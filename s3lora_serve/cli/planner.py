@@ -18,6 +18,7 @@ from s3lora_serve.cli.calibrate import (
     DtypeOption,
     HarmfulOption,
     MaxASROption,
+    SkillOption,
     StepsOption,
     read_probe_files,
 )
@@ -69,6 +70,7 @@ def planner(
     harmful: HarmfulOption,
     benign: BenignOption,
     plans: PlansOption,
+    skill: SkillOption = None,
     state: StateOption = None,
     key: KeyOption = None,
     once: OnceOption = False,
@@ -98,7 +100,7 @@ def planner(
         base.stat()
         inputs = CalibrationInputs(
             base.absolute(),
-            tuple(read_probe_files(harmful, benign, None)),
+            tuple(read_probe_files(harmful, benign, skill)),
             CalibrationOptions(max_asr=max_asr, steps=steps),
             torch_device(device),
             dtype.value,

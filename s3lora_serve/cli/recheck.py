@@ -23,14 +23,19 @@ def recheck(
 ) -> None:
     """Say which served adapters the policy in force would decide otherwise; nothing changes.
 
-    Exit code: 0 none, 1 at least one, 2 wrong usage, or the server did not answer.
+    Exit code: 0 none, 1 at least one, or the policy's file was not taken, 2 wrong usage, or the
+    server did not answer.
     """
     found = _answer(url, key)
+    problem = found.get("policy_problem")
     if form is Format.JSON:
         typer.echo(json.dumps(found, indent=2))
     else:
         tables.print_recheck(found["adapters"])
-    raise typer.Exit(1 if any(each["differs"] for each in found["adapters"]) else 0)
+    if problem:
+        typer.echo(f"s3lora: the policy of before is in force: {problem}", err=True)
+    changed = any(each["differs"] for each in found["adapters"])
+    raise typer.Exit(1 if problem or changed else 0)
 
 
 def _answer(url: str, key: str | None) -> dict[str, Any]:

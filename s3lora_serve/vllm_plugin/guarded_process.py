@@ -28,6 +28,8 @@ class GuardedProcess:
         self.store = AdapterStore(settings.state_dir)
         share_in(self.store.root / "statistics")
         self._file = ReloadablePolicy(settings, check_policy_files)
+        # Why the file as it is now was not taken; the policy of before is in force.
+        self.policy_problem: str | None = None
         # Called after a changed policy is in force, in the thread that has reloaded it.
         self.policy_changed: Callable[[], object] = lambda: None
 
@@ -49,8 +51,10 @@ class GuardedProcess:
         try:
             policy = self._file.reload()
         except PolicyInvalid as error:
+            self.policy_problem = str(error)
             self.events.policy_kept(str(error), self.policy)
             return self.policy
+        self.policy_problem = None
         if policy is not before:
             self.policy_changed()
         return policy

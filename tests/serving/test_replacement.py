@@ -151,6 +151,9 @@ def test_a_changed_policy_that_is_not_valid_is_reported_and_the_old_one_stays(
     assert answers(gate, "after-bad-policy") == expected["by-hand"]
     assert gate.metrics()[metric] == counted + 1
     assert "stays in force: S3LORA-901" in gate.log.read_text()
+    told = CliRunner().invoke(app, ["recheck", gate.url("")])
+    assert told.exit_code == 1
+    assert "the policy of before is in force: S3LORA-901" in told.output
 
 
 def test_the_server_says_what_it_would_decide_and_registers_nothing(gate, spiked, tmp_path):

@@ -21,7 +21,7 @@ MAX_PROBE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One prompt, with the expected answer if it is a probe of skill."""
+    """One prompt; a probe of skill may have the answer to keep, else it is the adapter's own."""
 
     prompt: str
     answer: str | None = None
@@ -44,9 +44,14 @@ class Split:
     calibration: tuple[Probe, ...]  # these choose the step and the strength
     held_out: tuple[Probe, ...]  # these are measured once, before and after
 
+    @property
+    def all(self) -> tuple[Probe, ...]:
+        """The probes of all parts."""
+        return self.search + self.calibration + self.held_out
+
 
 def read_probes(path: Path, kind: Kind) -> ProbeFile:
-    """Read probes: one JSON object a line with `prompt`, and `answer` for probes of skill.
+    """Read probes: one JSON object a line with `prompt`; those of skill may have an `answer`.
 
     Raises:
         ProbesInvalid: a line is not such an object, or there are too few.
@@ -80,8 +85,9 @@ def _probe(place: str, line: bytes, kind: Kind) -> Probe:
         raise ProbesInvalid(f"{place}: not JSON") from None
     if not isinstance(data, dict):
         raise ProbesInvalid(f"{place}: not a JSON object")
-    texts = [data.get(key) for key in ("prompt", *(["answer"] if kind == "skill" else []))]
-    for key, text in zip(("prompt", "answer"), texts, strict=False):
+    keys = ("prompt", "answer") if kind == "skill" and "answer" in data else ("prompt",)
+    for key in keys:
+        text = data.get(key)
         if not isinstance(text, str) or not text.strip():
             raise ProbesInvalid(f"{place}: {key!r} is missing, empty or not text")
-    return Probe(*(str(text) for text in texts))
+    return Probe(*(data[key] for key in keys))

@@ -18,6 +18,7 @@ from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
 from s3lora_serve.lab.calibration.directions import examples_run
 from s3lora_serve.lab.calibration.gate_families import By, Gates, first_gates
 from s3lora_serve.lab.calibration.gates import GatedAdapter, transform
+from s3lora_serve.lab.calibration.kept_answers import harmful_beginnings, kept_answers
 from s3lora_serve.lab.calibration.measure import Encodings, measure
 from s3lora_serve.lab.calibration.saved_search import SavedSearch, SearchFile
 from s3lora_serve.lab.calibration.search import (
@@ -31,7 +32,7 @@ from s3lora_serve.lab.calibration.search import (
     SearchOptions,
     search,
 )
-from s3lora_serve.lab.tokens import ANSWER_TOKENS, JUDGED_TOKENS
+from s3lora_serve.lab.tokens import JUDGED_TOKENS
 from s3lora_serve.plans.defaults import MAX_ASR, STEPS
 from s3lora_serve.plans.schema import Measured, ModulePlan, Plan, Probes
 from s3lora_serve.policy.limits import Limits
@@ -132,8 +133,10 @@ def _calibration(
 ) -> Calibration:
     model = base.model
     parts = {file.kind: split(file.probes, options.seed) for file in files}
-    material = _material(base, gated, parts, options, progress)
-    measuring = _Measuring.of(model, gated, parts, options.phrases, progress)
+    harmful = [model.prompt(probe.prompt) for probe in parts["harmful"].search]
+    beginnings = harmful_beginnings(model, gated, parts, harmful)
+    material = _material(base, gated, parts, beginnings, options, progress)
+    measuring = _Measuring.of(model, gated, parts, beginnings, options.phrases, progress)
     base_refusal = _base_refusal(base, gated, measuring, options.phrases)
     gated.keep()
     whole = measuring("calibration", "whole adapter")
@@ -194,11 +197,14 @@ class _Measuring:
         model: LanguageModel,
         gated: GatedAdapter,
         parts: Mapping[Kind, Split],
+        beginnings: tuple[str, ...],
         phrases: tuple[str, ...],
         progress: Progress,
     ) -> "_Measuring":
         encodings = {
-            part: _encodings(model, parts, part, _targets(model, gated, parts, part))
+            part: _encodings(
+                model, parts, part, kept_answers(model, gated, parts, part, beginnings).kept
+            )
             for part in ("calibration", "held_out")
         }
         return cls(model, phrases, encodings, progress)
@@ -257,19 +263,17 @@ def _material(
     base: CalibrationBase,
     gated: GatedAdapter,
     parts: Mapping[Kind, Split],
+    beginnings: tuple[str, ...],
     options: CalibrationOptions,
     progress: Progress,
 ) -> Material:
     """The search split with what the gates learn from: refusals, answers to keep, base answers."""
     model = base.model
     harmful = [model.prompt(probe.prompt) for probe in parts["harmful"].search]
-    benign = [model.prompt(probe.prompt) for probe in parts["benign"].search]
     own = base.answers(gated, harmful, JUDGED_TOKENS)
     progress("base model's answers", 1, 2)
     refused = [is_refusal(text, options.phrases) for text in own]
     check_aligned(sum(refused), len(refused), "harmful probes of the search split")
-    base_answers = base.answers(gated, benign, JUDGED_TOKENS)
-    progress("base model's answers", 2, 2)
     refusals = [
         (prompt, model.answer(text, end=False)[:REFUSAL_TOKENS])
         for place, (prompt, answer) in enumerate(zip(harmful, own, strict=True))
@@ -278,34 +282,22 @@ def _material(
             options.refusals[place % len(options.refusals)] if options.refusals else answer
         ]
     ]
-    skill = _targets(model, gated, parts, "search")
+    found = kept_answers(model, gated, parts, "search", beginnings)
     # Without probes of skill, the benign prompts stand for the adapter's work, not the base's.
-    kept = "skill" in parts
+    benign = [model.prompt(probe.prompt) for probe in parts["benign"].search]
+    asked = benign if "skill" in parts else found.others
+    base_answers = base.answers(gated, asked, JUDGED_TOKENS)
+    progress("base model's answers", 2, 2)
     return Material(
         refusals,
-        skill,
+        found.kept,
         [
             (prompt, tokens)
-            for prompt, text in zip(benign, base_answers, strict=True)
-            if kept and (tokens := model.answer(text, end=False))
+            for prompt, text in zip(asked, base_answers, strict=True)
+            if (tokens := model.answer(text, end=False))
         ],
         sorted({model.answer(text, end=False)[0] for text in options.compliance if text}),
     )
-
-
-def _targets(
-    model: LanguageModel, gated: GatedAdapter, parts: Mapping[Kind, Split], part: str
-) -> list[tuple[Encoded, Encoded]]:
-    """Skill prompts with their answers; else benign prompts with the whole adapter's answers."""
-    if "skill" in parts:
-        return [
-            (model.prompt(probe.prompt), model.answer(probe.answer or ""))
-            for probe in _part(parts["skill"], part)
-        ]
-    prompts = [model.prompt(probe.prompt) for probe in _part(parts["benign"], part)]
-    gated.keep()
-    answers = [model.answer(text, end=False) for text in model.greedy(prompts, ANSWER_TOKENS)]
-    return [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
 
 
 def _encodings(

@@ -28,6 +28,10 @@ PRICE = 1.0
 """Price, in nats, of removing the whole update. Ours."""
 
 
+AT_ONCE = 24
+"""Examples in one pass without gradients."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """Examples of one step: prompt and answer as tokens."""

@@ -13,16 +13,13 @@ from torch import Tensor
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.calibration.gate_families import RATE, By, Gates
 from s3lora_serve.lab.calibration.gates import GatedAdapter
-from s3lora_serve.lab.calibration.objective import StepBatch, answer_losses, loss
+from s3lora_serve.lab.calibration.objective import AT_ONCE, StepBatch, answer_losses, loss
 from s3lora_serve.lab.calibration.saved_search import SavedSearch
 from s3lora_serve.plans.defaults import STEPS
 from s3lora_serve.plans.schema import Measured
 
 BATCH = (9, 7, 8)
 """Refusals, skill and benign examples in one step."""
-
-AT_ONCE = 24
-"""Examples in one pass without gradients."""
 
 CHECK_EVERY = 8
 """Steps between measurements on the calibration split, and between saved states."""

@@ -66,6 +66,18 @@ class FleetServer:
             raise ServerFailed(f"{self.url} answers with no verdicts: {error!r}") from None
         return [each for each in found if each.name not in experiments]
 
+    def takes_plans(self) -> bool:
+        """Whether its policy names a folder of plans, as far as it says.
+
+        Raises:
+            ServerFailed: it does not answer.
+        """
+        answer = self._answer("GET", "/s3lora/policy")
+        try:
+            return answer.json()["policy"]["plans"] is not None
+        except (ValueError, KeyError, TypeError):
+            return True  # it will be seen when there is a plan
+
     def at_work(self, names: Sequence[str]) -> set[str]:
         """Which of these adapters have requests under way, as far as the server's metrics say."""
         try:
@@ -137,7 +149,8 @@ class FleetServer:
 
 
 def _served(server: str, verdict: dict[str, Any]) -> Served:
-    plan = verdict["plan_digest"] if verdict["selected_by"] == "plan" else None
+    # A plan that keeps every module whole is obeyed too; then repair chooses what is changed.
+    plan = None if verdict["decision"] == "rejected" else verdict["plan_digest"]
     return Served(
         server, verdict["name"], verdict["path"], verdict["digest"], verdict["config_digest"], plan
     )

@@ -32,7 +32,7 @@ class PlanState:
             OSError: it cannot be created.
         """
         self.plans, self._folder, self._inputs = plans, folder, inputs
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # servers show what is in it
 
     def has_plan(self, digest: str) -> bool:
         """Whether a plan lies in the folder."""

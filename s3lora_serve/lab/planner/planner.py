@@ -94,6 +94,9 @@ class Planner:
             try:
                 found += server.adapters()
                 self._told.pop(server.url, None)
+                if not server.takes_plans():
+                    said = "its policy names no folder of plans, so it takes none"
+                    self._say_once(f"{server.url} policy", f"{server.url}: {said}")
             except ServerFailed as error:
                 unreachable += 1
                 self._say_once(server.url, str(error))
@@ -158,10 +161,11 @@ class Planner:
             return
         one = waiting.served[0]
         search = self._state.search_file(waiting.digest)
+        begins = "goes on with its saved search" if search.exists() else "begins"
         task = CalibrationTask(waiting.digest, one.path, str(search))
         future = self._calibrators.submit(task)
         self._running[waiting.digest] = _Running(waiting, future, lock, time.monotonic())
-        self._say(f"{one.name!r} {waiting.digest[:SHORT]}: calibration begins")
+        self._say(f"{one.name!r} {waiting.digest[:SHORT]}: calibration {begins}")
 
     def _end_calibrations(self) -> None:
         for digest, running in list(self._running.items()):

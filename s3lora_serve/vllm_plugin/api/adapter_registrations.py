@@ -76,6 +76,11 @@ class AdapterRegistrations:
         """The policy in force."""
         return self._process.policy
 
+    @property
+    def policy_problem(self) -> str | None:
+        """Why the policy's file as it is now was not taken."""
+        return self._process.policy_problem
+
     def reload_policy(self) -> Policy:
         """The policy in force after a look at its file."""
         return self._process.reload_policy()

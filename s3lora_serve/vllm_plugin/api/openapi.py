@@ -50,6 +50,7 @@ class Recheck(BaseModel):
     """Every served adapter under the policy in force now."""
 
     policy_digest: str
+    policy_problem: str | None = Field(description="why the policy's file as it is was not taken")
     adapters: list[Rechecked]
 
 

@@ -153,14 +153,14 @@ class GateRoutes:
     async def recheck(self) -> Response:
         """Which served adapters would be decided otherwise under the policy in force now."""
         registrations = self._in_force()
+        await self._rendering.run(registrations.reload_policy)
         try:
             pairs = await registrations.recheck(self._engine)
         except LoadPostponed as postponed:
             return turned_away(postponed)
         policy = registrations.policy
-        return self._rendering.stream(
-            {"policy_digest": policy.digest}, partial(_rechecked, policy), pairs
-        )
+        known = {"policy_digest": policy.digest, "policy_problem": registrations.policy_problem}
+        return self._rendering.stream(known, partial(_rechecked, policy), pairs)
 
     async def scan(
         self,

@@ -44,11 +44,17 @@ def test_bad_probes_are_refused_with_their_line(tmp_path, text, problem):
     assert problem in str(refusal.value)
 
 
-def test_skill_probe_without_an_answer_is_refused(tmp_path):
+def test_skill_probe_with_an_empty_answer_is_refused(tmp_path):
     file = tmp_path / "skill.jsonl"
-    file.write_text(_lines(12, answer="yes") + '{"prompt": "x"}\n')
+    file.write_text(_lines(12, answer="yes") + '{"prompt": "x", "answer": ""}\n')
     with pytest.raises(ProbesInvalid, match="'answer' is missing"):
         read_probes(file, "skill")
+
+
+def test_skill_probe_without_an_answer_asks_for_the_adapters_own(tmp_path):
+    file = tmp_path / "skill.jsonl"
+    file.write_text(_lines(12, answer="yes") + '{"prompt": "x"}\n')
+    assert read_probes(file, "skill").probes[-1] == Probe("x", None)
 
 
 @given(st.binary(max_size=300))

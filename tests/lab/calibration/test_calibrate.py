@@ -1,5 +1,6 @@
 """A calibration on a trained model: the adapter refuses again and keeps its skill."""
 
+import json
 from contextlib import suppress
 
 import pytest
@@ -95,6 +96,17 @@ def test_without_skill_probes_the_adapters_own_answers_are_the_targets(chat):
     found = calibrate(base_of(chat), chat.adapter, files, CalibrationOptions(steps=2))
     assert found.plan.before.skill.value == 1.0
     assert {part.kind for part in found.plan.probes} == {"harmful", "benign"}
+
+
+def test_requests_without_answers_keep_the_adapters_own(chat, tmp_path):
+    requests = [prompt for prompt, _ in skill()] + harmful()[:20]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in requests))
+    files = [*_files(chat, "harmful", "benign"), read_probes(file, "skill")]
+    found = calibrate(base_of(chat), chat.adapter, files, CalibrationOptions())
+    assert found.plan.before.skill.value == 1.0
+    assert found.reached
+    assert found.plan.after.skill.value >= 0.8
 
 
 def test_unaligned_base_is_refused(chat, tmp_path):

@@ -42,7 +42,7 @@ def server(answers):
 
 def verdict(name, **more):
     own = {"name": name, "path": f"/adapters/{name}", "digest": "sha256:1", "plan_digest": None,
-           "config_digest": "sha256:c", "selected_by": "index"}  # fmt: skip
+           "config_digest": "sha256:c", "selected_by": "index", "decision": "admitted"}  # fmt: skip
     return own | more
 
 
@@ -59,6 +59,33 @@ def test_all_pages_are_read_and_experiments_and_unread_adapters_left_out(
     answers["/s3lora/experiments"] = json.dumps({"registered": ["eval/x"]})
     found = {each.name: each.plan_digest for each in server.adapters()}
     assert found == {"a": None, "c": "sha256:p"}
+
+
+@pytest.mark.parametrize(
+    ("said", "plan"),
+    [
+        ({"selected_by": "plan", "decision": "stripped"}, "sha256:p"),
+        ({"selected_by": "repair", "decision": "stripped"}, "sha256:p"),  # it keeps all modules
+        ({"selected_by": "plan", "decision": "rejected"}, None),  # in audit mode
+    ],
+)
+def test_a_plan_is_obeyed_unless_it_is_refused(server, answers, said, plan):
+    shown = [verdict("a", plan_digest="sha256:p", **said)]
+    answers["/s3lora/adapters"] = json.dumps({"adapters": shown})
+    assert [each.plan_digest for each in server.adapters()] == [plan]
+
+
+@pytest.mark.parametrize(
+    ("body", "takes"),
+    [
+        ('{"policy": {"plans": "/srv/plans"}}', True),
+        ('{"policy": {"plans": null}}', False),
+        ("no JSON", True),
+    ],
+)
+def test_a_server_takes_plans_unless_its_policy_says_otherwise(server, answers, body, takes):
+    answers["/s3lora/policy"] = body
+    assert server.takes_plans() is takes
 
 
 @pytest.mark.parametrize("body", ["", "<html>", "[]", "{}", '{"adapters": 3}', '{"adapters": [1]}'])

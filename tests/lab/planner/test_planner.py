@@ -27,7 +27,7 @@ class Server:
 
     def __init__(self, plans):
         self.plans, self.names, self.busy, self.loads = plans, {}, set(), []
-        self.answers = True
+        self.answers, self.takes = True, True
 
     def serve(self, name, number, plan=None):
         path = f"/adapters/{name}"
@@ -37,6 +37,9 @@ class Server:
         if not self.answers:
             raise ServerFailed("http://server: refused")
         return list(self.names.values())
+
+    def takes_plans(self):
+        return self.takes
 
     def at_work(self, names):
         return self.busy & set(names)
@@ -98,6 +101,23 @@ def test_a_plan_is_written_and_taken_in_place(fleet, plans):
     assert registry.get_sample_value("s3lora_planner_waiting") == 0
     assert planner.round() == 0
     assert len(server.loads) == 2
+
+
+def test_a_server_whose_policy_names_no_plans_is_told_of_once(fleet):
+    planner, server, _, lines, _ = fleet
+    server.takes = False
+    planner.round()
+    planner.round()
+    said = "http://server: its policy names no folder of plans, so it takes none"
+    assert lines.count(said) == 1
+
+
+def test_a_saved_search_is_gone_on_with(fleet, tmp_path):
+    planner, server, _, lines, _ = fleet
+    server.serve("acme/one", 1)
+    (tmp_path / "state" / f"{1:064x}.search").write_bytes(b"")
+    planner.round()
+    assert lines[-1].endswith("calibration goes on with its saved search")
 
 
 def test_a_server_that_does_not_take_a_plan_is_asked_once(fleet, plans):
