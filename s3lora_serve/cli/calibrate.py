@@ -28,7 +28,8 @@ from s3lora_serve.plans.defaults import MAX_ASR, STEPS
 
 if TYPE_CHECKING:  # the command line starts without torch
     from s3lora_serve.lab.base_model.probes import ProbeFile
-    from s3lora_serve.lab.calibration.calibrate import Calibration, CalibrationOptions
+    from s3lora_serve.lab.calibration.calibrate import Calibration
+    from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
     from s3lora_serve.lab.calibration.search import Point
     from s3lora_serve.plans.schema import Rate
 
@@ -172,7 +173,7 @@ def read_probe_files(harmful: Path, benign: Path, skill: Path | None) -> "list[P
 
 def _options(asked: dict[str, Any], phrases: list[str] | None) -> "CalibrationOptions":
     from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES
-    from s3lora_serve.lab.calibration.calibrate import CalibrationOptions
+    from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 
     chosen = tuple(phrase.lower() for phrase in phrases or REFUSAL_PHRASES)
     return CalibrationOptions(**asked, phrases=chosen)

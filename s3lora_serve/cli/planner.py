@@ -94,7 +94,7 @@ def planner(
     for url in urls:
         check_url(url)
     with refusals_stop():
-        from s3lora_serve.lab.calibration.calibrate import CalibrationOptions
+        from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
         from s3lora_serve.lab.planner.calibrator import CalibrationInputs
 
         base.stat()

@@ -12,8 +12,9 @@ import pytest
 import requests
 
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibrate import calibrate
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from tests.support.server import OPEN_LOADING, Server, base_environment
 from tests.support.tiny_chat import harmful, skill
 

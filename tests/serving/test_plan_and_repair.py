@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from s3lora_serve.cli import app
 from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibrate import calibrate
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from s3lora_serve.repair.statistics_file import read_statistics
 from tests.serving.conftest import answers, close, evicting_server, log_of_failed_start
 from tests.support.adapters import copy_with, key

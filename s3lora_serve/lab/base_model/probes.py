@@ -49,6 +49,11 @@ class Split:
         """The probes of all parts."""
         return self.search + self.calibration + self.held_out
 
+    def part(self, name: str) -> tuple[Probe, ...]:
+        """The part of this name."""
+        found: tuple[Probe, ...] = getattr(self, name)
+        return found
+
 
 def read_probes(path: Path, kind: Kind) -> ProbeFile:
     """Read probes: one JSON object a line with `prompt`; those of skill may have an `answer`.

@@ -1,81 +1,42 @@
 """Calibration of one adapter: probes in, plan and frontier out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.adapter.reader import Adapter, read_adapter
-from s3lora_serve.lab.base_model.judge import REFUSAL_PHRASES, check_aligned, is_refusal
-from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
-from s3lora_serve.lab.base_model.probes import Kind, Probe, ProbeFile, Split, split
+from s3lora_serve.lab.base_model.judge import check_aligned, is_refusal
+from s3lora_serve.lab.base_model.language_model import LanguageModel
+from s3lora_serve.lab.base_model.probes import Kind, ProbeFile, Split, split
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from s3lora_serve.lab.calibration.directions import examples_run
 from s3lora_serve.lab.calibration.gate_families import By, Gates, first_gates
-from s3lora_serve.lab.calibration.gates import GatedAdapter, transform
+from s3lora_serve.lab.calibration.gates import GatedAdapter
 from s3lora_serve.lab.calibration.kept_answers import harmful_beginnings, kept_answers
-from s3lora_serve.lab.calibration.measure import Encodings, measure
+from s3lora_serve.lab.calibration.measure import Measuring
+from s3lora_serve.lab.calibration.plan_of_gates import plan_of
+from s3lora_serve.lab.calibration.progress import Progress, silent, summed
 from s3lora_serve.lab.calibration.saved_search import SavedSearch, SearchFile
 from s3lora_serve.lab.calibration.search import (
     REFUSAL_SLACK,
-    STRENGTHS,
     CalibrationSplit,
     Found,
     Goal,
     Material,
     Point,
-    SearchOptions,
     search,
 )
 from s3lora_serve.lab.tokens import JUDGED_TOKENS
-from s3lora_serve.plans.defaults import MAX_ASR, STEPS
-from s3lora_serve.plans.schema import Measured, ModulePlan, Plan, Probes
+from s3lora_serve.plans.schema import Measured, Plan
 from s3lora_serve.policy.limits import Limits
 
 REFUSAL_TOKENS = 6
 """Tokens of a refusal that the gates learn: later ones follow from them."""
-
-STRIPPED_SHARE = 0.999
-"""A module of whose update more is removed is stripped: what is left is below bfloat16's step."""
-
-UNCHANGED = 2**-9
-"""A module whose update changes less, relative to it, is kept: that is bfloat16's step."""
-
-
-class Progress(Protocol):
-    """Called as the work goes on."""
-
-    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
-        """The name of a phase, the work done in it, the whole of it, and what was measured."""
-
-
-def _silent(phase: str, done: int, total: int, note: str = "") -> None:
-    """Show nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationOptions:
-    """What an operator can set."""
-
-    max_asr: float = MAX_ASR
-    by: By = "directions"
-    steps: int = STEPS
-    seed: int = 0
-    refusals: tuple[str, ...] = ()  # texts; none: the base model's own refusals
-    compliance: tuple[str, ...] = ()  # how an attack's answers begin; none: anything but refusals
-    phrases: tuple[str, ...] = REFUSAL_PHRASES
-    strengths: tuple[float, ...] = STRENGTHS
-    compare: bool = False  # also measure whole modules at equal removed norm
-
-    @property
-    def of_search(self) -> SearchOptions:
-        """Those of the search for gates."""
-        return SearchOptions(self.by, self.steps, self.seed, self.strengths, self.compare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +56,7 @@ def calibrate(
     options: CalibrationOptions,
     *,
     saved: SearchFile | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Calibration:
     """Learn what to remove from an adapter, so that it refuses what its base model refuses.
 
@@ -136,7 +97,7 @@ def _calibration(
     harmful = [model.prompt(probe.prompt) for probe in parts["harmful"].search]
     beginnings = harmful_beginnings(model, gated, parts, harmful)
     material = _material(base, gated, parts, beginnings, options, progress)
-    measuring = _Measuring.of(model, gated, parts, beginnings, options.phrases, progress)
+    measuring = Measuring.of(model, gated, parts, beginnings, options.phrases, progress)
     base_refusal = _base_refusal(base, gated, measuring, options.phrases)
     gated.keep()
     whole = measuring("calibration", "whole adapter")
@@ -159,7 +120,7 @@ def _calibration(
         )
     gated.set(found.gates)
     after = measuring("held_out", "after, held out")
-    plan = _plan(base.folder, adapter, gated, found, files, options, (before, after))
+    plan = plan_of(base.folder, adapter, gated, found, files, options, (before, after))
     return Calibration(plan, goal.is_met(found.point.measured), found.frontier, found.by_module)
 
 
@@ -169,94 +130,17 @@ def _first_gates(
     kept = material.skill, material.benign
     total = examples_run(material.refusals, *kept)
     done = partial(progress, "directions", total=total)
-    return first_gates(by, model, gated, material.refusals, kept, _summed(done))
+    return first_gates(by, model, gated, material.refusals, kept, summed(done))
 
 
 def _base_refusal(
-    base: CalibrationBase, gated: GatedAdapter, measuring: "_Measuring", phrases: Sequence[str]
+    base: CalibrationBase, gated: GatedAdapter, measuring: "Measuring", phrases: Sequence[str]
 ) -> float:
     """The share of benign prompts of the calibration split that the base model itself refuses."""
     prompts = measuring.encodings["calibration"].benign
     done = partial(measuring.progress, "base model", total=len(prompts))
-    texts = base.answers(gated, prompts, JUDGED_TOKENS, _summed(done))
+    texts = base.answers(gated, prompts, JUDGED_TOKENS, summed(done))
     return sum(is_refusal(text, phrases) for text in texts) / len(texts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Measuring:
-    """Measures the model, as its gates are now, on one of the splits."""
-
-    model: LanguageModel
-    phrases: tuple[str, ...]
-    encodings: Mapping[str, Encodings]  # by split
-    progress: Progress
-
-    @classmethod
-    def of(
-        cls,
-        model: LanguageModel,
-        gated: GatedAdapter,
-        parts: Mapping[Kind, Split],
-        beginnings: tuple[str, ...],
-        phrases: tuple[str, ...],
-        progress: Progress,
-    ) -> "_Measuring":
-        encodings = {
-            part: _encodings(
-                model, parts, part, kept_answers(model, gated, parts, part, beginnings).kept
-            )
-            for part in ("calibration", "held_out")
-        }
-        return cls(model, phrases, encodings, progress)
-
-    def __call__(self, part: str, phase: str) -> Measured:
-        done = partial(self.progress, phase, total=len(self.encodings[part]))
-        return measure(self.model, self.encodings[part], self.phrases, _summed(done))
-
-
-def _summed(progress: Callable[..., None]) -> Callable[[int], None]:
-    """What takes numbers of prompts that are done, and reports their sum."""
-    count = 0
-
-    def done(number: int) -> None:
-        nonlocal count
-        count += number
-        progress(done=count)
-
-    return done
-
-
-def _plan(
-    base: Path,
-    adapter: Adapter,
-    gated: GatedAdapter,
-    found: Found,
-    files: Sequence[ProbeFile],
-    options: CalibrationOptions,
-    held_out: tuple[Measured, Measured],
-) -> Plan:
-    """The plan of the gates; `held_out` is what was measured before and after them."""
-    before, after = held_out
-    return Plan(
-        adapter_digest=adapter.copy.digest,
-        config_digest=adapter.config.digest,
-        base_model=str(base),
-        modules=_module_plans(adapter, gated, found),
-        before=before,
-        after=after,
-        probes=tuple(
-            Probes(kind=file.kind, digest=file.digest, count=len(file.probes)) for file in files
-        ),
-        method={
-            "by": options.by,
-            "max_asr": options.max_asr,
-            "steps": found.steps,
-            "strength": found.point.strength,
-            "removed_share": found.point.removed_share,
-        },
-        versions={name: version(name) for name in ("s3lora-serve", "torch", "transformers")},
-        seed=options.seed,
-    )
 
 
 def _material(
@@ -300,43 +184,7 @@ def _material(
     )
 
 
-def _encodings(
-    model: LanguageModel,
-    parts: Mapping[Kind, Split],
-    part: str,
-    skill: Sequence[tuple[Encoded, Encoded]],
-) -> Encodings:
-    harmful, benign = (
-        [model.prompt(probe.prompt) for probe in _part(parts[name], part)]
-        for name in ("harmful", "benign")
-    )
-    return Encodings(harmful, benign, skill)
-
-
-def _part(splits: Split, part: str) -> tuple[Probe, ...]:
-    found: tuple[Probe, ...] = getattr(splits, part)
-    return found
-
-
 def _nothing_removed(gated: GatedAdapter, whole: Measured) -> Found:
     point = Point(0.0, 0.0, whole)
     gates = tuple(torch.eye(len(layer.S)) for layer in gated.layers)
     return Found(gates, point, (point,), (), 0)
-
-
-def _module_plans(adapter: Adapter, gated: GatedAdapter, found: Found) -> tuple[ModulePlan, ...]:
-    gates = [gate.cpu() for gate in found.gates]
-    shares = gated.removed_shares(gates).tolist()
-    changes = gated.changes(gates).tolist()
-    plans = []
-    for module, gate, share, change in zip(adapter.modules, gates, shares, changes, strict=True):
-        removed = min(1.0, max(0.0, share))
-        if change <= UNCHANGED:
-            plans.append(ModulePlan(name=module.name, action="keep", rank=module.rank))
-        elif removed >= STRIPPED_SHARE:
-            plans.append(
-                ModulePlan(name=module.name, action="strip", rank=module.rank, removed=1.0)
-            )
-        else:
-            plans.append(ModulePlan.of(module.name, module.rank, transform(module, gate), removed))
-    return tuple(plans)

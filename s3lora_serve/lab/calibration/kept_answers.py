@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
-from s3lora_serve.lab.base_model.probes import Kind, Probe, Split
+from s3lora_serve.lab.base_model.probes import Kind, Split
 from s3lora_serve.lab.calibration.gates import GatedAdapter
 from s3lora_serve.lab.calibration.objective import AT_ONCE, answer_losses
 from s3lora_serve.lab.tokens import ANSWER_TOKENS, ODDS_TOKENS
@@ -66,7 +66,7 @@ def kept_answers(
     are kept that it is sure of and that have none of the beginnings, if there are some.
     """
     has_skill = "skill" in parts
-    probes = _part(parts["skill" if has_skill else "benign"], part)
+    probes = parts["skill" if has_skill else "benign"].part(part)
     given = [(model.prompt(p.prompt), model.answer(p.answer)) for p in probes if p.answer]
     own = _own_answers(model, gated, [model.prompt(p.prompt) for p in probes if not p.answer])
     unlike = [answered for answered, text in own if not text.startswith(beginnings)]
@@ -101,9 +101,4 @@ def _sure(model: LanguageModel, answered: Sequence[Answered]) -> list[Answered]:
             losses = answer_losses(model, part).tolist()
         rows = zip(part, losses, strict=True)
         found += [each for each, loss in rows if loss <= SURE * len(each[1])]
-    return found
-
-
-def _part(splits: Split, part: str) -> tuple[Probe, ...]:
-    found: tuple[Probe, ...] = getattr(splits, part)
     return found

@@ -24,8 +24,9 @@ from s3lora_serve.errors import (
     TargetMissed,
 )
 from s3lora_serve.lab.base_model.probes import ProbeFile
-from s3lora_serve.lab.calibration.calibrate import Calibration, CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibrate import Calibration, calibrate
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from s3lora_serve.lab.calibration.saved_search import SearchFile
 from s3lora_serve.policy.limits import Limits
 

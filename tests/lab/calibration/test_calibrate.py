@@ -14,8 +14,9 @@ from s3lora_serve.errors import AdapterRejected, BaseUnaligned, DoesNotFitModel
 from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.language_model import LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import Calibration, CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibrate import Calibration, calibrate
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from s3lora_serve.lab.calibration.gates import attach
 from s3lora_serve.lab.calibration.saved_search import SearchFile
 from s3lora_serve.lab.calibration.search import CHECK_EVERY

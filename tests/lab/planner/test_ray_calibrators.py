@@ -7,7 +7,7 @@ import pytest
 
 from s3lora_serve.adapter.private_copy import copy_adapter
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import CalibrationOptions
+from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from s3lora_serve.lab.planner.calibrator import CalibrationInputs, CalibrationTask
 from s3lora_serve.plans.file import plan_of
 from s3lora_serve.policy.limits import Limits

@@ -8,8 +8,9 @@ from pathlib import Path
 import s3lora_serve
 from s3lora_serve.admission.verdict import Verdict
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibrate import calibrate
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from s3lora_serve.plans.schema import Plan, parse_plan
 from s3lora_serve.policy.file import with_options
 from s3lora_serve.policy.limits import Limits

@@ -8,8 +8,9 @@ from typing import Any
 import s3lora_serve
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
-from s3lora_serve.lab.calibration.calibrate import REFUSAL_TOKENS, CalibrationOptions, calibrate
+from s3lora_serve.lab.calibration.calibrate import REFUSAL_TOKENS, calibrate
 from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from s3lora_serve.lab.calibration.gate_families import first_gates
 from s3lora_serve.lab.calibration.gates import GatedAdapter
 from s3lora_serve.lab.calibration.search import (
