@@ -72,7 +72,9 @@ ByOption = Annotated[By, typer.Option(help="What is removed.")]
 CompareOption = Annotated[
     bool, typer.Option("--compare", help="Also measure whole modules at equal removed norm.")
 ]
-StepsOption = Annotated[int, typer.Option(min=1, help="The most steps of the search.")]
+StepsOption = Annotated[
+    int, typer.Option(min=1, help="Steps of one round of the search, of three at most.")
+]
 SeedOption = Annotated[int, typer.Option(help="Of the split and the search.")]
 RefusalOption = Annotated[
     list[str] | None,

@@ -24,6 +24,7 @@ from s3lora_serve.lab.calibration.progress import Progress, silent, summed
 from s3lora_serve.lab.calibration.saved_search import SavedSearch, SearchFile
 from s3lora_serve.lab.calibration.search import (
     REFUSAL_SLACK,
+    ROUNDS,
     CalibrationSplit,
     Found,
     Goal,
@@ -116,7 +117,7 @@ def _calibration(
             CalibrationSplit(goal, whole, lambda: measuring("calibration", "check")),
             options=options.of_search,
             saved_search=saved_search,
-            progress=lambda step, note: progress("search", step, options.steps, note),
+            progress=lambda step, note: progress("search", step, ROUNDS * options.steps, note),
         )
     gated.set(found.gates)
     after = measuring("held_out", "after, held out")
