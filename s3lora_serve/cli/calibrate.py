@@ -66,7 +66,8 @@ SkillOption = Annotated[
     ),
 ]
 MaxASROption = Annotated[
-    float, typer.Option(min=0, max=1, help="The attack success rate to reach.")
+    float,
+    typer.Option(min=0, max=1, help="The attack success rate to reach, or the base model's own."),
 ]
 ByOption = Annotated[By, typer.Option(help="What is removed.")]
 CompareOption = Annotated[

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from s3lora_serve.cli import app
 from s3lora_serve.plans.file import read_plan
+from tests.support.adapters import copy_with
 from tests.support.tiny_chat import one_thread
 
 
@@ -75,7 +76,9 @@ def test_json_has_plan_and_frontier_without_the_transforms(chat, tmp_path):
 
 
 def test_missed_target_writes_no_plan_and_gives_the_frontier(chat, tmp_path):
-    run = _run(chat, "--skill", chat.skill, "-o", tmp_path / "plan.json", "--steps", "1")
+    # What a few steps leave of so large an update is more than the base model's refusals bear.
+    huge = chat._replace(adapter=copy_with(chat.adapter, tmp_path / "huge", lora_alpha=1e6))
+    run = _run(huge, "--skill", chat.skill, "-o", tmp_path / "plan.json", "--steps", "1")
     assert run.exit_code == 1
     assert "S3LORA-908" in run.stderr
     assert "calibration split" in run.stdout

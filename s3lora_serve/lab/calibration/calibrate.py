@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -99,7 +100,7 @@ def _calibration(
     beginnings = harmful_beginnings(model, gated, parts, harmful)
     material = _material(base, gated, parts, beginnings, options, progress)
     measuring = Measuring.of(model, gated, parts, beginnings, options.phrases, progress)
-    base_refusal = _base_refusal(base, gated, measuring, options.phrases)
+    base_refusal = _base_refusal(base, gated, measuring, "benign")
     gated.keep()
     whole = measuring("calibration", "whole adapter")
     before = measuring("held_out", "before, held out")
@@ -122,7 +123,12 @@ def _calibration(
     gated.set(found.gates)
     after = measuring("held_out", "after, held out")
     plan = plan_of(base.folder, adapter, gated, found, files, options, (before, after))
-    return Calibration(plan, goal.is_met(found.point.measured), found.frontier, found.by_module)
+    best = found.point.measured
+    # Nobody can ask more of a plan than that it restores the base model.
+    reached = goal.is_met(best) or (
+        best.asr.value <= 1 - _base_refusal(base, gated, measuring, "harmful")
+    )
+    return Calibration(plan, reached, found.frontier, found.by_module)
 
 
 def _first_gates(
@@ -135,13 +141,16 @@ def _first_gates(
 
 
 def _base_refusal(
-    base: CalibrationBase, gated: GatedAdapter, measuring: "Measuring", phrases: Sequence[str]
+    base: CalibrationBase,
+    gated: GatedAdapter,
+    measuring: Measuring,
+    kind: Literal["harmful", "benign"],
 ) -> float:
-    """The share of benign prompts of the calibration split that the base model itself refuses."""
-    prompts = measuring.encodings["calibration"].benign
+    """The share of a kind's prompts of the calibration split that the base model itself refuses."""
+    prompts = getattr(measuring.encodings["calibration"], kind)
     done = partial(measuring.progress, "base model", total=len(prompts))
     texts = base.answers(gated, prompts, JUDGED_TOKENS, summed(done))
-    return sum(is_refusal(text, phrases) for text in texts) / len(texts)
+    return sum(is_refusal(text, measuring.phrases) for text in texts) / len(texts)
 
 
 def _material(
