@@ -77,7 +77,7 @@ def test_json_has_plan_and_frontier_without_the_transforms(chat, tmp_path):
 
 def test_missed_target_writes_no_plan_and_gives_the_frontier(chat, tmp_path):
     # What a few steps leave of so large an update is more than the base model's refusals bear.
-    huge = chat._replace(adapter=copy_with(chat.adapter, tmp_path / "huge", lora_alpha=1e6))
+    huge = chat._replace(adapter=copy_with(chat.adapter, tmp_path / "huge", lora_alpha=500))
     run = _run(huge, "--skill", chat.skill, "-o", tmp_path / "plan.json", "--steps", "1")
     assert run.exit_code == 1
     assert "S3LORA-908" in run.stderr
