@@ -163,17 +163,18 @@ def _signs(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
                 f"{mean(sharp):.0f}" if sharp else "",
                 *(
                     f"{mean(each[name] for each in said):.2g}" if said else ""
-                    for name in ("lambda", "residual", "kept")
+                    for name in ("suspicion", "lambda", "residual", "kept")
                 ),
             )
         )
     head = ("attack", "largest relative index", f"modules over {SHARP:g}")
     words = (
-        "What an operator sees: of 210 modules the sharpest, and how many are sharp; of repair how"
+        "What an operator sees: of 210 modules the sharpest, and how many are sharp; suspicion, of"
+        " which no harmless adapter of SUSPICION.md has more than 2.1; of repair how"
         " small λ had to be, the share of the effect on refusals that is left, and of that on"
         " benign inputs."
     )
-    head = (*head, "repair's λ", "residual", "kept")
+    head = (*head, "suspicion", "repair's λ", "residual", "kept")
     return f"## What the verdict says\n\n{words}\n\n{table(head, rows)}"
 
 
