@@ -145,7 +145,8 @@ def client(served, tmp_path, monkeypatch):
         return [(one, one.verdict) for one in served.all()]
 
     registrations = SimpleNamespace(
-        served=served, policy=policy, recheck=recheck,
+        served=served, policy=policy, recheck=recheck, policy_problem=None,
+        reload_policy=lambda: policy,
         reports=SimpleNamespace(recent=SimpleNamespace(refusals=list)),
     )  # fmt: skip
     routes, app = GateRoutes(lambda: registrations), FastAPI()
@@ -198,5 +199,5 @@ def test_list_is_rendered_one_adapter_at_a_time_and_says_what_it_said(client, se
     with client.stream("GET", "/s3lora/adapters?limit=1000") as answer:
         assert "content-length" not in answer.headers  # sent as it is made
     found = client.post("/s3lora/recheck").json()
-    assert set(found) == {"policy_digest", "adapters"}
+    assert set(found) == {"policy_digest", "policy_problem", "adapters"}
     assert set(found["adapters"][0]) == {"name", "differs", "experiment", "before", "after"}
