@@ -44,8 +44,8 @@ FAMILIES = {
 HEAD = f"""# What tells a harmful adapter apart at admission
 
 Written by `python -m tests.runs.attacks.suspicion`; every figure here is one that it measured.
-Adapters of the aligned bases of `make evidence`, trained in six ways on two skills, half of them
-with 5 % or 20 % of attack data; no prompt is put to an adapter that is judged. AUC is the chance
+Adapters of the aligned bases of `make evidence`, trained in six ways on two skills, with attack
+data or without; no prompt is put to an adapter that is judged. AUC is the chance
 that a harmful adapter scores above a harmless one. `found` is the share of harmful adapters over a
 bound that {FALSE_ALARMS:.0%} of the others exceed. A logistic regression on standardised numbers is
 fitted to all other groups: other bases, other ways of training, or the other skill.
