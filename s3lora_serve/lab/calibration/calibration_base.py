@@ -9,6 +9,10 @@ from s3lora_serve.adapter.reader import Adapter
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.calibration.gates import GatedAdapter, attach
 
+MOST_ANSWERS = 16
+"""Lists of prompts whose answers are remembered: those of the probes are four, and each adapter may
+ask for one of its own."""
+
 Prompts = tuple[tuple[int, ...], ...]
 
 
@@ -55,4 +59,8 @@ class CalibrationBase:
         if key not in self._answers:
             gated.remove()
             self._answers[key] = self.model.greedy(prompts, tokens, done)
-        return self._answers[key]
+        found = self._answers.pop(key)
+        self._answers[key] = found  # the last of the dictionary, which keeps its order
+        while len(self._answers) > MOST_ANSWERS:
+            del self._answers[next(iter(self._answers))]
+        return found

@@ -15,7 +15,7 @@ from s3lora_serve.lab.base_model.judge import is_refusal
 from s3lora_serve.lab.base_model.language_model import LanguageModel
 from s3lora_serve.lab.base_model.probes import read_probes
 from s3lora_serve.lab.calibration.calibrate import Calibration, calibrate
-from s3lora_serve.lab.calibration.calibration_base import CalibrationBase
+from s3lora_serve.lab.calibration.calibration_base import MOST_ANSWERS, CalibrationBase
 from s3lora_serve.lab.calibration.calibration_options import CalibrationOptions
 from s3lora_serve.lab.calibration.gates import attach
 from s3lora_serve.lab.calibration.saved_search import SearchFile
@@ -189,3 +189,14 @@ def test_interrupted_search_goes_on_to_the_same_plan(chat, tmp_path):
     assert min(steps) == CHECK_EVERY + 1
     assert not saved.exists()
     assert resumed.plan == whole.plan  # bit for bit
+
+
+def test_no_more_answers_of_the_base_model_are_remembered_than_some(chat):
+    base = base_of(chat)
+    with base.with_adapter(read_adapter(copy_adapter(chat.adapter, Limits()), Limits())) as gated:
+        prompts = [[base.model.prompt(prompt)] for prompt in harmful()[: MOST_ANSWERS + 4]]
+        first = base.answers(gated, prompts[0], 4)
+        for each in prompts:
+            base.answers(gated, each, 4)
+            assert base.answers(gated, prompts[0], 4) is first  # asked again and again
+    assert len(base._answers) == MOST_ANSWERS
