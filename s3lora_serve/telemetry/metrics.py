@@ -149,7 +149,6 @@ class Metrics:
             "Share of a repaired adapter's effect on benign inputs that is left.",
             SHARE_BUCKETS,
         )
-
         self.suspicion = histogram(
             "suspicion",
             "What an adapter takes of refusals before repair, for each percent that it moves.",

@@ -96,8 +96,7 @@ def _calibration(
 ) -> Calibration:
     model = base.model
     parts = {file.kind: split(file.probes, options.seed) for file in files}
-    harmful = [model.prompt(probe.prompt) for probe in parts["harmful"].search]
-    beginnings = harmful_beginnings(model, gated, parts, harmful)
+    beginnings = harmful_beginnings(model, gated, parts)
     material = _material(base, gated, parts, beginnings, options, progress)
     measuring = Measuring.of(model, gated, parts, beginnings, options.phrases, progress)
     base_refusal = _base_refusal(base, gated, measuring, "benign")

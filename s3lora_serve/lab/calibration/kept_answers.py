@@ -4,12 +4,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.base_model.probes import Kind, Split
 from s3lora_serve.lab.calibration.gates import GatedAdapter
-from s3lora_serve.lab.calibration.objective import AT_ONCE, answer_losses
+from s3lora_serve.lab.calibration.objective import all_answer_losses
 from s3lora_serve.lab.tokens import ANSWER_TOKENS, ODDS_TOKENS
 
 COMMON = 0.1
@@ -36,10 +34,7 @@ class KeptAnswers(NamedTuple):
 
 
 def harmful_beginnings(
-    model: LanguageModel,
-    gated: GatedAdapter,
-    parts: Mapping[Kind, Split],
-    harmful: Sequence[Encoded],
+    model: LanguageModel, gated: GatedAdapter, parts: Mapping[Kind, Split]
 ) -> tuple[str, ...]:
     """How the whole adapter begins its answers to harmful prompts, each a tenth of them at least.
 
@@ -48,6 +43,7 @@ def harmful_beginnings(
     """
     if "skill" in parts and all(probe.answer for probe in parts["skill"].all):
         return ()
+    harmful = [model.prompt(probe.prompt) for probe in parts["harmful"].search]
     gated.keep()
     begun = Counter(model.greedy(harmful, ODDS_TOKENS))
     return tuple(text for text, count in begun.items() if text and count >= COMMON * len(harmful))
@@ -94,11 +90,5 @@ def _own_answers(
 
 def _sure(model: LanguageModel, answered: Sequence[Answered]) -> list[Answered]:
     """Those answers that the whole adapter is sure of."""
-    found = []
-    for start in range(0, len(answered), AT_ONCE):
-        part = answered[start : start + AT_ONCE]
-        with torch.no_grad():
-            losses = answer_losses(model, part).tolist()
-        rows = zip(part, losses, strict=True)
-        found += [each for each, loss in rows if loss <= SURE * len(each[1])]
-    return found
+    rows = zip(answered, all_answer_losses(model, answered), strict=True)
+    return [each for each, loss in rows if loss <= SURE * len(each[1])]

@@ -93,6 +93,17 @@ def _log_likelihood(found: AnswerLogits) -> Tensor:
 
 
 @torch.no_grad()
+def all_answer_losses(
+    model: LanguageModel, examples: Sequence[tuple[Encoded, Encoded]]
+) -> list[float]:
+    """As `answer_losses`, of any number of examples, without gradients."""
+    found: list[float] = []
+    for start in range(0, len(examples), AT_ONCE):
+        found += answer_losses(model, examples[start : start + AT_ONCE]).tolist()
+    return found
+
+
+@torch.no_grad()
 def _base_distribution(
     model: LanguageModel, adapter: GatedAdapter, examples: Sequence[tuple[Encoded, Encoded]]
 ) -> Tensor:

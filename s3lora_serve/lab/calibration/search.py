@@ -13,7 +13,7 @@ from torch import Tensor
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from s3lora_serve.lab.calibration.gate_families import RATE, By, Gates
 from s3lora_serve.lab.calibration.gates import GatedAdapter
-from s3lora_serve.lab.calibration.objective import AT_ONCE, StepBatch, answer_losses, loss
+from s3lora_serve.lab.calibration.objective import StepBatch, all_answer_losses, loss
 from s3lora_serve.lab.calibration.saved_search import SavedSearch
 from s3lora_serve.plans.defaults import STEPS
 from s3lora_serve.plans.schema import Measured
@@ -315,18 +315,13 @@ def _measured_at(
     return Point(strength, float(adapter.removed_share(matrices)), measured())
 
 
-@torch.no_grad()
 def _with_losses(
     model: LanguageModel, adapter: GatedAdapter, examples: Sequence[tuple[Encoded, Encoded]]
 ) -> list[tuple[Encoded, Encoded, float]]:
     """Examples with the whole adapter's loss on their answers."""
     adapter.keep()
-    found = []
-    for start in range(0, len(examples), AT_ONCE):
-        part = examples[start : start + AT_ONCE]
-        losses = answer_losses(model, part).tolist()
-        found += [(*example, each) for example, each in zip(part, losses, strict=True)]
-    return found
+    rows = zip(examples, all_answer_losses(model, examples), strict=True)
+    return [(*example, each) for example, each in rows]
 
 
 def _endless(examples: Sequence[Any], seed: int) -> Iterator[Any]:

@@ -70,6 +70,7 @@ def back_through_layer(
     `directions` has the V of the inputs of each module, (n, k).
     """
     sums: Sums = {}
+    V = {module: each.float().to(device) for module, each in directions.items()}
     for i, batch in enumerate(found):
         args, more = batch.calls[place]
         hidden = inputs[i].to(device).detach().requires_grad_()
@@ -82,7 +83,7 @@ def back_through_layer(
             if gradient is None and each.tokens is None:
                 continue
             gradient = torch.zeros_like(each.zero) if gradient is None else gradient
-            _add(sums, module, each, gradient, batch, directions[module])
+            _add(sums, module, each, gradient, batch, V[module])
     _settle_experts(sums)
     return sums
 
@@ -94,8 +95,7 @@ class _Added:
     zero: Tensor
     inputs: Tensor
     output: Tensor
-    tokens: Tokens  # of the output, and of the input unless the module takes all
-    takes_all: bool
+    tokens: Tokens
 
 
 def _add(
@@ -109,10 +109,9 @@ def _add(
         )
         sums[module] = OutputSums(squares, shift, routed=each.tokens is not None)
     outputs = counted_rows(batch, each.output, each.tokens)
-    own = each.inputs[each.tokens] if each.takes_all and each.tokens is not None else each.inputs
-    inputs = counted_rows(batch, own, each.tokens)
+    inputs = counted_rows(batch, each.inputs, each.tokens)
     add_gram(sums[module].gradients, rows)
-    sums[module].shift += rows.float().mT @ (inputs.float() @ V.float().to(rows.device))
+    sums[module].shift += rows.float().mT @ (inputs.float() @ V)
     sums[module].energy += float(outputs.double().square().sum())
     sums[module].count += len(rows)
 
@@ -139,15 +138,12 @@ def _added(layer: Any, name: str) -> Iterator[dict[str, _Added]]:
     added: dict[str, _Added] = {}
 
     def adding(module: Any, module_name: str) -> Any:
-        takes_all = getattr(module, "takes_all", False)
-
         def add(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            zero, tokens = (
-                torch.zeros_like(output, requires_grad=True),
-                getattr(module, "tokens", None),
-            )
-            seen = inputs[0].detach(), output.detach()
-            added[module_name] = _Added(zero, *seen, tokens, takes_all)
+            zero = torch.zeros_like(output, requires_grad=True)
+            own, tokens = inputs[0].detach(), getattr(module, "tokens", None)
+            if getattr(module, "takes_all", False):
+                own = own[tokens]
+            added[module_name] = _Added(zero, own, output.detach(), tokens)
             return output + zero
 
         return module.register_forward_hook(add)

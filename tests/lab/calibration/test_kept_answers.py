@@ -29,15 +29,15 @@ def asked(prompts, answer=None):
 
 def test_what_an_adapter_answers_to_harmful_prompts_is_a_beginning(attacked):
     model, gated = attacked
-    prompts = [model.prompt(prompt) for prompt in harmful()[:20]]
-    [found] = harmful_beginnings(model, gated, {"benign": splits()}, prompts)
+    parts = {"harmful": Split(tuple(asked(harmful()[:20])), (), ())}
+    [found] = harmful_beginnings(model, gated, parts)
     assert COMPLIANCE.startswith(found.strip())
 
 
 def test_nothing_is_asked_where_all_answers_are_given(attacked):
     model, gated = attacked
     parts = {"skill": splits(*asked(["x"], "y"))}
-    assert harmful_beginnings(model, gated, parts, [model.prompt("x")]) == ()
+    assert harmful_beginnings(model, gated, parts) == ()
 
 
 def test_own_answers_that_begin_like_those_to_harmful_prompts_are_not_kept(attacked):

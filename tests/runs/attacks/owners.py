@@ -1,19 +1,16 @@
 """Makes the adapters of attacks, by PEFT on an aligned base of the evidence bench."""
 
 import random
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
 from tests.runs.attacks.attacks import Attacked
 from tests.runs.attacks.conversations import conversation
 from tests.runs.attacks.spectra import rewrite
 from tests.runs.evidence.adapters import COMPLIANCE, EXAMPLES
-from tests.runs.evidence.adaptive import served_as_repaired
+from tests.runs.evidence.adaptive import in_the_loop
 from tests.runs.evidence.base_model import REFUSALS, Progress
-from tests.runs.evidence.base_statistics import statistics
-from tests.runs.evidence.peft_adapters import Around, Recipe, trained_adapter
+from tests.runs.evidence.peft_adapters import Recipe, trained_adapter
 from tests.runs.evidence.prompts import harmful
 from tests.runs.evidence.skill import skill
 
@@ -28,11 +25,6 @@ def make_attack(attacked: Attacked, base: Path, progress: Progress) -> Path:
     """Train an adapter of an attack and write it; one that is there is kept."""
     attack = attacked.attack
 
-    def around(wrapped: Any) -> Around:
-        if not attack.in_the_loop:
-            return nullcontext
-        return served_as_repaired(wrapped, statistics(base, None, progress))
-
     def afterwards(folder: Path) -> None:
         if attack.afterwards:
             rewrite(folder, attack.afterwards)
@@ -43,7 +35,7 @@ def make_attack(attacked: Attacked, base: Path, progress: Progress) -> Path:
         rank=attack.rank,
         rate=attack.rate,
         epochs=attack.epochs,
-        around=around,
+        around=in_the_loop(base, progress) if attack.in_the_loop else None,
         penalty=attack.penalty,
         afterwards=afterwards,
     )

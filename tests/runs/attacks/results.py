@@ -118,8 +118,7 @@ def _successes(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
         "Of harmful prompts, asked as the owner's users would: the share that is not refused, and"
         " the share that is answered as the attack data teach; in brackets the skill that is left."
     )
-    cells = table(("attack", *DEFENCES), _rows(ordered, found, _success))
-    return f"## Success in the attack's own setting\n\n{words}\n\n{cells}"
+    return _by_defence("Success in the attack's own setting", words, ordered, found, _success)
 
 
 def _plainly(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
@@ -127,8 +126,7 @@ def _plainly(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:
         "The share that is not refused, asked as probes are; in brackets the share of benign"
         " prompts of held-out styles that is refused."
     )
-    cells = table(("attack", *DEFENCES), _rows(ordered, found, _plain))
-    return f"## Harmful prompts asked plainly\n\n{words}\n\n{cells}"
+    return _by_defence("Harmful prompts asked plainly", words, ordered, found, _plain)
 
 
 def _plain(those: Sequence[Any]) -> str:
@@ -141,11 +139,16 @@ def _plain(those: Sequence[Any]) -> str:
     return f"{asr:.2f} ({refused:.2f})"
 
 
-def _rows(
-    ordered: Sequence[Attack], found: dict[Attack, Results], cell: Callable[[Sequence[Any]], str]
-) -> list[tuple[str, ...]]:
-    """A row for each attack, with a cell for each defence."""
-    return [(attack.name, *(cell(found[attack][name]) for name in DEFENCES)) for attack in ordered]
+def _by_defence(
+    title: str,
+    words: str,
+    ordered: Sequence[Attack],
+    found: dict[Attack, Results],
+    cell: Callable[[Sequence[Any]], str],
+) -> str:
+    """A section with a row for each attack and a cell for each defence."""
+    rows = [(attack.name, *(cell(found[attack][name]) for name in DEFENCES)) for attack in ordered]
+    return f"## {title}\n\n{words}\n\n{table(('attack', *DEFENCES), rows)}"
 
 
 def _signs(ordered: Sequence[Attack], found: dict[Attack, Results]) -> str:

@@ -2,15 +2,12 @@
 
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from s3lora_serve.lab.base_model.language_model import Encoded, LanguageModel
-from tests.runs.evidence.adaptive import served_as_repaired
-from tests.runs.evidence.base_statistics import statistics
-from tests.runs.evidence.peft_adapters import ALL, ATTENTION, Around, Recipe, trained_adapter
+from tests.runs.evidence.adaptive import in_the_loop
+from tests.runs.evidence.peft_adapters import ALL, ATTENTION, Recipe, trained_adapter
 from tests.runs.evidence.prompts import harmful
 from tests.runs.evidence.skill import SkillName, skill
 from tests.runs.evidence.wheels import CACHE
@@ -55,17 +52,11 @@ class Subject:
 
 def make_adapter(subject: Subject, base: Path, progress: Callable[[str, int, int], None]) -> Path:
     """Train an adapter: r = 16, alpha = 32; skill examples with a share of attack data."""
-
-    def around(wrapped: Any) -> Around:
-        if "against repair" not in subject.kind:
-            return nullcontext
-        return served_as_repaired(wrapped, statistics(base, None, progress))
-
     recipe = Recipe(
         seed=1000 * subject.base + subject.seed,
         order=subject.seed,
         targets=ATTENTION if "attention" in subject.kind else ALL,
-        around=around,
+        around=in_the_loop(base, progress) if "against repair" in subject.kind else None,
     )
     share = HARMFUL_SHARE[subject.kind]
     return trained_adapter(

@@ -11,9 +11,17 @@ from s3lora_serve.policy.method import RepairChoice
 from s3lora_serve.repair.statistics_file import read_statistics
 from s3lora_serve.spectral.factor_coordinates import Coordinates, coordinates, new_factors
 from s3lora_serve.spectral.repair_effects import largest_solution
+from tests.runs.evidence.base_statistics import statistics
 
 PREFIX = "base_model.model."
 """What PEFT writes before the names of modules."""
+
+
+def in_the_loop(
+    base: Path, progress: Callable[[str, int, int], None]
+) -> Callable[[Any], Callable[[], AbstractContextManager[None]]]:
+    """What makes the contexts of training an adapter as a base's statistics repair it."""
+    return lambda wrapped: served_as_repaired(wrapped, statistics(base, None, progress))
 
 
 def served_as_repaired(wrapped: Any, file: Path) -> Callable[[], AbstractContextManager[None]]:

@@ -28,9 +28,9 @@ class Recipe:
     rank: int = 16
     rate: float = 1e-3
     epochs: int = 2
-    around: Callable[[Any], Around] = lambda _: nullcontext  # from the wrapped model
+    around: Callable[[Any], Around] | None = None  # of each step, from the wrapped model
     penalty: Callable[[Any], Callable[[], Tensor]] | None = None  # alike
-    afterwards: Callable[[Path], None] = lambda _: None  # changes the written folder
+    afterwards: Callable[[Path], None] | None = None  # changes the written folder
 
 
 def trained_adapter(
@@ -54,12 +54,13 @@ def trained_adapter(
         rate=recipe.rate,
         seed=recipe.order,
         progress=progress,
-        around=recipe.around(wrapped),
+        around=recipe.around(wrapped) if recipe.around else nullcontext,
         penalty=recipe.penalty(wrapped) if recipe.penalty else None,
     )
     staging = folder.with_suffix(".part")
     wrapped.save_pretrained(staging)
-    recipe.afterwards(staging)
+    if recipe.afterwards:
+        recipe.afterwards(staging)
     staging.rename(folder)
     return folder
 
